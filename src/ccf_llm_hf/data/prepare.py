@@ -1,0 +1,285 @@
+"""Turn a source of interactions into a prepared folder (`ccf-llm prepare`)."""
+
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from ccf_llm_hf.data import assets
+from ccf_llm_hf.data.folder import check_output, write_folder
+from ccf_llm_hf.data.prepared import FORMAT
+from ccf_llm_hf.data.protocol import (
+    Samples,
+    TimeSplit,
+    build_samples,
+    ratio_split,
+    split_statistics,
+)
+from ccf_llm_hf.data.sources import (
+    ColumnNames,
+    RawTables,
+    read_movielens_1m,
+    read_movielens_100k,
+    read_tables,
+)
+from ccf_llm_hf.data.validation import (
+    RejectionReport,
+    clean_interactions,
+    clean_items,
+    parse_times,
+)
+from ccf_llm_hf.errors import InputError
+
+SOURCES = ("ml-1m", "ml-100k", "table")
+HISTORY_RULE = (
+    "the items of the user's earlier rows with label 1, oldest first, carried across splits; rows "
+    "outside all splits do not count; ties in time are ordered by first appearance of the item in "
+    "the ratings file"
+)
+
+
+@dataclass
+class PrepareConfig:
+    """What to prepare, from where, and by which protocol.
+
+    `ml-1m` follows CoLLM's protocol (months since the first rating's: train 14-23, validation
+    24-28, test 29-33) and `ml-100k` is cut 80/10/10 by time (our choice); both take label = rating
+    >= 4. Of the options below they use `out`, `input`, `offline` and `cache_dir` only; `table` uses
+    the others.
+    """
+
+    source: str = field(default="ml-1m", metadata={"help": "ml-1m, ml-100k or table"})
+    out: str = field(default="", metadata={"help": "folder to write"})
+    input: str | None = field(
+        default=None, metadata={"help": "ml-*: folder of the raw files (default: download them)"}
+    )
+    offline: bool = field(default=False, metadata={"help": "ml-*: do not use the network"})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "ml-*: cache of downloads (default: $CCF_LLM_CACHE)"}
+    )
+    name: str | None = field(default=None, metadata={"help": "table: name in the dataset card"})
+    interactions: str | None = field(
+        default=None, metadata={"help": "table: .csv, .tsv (also .gz) or .parquet of interactions"}
+    )
+    items: str | None = field(
+        default=None,
+        metadata={"help": "table: file of items (default: titles are in the interactions)"},
+    )
+    user_column: str = field(default="user_id", metadata={"help": "table: column of user ids"})
+    item_column: str = field(
+        default="item_id", metadata={"help": "table: column of item ids, in both files"}
+    )
+    time_column: str = field(
+        default="timestamp", metadata={"help": "table: column of times, Unix time or ISO dates"}
+    )
+    title_column: str = field(default="title", metadata={"help": "table: column of item titles"})
+    rating_column: str | None = field(
+        default=None, metadata={"help": "table: column of ratings (this or --label-column)"}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "table: column of 0/1 labels (this or --rating-column)"}
+    )
+    positive_threshold: float = field(
+        default=4.0, metadata={"help": "table: label 1 is a rating of at least this"}
+    )
+    time_unit: str = field(default="s", metadata={"help": "table: unit of numeric times, s or ms"})
+    split: str = field(
+        default="ratio", metadata={"help": "table: ratio (shares by time) or time (given dates)"}
+    )
+    ratios: list[float] = field(
+        default_factory=lambda: [0.8, 0.1, 0.1],
+        metadata={"help": "table: shares of train, validation and test, cut in order of time"},
+    )
+    valid_start: str | None = field(
+        default=None, metadata={"help": "table, split=time: validation starts (time or ISO date)"}
+    )
+    test_start: str | None = field(
+        default=None, metadata={"help": "table, split=time: test starts (time or ISO date)"}
+    )
+    max_history: int | None = field(
+        default=None, metadata={"help": "table: store only this many latest items of a history"}
+    )
+
+
+def prepare(config: PrepareConfig, *, summary: bool = True) -> Path:
+    """Write a prepared folder and return its path; print a summary table if `summary`.
+
+    The folder appears complete or not at all. An earlier prepared folder at the same place is
+    replaced; any other non-empty folder is refused.
+
+    Raises:
+        InputError: bad options or unusable data, or the output folder holds something else.
+    """
+    _check_options(config)
+    out = Path(config.out).expanduser()
+    check_output(out)
+    with tqdm(total=4, desc=f"prepare {config.source}: read", unit="step") as bar:
+        raw, protocol = _read_source(config)
+        _advance(bar, config, "check rows")
+        report = RejectionReport()
+        items = clean_items(raw, report)
+        rows = clean_interactions(raw, items, report, config.time_unit)
+        _advance(bar, config, "split")
+        split = _choose_split(config, rows["timestamp"].to_numpy(), protocol)
+        samples = _label_and_split(config, rows, split)
+        protocol["splits"] = split_statistics(samples)
+        protocol["accepted_rows"], protocol["catalog_items"] = len(rows), len(items)
+        protocol["item_columns"] = [c for c in items.columns if c not in ("item_id", "title")]
+        protocol["rejected"] = report.reasons
+        _advance(bar, config, "write")
+        write_folder(out, samples, rows, items, protocol)
+        bar.update()
+    if summary:
+        print(format_summary(protocol, out))
+    return out
+
+
+def _advance(bar: tqdm, config: PrepareConfig, step: str) -> None:
+    bar.update()
+    bar.set_description(f"prepare {config.source}: {step}")
+
+
+def _check_options(config: PrepareConfig) -> None:
+    if config.source not in SOURCES:
+        raise InputError(f"unknown source {config.source!r}: choose one of {', '.join(SOURCES)}")
+    if not config.out:
+        raise InputError("name the folder to write with --out")
+    _refuse_idle_options(config)
+    if config.source != "table":
+        return
+    if not config.interactions:
+        raise InputError("the source `table` needs --interactions FILE")
+    if bool(config.rating_column) == bool(config.label_column):
+        raise InputError("pass either --rating-column or --label-column")
+    if config.time_unit not in ("s", "ms"):
+        raise InputError(f"--time-unit must be s or ms, not {config.time_unit!r}")
+    if config.split not in ("ratio", "time"):
+        raise InputError(f"--split must be ratio or time, not {config.split!r}")
+    if config.split == "time" and not (config.valid_start and config.test_start):
+        raise InputError("--split time needs --valid-start and --test-start")
+    if config.max_history is not None and config.max_history < 1:
+        raise InputError(f"--max-history must be at least 1, not {config.max_history}")
+
+
+def _refuse_idle_options(config: PrepareConfig) -> None:
+    """Refuse an option that the source would not look at: silence would change the protocol."""
+    movielens = ("input", "offline", "cache_dir")
+    default = PrepareConfig()
+    for option in fields(config):
+        name = option.name
+        if name in ("source", "out") or (name in movielens) == (config.source != "table"):
+            continue
+        if getattr(config, name) != getattr(default, name):
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} has no meaning for the source {config.source}: leave it out")
+
+
+def _read_source(config: PrepareConfig) -> tuple[RawTables, dict]:
+    """Raw tables, and the part of protocol.json that depends on the source only."""
+    protocol: dict = {
+        "format": FORMAT,
+        "name": config.name or config.source,
+        "label_rule": f"1 if rating >= {config.positive_threshold:g}, else 0",
+        "split_rule": "",
+        "history_rule": HISTORY_RULE,
+    }
+    if config.source == "table":
+        assert config.interactions is not None
+        interactions = Path(config.interactions).expanduser()
+        items = Path(config.items).expanduser() if config.items else None
+        columns = ColumnNames(
+            config.user_column,
+            config.item_column,
+            config.time_column,
+            config.title_column,
+            config.rating_column,
+            config.label_column,
+        )
+        protocol["name"] = config.name or interactions.name.split(".")[0]
+        protocol["source"] = " and ".join(file.name for file in (interactions, items) if file)
+        protocol |= {"license": "that of the source", "redistributable": True, "citation": ""}
+        if config.label_column:
+            protocol["label_rule"] = f"column {config.label_column!r}"
+        if config.max_history:
+            protocol["history_rule"] += f"; only the latest {config.max_history} are stored"
+        return read_tables(interactions, items, columns), protocol
+
+    folder = assets.get_asset(
+        config.source, path=config.input, offline=config.offline, cache_dir=config.cache_dir
+    )
+    asset = assets.ASSETS[config.source]
+    raw = (read_movielens_1m if config.source == "ml-1m" else read_movielens_100k)(folder)
+    protocol["source"] = f"{asset.description}; read from {raw.interactions_file}"
+    protocol |= {"license": asset.license, "redistributable": False, "citation": asset.citation}
+    return raw, protocol
+
+
+def _choose_split(config: PrepareConfig, timestamps: np.ndarray, protocol: dict) -> TimeSplit:
+    """Boundaries of the splits; the rule in words goes into `protocol`."""
+    if config.source == "ml-1m":
+        # Starts of months 14, 24, 29 and 34 after the first rating's, April 2000. As dates, they
+        # hold for a part of the ratings too.
+        dates = ("2001-06-01", "2002-04-01", "2002-09-01", "2003-02-01")
+        train, valid, test, end = (_parse_option("split", date, "s") for date in dates)
+        split = TimeSplit(valid, test, train, end)
+        start = "by UTC month counted from the first rating's (April 2000), CoLLM's protocol: "
+        months = "train 14-23, validation 24-28, test 29-33; earlier and later rows in none; "
+        rule = start + months + "no filter on cold users or items"
+    elif config.source == "table" and config.split == "time":
+        unit = config.time_unit
+        valid = _parse_option("--valid-start", config.valid_start, unit)
+        test = _parse_option("--test-start", config.test_start, unit)
+        if valid >= test:
+            raise InputError("--valid-start must lie before --test-start")
+        split = TimeSplit(valid, test)
+        rule = f"by time: validation from {_date(valid)}, test from {_date(test)}"
+    else:
+        ratios = config.ratios if config.source == "table" else [0.8, 0.1, 0.1]
+        split = ratio_split(timestamps, ratios)
+        shares = "/".join(f"{ratio:g}" for ratio in ratios)
+        cut = f"validation from {_date(split.valid_start)}, test from {_date(split.test_start)}"
+        rule = f"all rows in order of time, cut {shares} (equal times stay together): {cut}"
+    protocol["split_rule"] = rule
+    return split
+
+
+def _parse_option(option: str, text: str | None, unit: str) -> int:
+    seconds = parse_times(pd.Series([text]), unit).iloc[0]
+    if np.isnan(seconds):
+        raise InputError(f"{option} {text!r} is neither a Unix time nor an ISO date")
+    return int(seconds)
+
+
+def _date(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _label_and_split(config: PrepareConfig, rows: pd.DataFrame, split: TimeSplit) -> Samples:
+    """Add the columns label, rating and split to `rows` in place, and build the samples."""
+    if "label" in rows:
+        rows["rating"] = np.nan
+    else:
+        rows["label"] = (rows["rating"] >= config.positive_threshold).astype("int64")
+    rows["split"] = split.assign(rows["timestamp"].to_numpy())
+    return build_samples(rows, config.max_history)
+
+
+def format_summary(protocol: dict, out: Path) -> str:
+    """The table that `prepare` prints: sizes per split and rejected rows."""
+    lines = [f"{'split':<12}{'rows':>10}{'users':>9}{'items':>9}{'positive':>10}{'cold users':>12}"]
+    for name, s in protocol["splits"].items():
+        lines.append(
+            f"{name:<12}{s['rows']:>10,}{s['users']:>9,}{s['items']:>9,}"
+            f"{s['positive_rate']:>10.4f}{s['unseen_user_rate']:>12.1%}"
+        )
+    lines.append(
+        f"accepted rows {protocol['accepted_rows']:,}, items {protocol['catalog_items']:,}"
+    )
+    for reason, entry in protocol["rejected"].items():
+        places = ", ".join(entry["examples"])
+        lines.append(f"{entry['count']:,} {reason} ({entry['policy']}), at {places}")
+    lines.append(f"wrote {out}")
+    return "\n".join(lines)

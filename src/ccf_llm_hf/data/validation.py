@@ -1,0 +1,171 @@
+"""Decide which raw rows are usable, and say what was done with the others.
+
+Policies (our choice) are in `POLICIES`: one sentence per kind of bad row, written to
+`protocol.json` with the count and the first places. Nothing is repaired silently.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from ccf_llm_hf.data.sources import RawTables
+from ccf_llm_hf.errors import InputError
+
+POLICIES = {
+    "malformed_line": "wrong number of fields: dropped",
+    "missing_id": "empty user or item id: dropped",
+    "invalid_time": "neither number nor ISO date, or outside 1970-2100 (milliseconds?): dropped",
+    "invalid_rating": "not a number, or outside the rating scale: dropped",
+    "invalid_label": "not 0 or 1: dropped",
+    "unknown_item": "item is not in the items table: dropped",
+    "duplicate": "same user, item, time and value as an earlier row: first kept",
+    "conflicting_duplicate": "same user, item and time as an earlier row, other value: first kept",
+    "malformed_item_line": "items table, wrong number of fields: dropped",
+    "missing_item_id": "items table, empty id: dropped",
+    "duplicate_item": "items table, id occurs again: first kept",
+    "missing_title": "items table, empty title: kept, the id stands for the title",
+}
+MAX_BAD_SHARE = 0.5
+MAX_EXAMPLES = 5
+LATEST_TIME = 4_102_444_800  # 2100-01-01; milliseconds taken for seconds lie beyond it
+LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+
+
+@dataclass
+class RejectionReport:
+    """Bad rows by reason: how many, what was done, and the first places as `file:line`."""
+
+    reasons: dict[str, dict] = field(default_factory=dict)
+
+    def add(self, reason: str, file: str, lines: list[int]) -> None:
+        """Record rows that were rejected for one of the reasons in `POLICIES`."""
+        if lines:
+            examples = [f"{file}:{line}" for line in sorted(lines)[:MAX_EXAMPLES]]
+            self.reasons[reason] = {
+                "count": len(lines),
+                "policy": POLICIES[reason],
+                "examples": examples,
+            }
+
+    def check_share(self, file: str, kept: int, total: int) -> None:
+        """Raise InputError if a table is empty, or more than half of it was dropped."""
+        if total == 0:
+            raise InputError(f"{file} has no rows")
+        if kept == 0 or (total - kept) / total > MAX_BAD_SHARE:
+            found = ", ".join(
+                f"{entry['count']} {reason} (e.g. {entry['examples'][0]})"
+                for reason, entry in self.reasons.items()
+            )
+            raise InputError(
+                f"{file}: {total - kept} of {total} rows are unusable, {found}: "
+                f"check the file, its separator and the columns named"
+            )
+
+
+def clean_items(raw: RawTables, report: RejectionReport) -> pd.DataFrame:
+    """Usable items: `item_id` str (unique), `title` str (never empty), other columns as read."""
+    items, file = raw.items.copy(), raw.items_file
+    report.add("malformed_item_line", file, raw.malformed_items)
+    total = len(items) + len(raw.malformed_items)
+    items["item_id"] = as_ids(items["item_id"])
+    items["title"] = _as_text(items["title"]).str.replace(r"\s*[\r\n\t]\s*", " ", regex=True)
+    items = _drop(items, items["item_id"] == "", "missing_item_id", file, report)
+    items = _drop(items, items["item_id"].duplicated(), "duplicate_item", file, report)
+    report.check_share(file, len(items), total)
+    untitled = items["title"] == ""
+    report.add("missing_title", file, items.loc[untitled, "_line"].tolist())
+    items["title"] = items["title"].where(~untitled, items["item_id"])
+    return items.drop(columns="_line").reset_index(drop=True)
+
+
+def clean_interactions(
+    raw: RawTables, items: pd.DataFrame, report: RejectionReport, time_unit: str = "s"
+) -> pd.DataFrame:
+    """Usable interactions, in the order of the file.
+
+    Columns: `user_id` str, `item_id` str, `timestamp` int64 (Unix seconds), and `rating` float64 or
+    `label` int64. A row that is bad in several ways is counted once, under the first reason.
+
+    Raises:
+        InputError: no rows, or more than half of them are unusable.
+    """
+    rows, file = raw.interactions.copy(), raw.interactions_file
+    report.add("malformed_line", file, raw.malformed_interactions)
+    total = len(rows) + len(raw.malformed_interactions)
+    rows["user_id"], rows["item_id"] = as_ids(rows["user_id"]), as_ids(rows["item_id"])
+    rows["timestamp"] = parse_times(rows["timestamp"], time_unit)
+    value = "label" if "label" in rows else "rating"
+    if value == "label":
+        rows["label"] = _parse_labels(rows["label"])
+    else:
+        rows["rating"] = _parse_ratings(rows["rating"], raw.rating_range)
+
+    missing = (rows["user_id"] == "") | (rows["item_id"] == "")
+    rows = _drop(rows, missing, "missing_id", file, report)
+    rows = _drop(rows, rows["timestamp"].isna(), "invalid_time", file, report)
+    rows = _drop(rows, rows[value].isna(), f"invalid_{value}", file, report)
+    known = rows["item_id"].isin(items["item_id"])
+    rows = _drop(rows, ~known, "unknown_item", file, report)
+    key = ["user_id", "item_id", "timestamp"]
+    rows = _drop(rows, rows.duplicated([*key, value]), "duplicate", file, report)
+    rows = _drop(rows, rows.duplicated(key), "conflicting_duplicate", file, report)
+    report.check_share(file, len(rows), total)
+    rows = rows.astype({"timestamp": "int64", value: "int64" if value == "label" else "float64"})
+    return rows[[*key, value]].reset_index(drop=True)
+
+
+def _drop(
+    rows: pd.DataFrame, bad: pd.Series, reason: str, file: str, report: RejectionReport
+) -> pd.DataFrame:
+    if not bad.any():
+        return rows
+    report.add(reason, file, rows.loc[bad, "_line"].tolist())
+    return rows[~bad]
+
+
+def as_ids(values: pd.Series) -> pd.Series:
+    """Ids as stripped strings, "" where missing; 12.0 becomes "12" (integers beside nulls)."""
+    if pd.api.types.is_float_dtype(values):
+        finite = np.isfinite(values.astype("float64"))
+        if (values[finite] % 1 == 0).all():
+            values = values.where(finite).astype("Int64")
+    return _as_text(values)
+
+
+def _as_text(values: pd.Series) -> pd.Series:
+    if not isinstance(values.dtype, pd.StringDtype):
+        values = values.astype("string")
+    return values.fillna("").str.strip().astype("str")
+
+
+def parse_times(values: pd.Series, unit: str = "s") -> pd.Series:
+    """Unix seconds (float64, whole; NaN where invalid) from numbers in `unit` or from ISO dates.
+
+    Dates without a zone are UTC. `unit` is "s" or "ms". Fractions of a second are cut off.
+    """
+    if pd.api.types.is_datetime64_any_dtype(values):
+        seconds = _date_seconds(values)
+    else:
+        seconds = pd.to_numeric(values, errors="coerce").astype("float64")
+        seconds = seconds / (1000 if unit == "ms" else 1)
+        if seconds.isna().any():
+            rest = values[seconds.isna()]
+            seconds.loc[rest.index] = _date_seconds(rest)
+    valid = (seconds >= 0) & (seconds < LATEST_TIME)
+    return np.floor(seconds.where(valid))
+
+
+def _date_seconds(values: pd.Series) -> pd.Series:
+    dates = pd.to_datetime(values, utc=True, errors="coerce", format="ISO8601")
+    return (dates - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+
+
+def _parse_ratings(values: pd.Series, scale: tuple[float, float] | None) -> pd.Series:
+    ratings = pd.to_numeric(values, errors="coerce").astype("float64")
+    low, high = scale or (-np.inf, np.inf)
+    return ratings.where(np.isfinite(ratings) & (ratings >= low) & (ratings <= high))
+
+
+def _parse_labels(values: pd.Series) -> pd.Series:
+    return _as_text(values).str.lower().map(LABELS).astype("float64")

@@ -1,0 +1,257 @@
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from raw_data import END, FORMATS, START, Raw, small_raw, write_raw
+
+from ccf_llm_hf.data import (
+    PrepareConfig,
+    PreparedData,
+    format_summary,
+    interactions,
+    load_prepared,
+    prepare,
+)
+from ccf_llm_hf.data.sources import read_movielens_1m
+from ccf_llm_hf.errors import InputError
+
+Make = Callable[..., PrepareConfig]
+ORACLE = {"train": "1dc65cb16772b87e", "validation": "dae6b4cc5eb18af6", "test": "82eecfa2a0f42370"}
+
+
+def row_hashes(data: PreparedData) -> dict[str, str]:
+    """Per split: sha256 (16 digits) of the sorted rows title|timestamp|label|history titles."""
+    titles = dict(zip(data.items["item_id"], data.items["title"], strict=True))
+    hashes = {}
+    for name, split in data.splits.items():
+        lines = [
+            "|".join(
+                [titles[row["item_id"]], str(row["timestamp"]), str(row["label"])]
+                + [titles[item] for item in row["history"]]
+            )
+            for row in split
+        ]
+        hashes[name] = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
+    return hashes
+
+
+@pytest.mark.parametrize("kinds", [("dat", "recbole-1m"), ("u-files", "recbole-100k")])
+def test_both_forms_of_movielens_give_the_same_rows(
+    kinds: tuple[str, str], prepared_config: Make, tmp_path: Path
+) -> None:
+    hashes = []
+    for kind in kinds:
+        config = prepared_config(None, kind, out=str(tmp_path / kind))
+        for file in (tmp_path / "raw").iterdir():
+            if file.name.startswith("ml-") != kind.startswith("recbole"):
+                file.unlink()
+        hashes.append(row_hashes(load_prepared(prepare(config, summary=False))))
+    assert hashes[0] == hashes[1]
+
+
+def test_ml_1m_splits_are_months(prepared_config: Make) -> None:
+    raw = small_raw()
+    months = pd.date_range("2000-04-01", "2003-06-01", freq="MS", tz="UTC")
+    edges = [*months, *(months - pd.Timedelta(seconds=1))[1:]]
+    raw.rows = [("1", "1", "5", str(int(edge.timestamp()))) for edge in edges]
+    out = prepare(prepared_config(raw, "dat"), summary=False)
+    log = interactions(out)
+    date = pd.to_datetime(log["timestamp"], unit="s")
+    month = (date.dt.year - 2000) * 12 + date.dt.month - 4
+    for name, (first, last) in {
+        "train": (14, 23),
+        "validation": (24, 28),
+        "test": (29, 33),
+    }.items():
+        assert ((log["split"] == name) == month.between(first, last)).all()
+    assert (log["split"] == "").sum() == 2 * (14 + 38 - 33) - 1
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_prepared_folder_has_the_promised_columns(kind: str, prepared_config: Make) -> None:
+    out = prepare(prepared_config(None, kind), summary=False)
+    data = load_prepared(out)
+    for split in data.splits.values():
+        types = {name: str(feature) for name, feature in split.features.items()}
+        assert types == {
+            "user_id": "Value('string')",
+            "item_id": "Value('string')",
+            "label": "Value('int64')",
+            "timestamp": "Value('int64')",
+            "history": "List(Value('string'))",
+            "split_position": "Value('int64')",
+            "not_cold": "Value('bool')",
+        }
+    assert data.items.column_names[:2] == ["item_id", "title"]
+    assert len(data.items) == len(small_raw().items)
+    log = interactions(out)
+    assert list(log) == ["user_id", "item_id", "rating", "label", "timestamp", "split"]
+    assert log["timestamp"].is_monotonic_increasing
+    assert ((log["rating"] >= 4) == (log["label"] == 1)).all()
+    for name, split in data.splits.items():
+        assert len(split) == (log["split"] == name).sum() == data.protocol["splits"][name]["rows"]
+
+
+def test_interactions_equal_in_time_are_ordered_by_user_then_item(prepared_config: Make) -> None:
+    raw = small_raw()
+    time = str(START)
+    raw.rows = [("9", "5", "5", time), ("2", "3", "5", time), ("9", "3", "5", time), *raw.rows[20:]]
+    log = interactions(prepare(prepared_config(raw), summary=False))
+    assert log[["user_id", "item_id"]].values.tolist()[:3] == [["9", "5"], ["9", "3"], ["2", "3"]]
+
+
+def test_label_column(tmp_path: Path) -> None:
+    options = write_raw(small_raw(), "parquet", tmp_path)
+    table = pd.read_parquet(options["interactions"])
+    table["clicked"] = (table["rating"] == "5").astype(int)
+    table.drop(columns="rating").to_parquet(options["interactions"])
+    options["rating_column"] = None
+    config = PrepareConfig(**options, label_column="clicked", out=str(tmp_path / "out"))
+    out = prepare(config, summary=False)
+    log = interactions(out)
+    assert log["rating"].isna().all()
+    assert log["label"].sum() == table["clicked"].sum() > 0
+    assert load_prepared(out).protocol["label_rule"] == "column 'clicked'"
+
+
+def test_columns_named_otherwise_and_dates(tmp_path: Path) -> None:
+    table = pd.DataFrame(small_raw().rows, columns=["who", "what", "stars", "when"])
+    table["when"] = pd.to_datetime(table["when"].astype(int), unit="s").dt.strftime(
+        "%Y-%m-%dT%H:%M:%S"
+    )
+    table["label"] = "name of " + table["what"]
+    table.to_csv(tmp_path / "log.csv", index=False)
+    config = PrepareConfig(
+        source="table",
+        out=str(tmp_path / "out"),
+        interactions=str(tmp_path / "log.csv"),
+        user_column="who",
+        item_column="what",
+        rating_column="stars",
+        time_column="when",
+        title_column="label",
+        positive_threshold=3,
+        split="time",
+        valid_start="2002-01-01",
+        test_start="2002-07-01T00:00:00+02:00",
+    )
+    data = load_prepared(prepare(config, summary=False))
+    assert data.items["title"][0] == f"name of {data.items['item_id'][0]}"
+    assert data.protocol["splits"]["validation"]["first_timestamp"] >= 1_009_843_200
+    assert data.protocol["splits"]["test"]["first_timestamp"] >= 1_025_474_400
+    assert "validation from 2002-01-01 00:00:00 UTC" in data.protocol["split_rule"]
+    assert data.protocol["label_rule"] == "1 if rating >= 3, else 0"
+
+
+def test_milliseconds(prepared_config: Make) -> None:
+    raw = small_raw()
+    raw.rows = [(u, i, r, t + "000") for u, i, r, t in raw.rows]
+    with pytest.raises(InputError, match="invalid_time"):
+        prepare(prepared_config(raw))
+    log = interactions(prepare(prepared_config(raw, time_unit="ms"), summary=False))
+    assert log["timestamp"].between(START, END).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "netflix"}, "unknown source 'netflix': choose one of ml-1m, ml-100k, table"),
+        ({"out": ""}, "--out"),
+        ({"interactions": None}, "--interactions FILE"),
+        ({"interactions": "nowhere.csv"}, "nowhere.csv does not exist"),
+        ({"rating_column": None}, "either --rating-column or --label-column"),
+        ({"label_column": "rating"}, "either --rating-column or --label-column"),
+        ({"rating_column": "stars"}, "ratings.csv has no column 'stars'"),
+        ({"title_column": "name"}, "items.csv has no column 'name'"),
+        ({"time_unit": "h"}, "--time-unit"),
+        ({"split": "random"}, "--split"),
+        ({"split": "time"}, "--valid-start and --test-start"),
+        ({"split": "time", "valid_start": "soon", "test_start": "9"}, "--valid-start 'soon'"),
+        ({"split": "time", "valid_start": "9", "test_start": "8"}, "must lie before"),
+        ({"split": "time", "valid_start": "8", "test_start": "9"}, "the train split has no rows"),
+        ({"ratios": [0.5, 0.5]}, "--ratios"),
+        ({"max_history": 0}, "--max-history"),
+        ({"input": "x"}, "--input has no meaning for the source table"),
+        ({"source": "ml-1m"}, "--interactions has no meaning for the source ml-1m"),
+    ],
+)
+def test_bad_options_are_input_errors(options: dict, message: str, prepared_config: Make) -> None:
+    config = prepared_config(None, "csv", **options)
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        prepare(config)
+    assert "\n" not in str(error.value)
+    if config.out:
+        assert not Path(config.out).exists()
+
+
+def test_protocol_options_cannot_change_movielens(prepared_config: Make) -> None:
+    with pytest.raises(InputError, match="--positive-threshold has no meaning"):
+        prepare(prepared_config(None, "dat", positive_threshold=3.0))
+
+
+def test_summary_and_protocol(prepared_config: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = small_raw()
+    raw.rows.append(("1", "nowhere", "5", str(START)))
+    out = prepare(prepared_config(raw, name="Shop"))
+    printed = capsys.readouterr().out
+    protocol = json.loads((out / "protocol.json").read_text())
+    assert printed == format_summary(protocol, out) + "\n"
+    assert re.search(r"train +\d+ +6 ", printed)
+    assert "1 unknown_item (item is not in the items table: dropped), at ratings.csv:56" in printed
+    assert protocol["name"] == "Shop"
+    assert protocol["source"] == "ratings.csv and items.csv"
+    assert protocol["accepted_rows"] == len(small_raw().rows)
+    prepare(prepared_config(raw), summary=False)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_ml_1m_equals_the_published_rows(ml_1m_folder: Path, tmp_path: Path) -> None:
+    config = PrepareConfig(source="ml-1m", input=str(ml_1m_folder), out=str(tmp_path / "out"))
+    data = load_prepared(prepare(config, summary=False))
+    splits = data.protocol["splits"]
+    assert [splits[name]["rows"] for name in splits] == [33_891, 10_401, 7_331]
+    assert [splits[name]["users"] for name in splits] == [740, 356, 320]
+    assert [round(splits[name]["positive_rate"], 4) for name in splits] == [0.5368, 0.5283, 0.5454]
+    assert round(splits["test"]["unseen_user_rate"], 3) == 0.424
+    assert data.protocol["accepted_rows"] == 1_000_209
+    assert len(data.items) == 3_883
+    assert row_hashes(data) == ORACLE
+
+
+@pytest.mark.slow
+def test_ml_1m_from_dat_files_gives_the_same_rows(ml_1m_folder: Path, tmp_path: Path) -> None:
+    tables = read_movielens_1m(ml_1m_folder)
+    numbers = {item: str(n + 1) for n, item in enumerate(tables.items["item_id"])}
+    log = tables.interactions
+    raw = Raw(
+        list(zip(log.user_id, log.item_id.map(numbers), log.rating, log.timestamp, strict=True))
+    )
+    title = tables.items["title"].str.replace(r" \(\d{4}\)$", "", regex=True)
+    year, genres = tables.items["year"].astype(str), tables.items["genres"]
+    raw.items = list(zip(numbers.values(), title, year, genres, strict=True))
+    options = write_raw(raw, "dat", tmp_path / "raw")
+    data = load_prepared(prepare(PrepareConfig(**options, out=str(tmp_path / "o")), summary=False))
+    assert row_hashes(data) == ORACLE
+    assert data.items["year"][0] == 1995
+    assert data.items["item_id"][0] == "1"
+
+
+@pytest.mark.slow
+def test_ml_100k(tmp_path: Path) -> None:
+    data = load_prepared(
+        prepare(PrepareConfig(source="ml-100k", out=str(tmp_path / "out")), summary=False)
+    )
+    splits = data.protocol["splits"]
+    assert sum(split["rows"] for split in splits.values()) == 100_000
+    assert splits["train"]["rows"] in range(79_900, 80_001)
+    assert splits["train"]["last_timestamp"] < splits["validation"]["first_timestamp"]
+    assert splits["validation"]["last_timestamp"] < splits["test"]["first_timestamp"]
+    assert "Toy Story (1995)" in set(data.items["title"])
+    first = datetime.datetime.fromtimestamp(splits["test"]["first_timestamp"], datetime.UTC)
+    assert first.year == 1998

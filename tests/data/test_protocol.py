@@ -1,0 +1,159 @@
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ccf_llm_hf.data import protocol
+from ccf_llm_hf.data.protocol import (
+    SPLITS,
+    Samples,
+    TimeSplit,
+    build_samples,
+    ratio_split,
+    split_statistics,
+)
+from ccf_llm_hf.errors import InputError
+
+
+def frame(rows: list[tuple[str, str, int, int]], split: TimeSplit) -> pd.DataFrame:
+    """Interactions from (user, item, time, label)."""
+    table = pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp", "label"])
+    table["split"] = split.assign(table["timestamp"].to_numpy())
+    return table
+
+
+def as_rows(samples: Samples, split: str) -> list[dict]:
+    return [row for table in samples.tables(split) for row in table.to_pylist()]
+
+
+def expected_rows(rows: list[tuple[str, str, int, int]], split: TimeSplit) -> dict[str, list[dict]]:
+    """The definition of the protocol, row by row."""
+    items = list(dict.fromkeys(item for _, item, _, _ in rows))
+    result: dict[str, list[dict]] = {name: [] for name in SPLITS}
+    for user in dict.fromkeys(user for user, *_ in rows):
+        mine = [row for row in rows if row[0] == user]
+        history: list[str] = []
+        for _, item, time, label in sorted(mine, key=lambda row: (row[2], items.index(row[1]))):
+            code = split.assign(np.array([time]))[0]
+            if code < 0:
+                continue
+            position = sum(row["user_id"] == user for row in result[SPLITS[code]])
+            result[SPLITS[code]].append(
+                {
+                    "user_id": user,
+                    "item_id": item,
+                    "label": label,
+                    "timestamp": time,
+                    "history": list(history),
+                    "split_position": position,
+                }
+            )
+            if label:
+                history.append(item)
+    users = {row["user_id"] for row in result["train"]}
+    seen = {row["item_id"] for row in result["train"]}
+    for row in (row for name in SPLITS for row in result[name]):
+        row["not_cold"] = row["user_id"] in users and row["item_id"] in seen
+    return result
+
+
+interaction = st.tuples(
+    st.sampled_from("uvw"), st.sampled_from("abcdef"), st.integers(0, 12), st.integers(0, 1)
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(interaction, unique_by=lambda row: row[:3], max_size=30))
+def test_samples_equal_the_definition(rows: list[tuple[str, str, int, int]]) -> None:
+    split = TimeSplit(valid_start=6, test_start=9, train_start=2, end=12)
+    samples = build_samples(frame(rows, split))
+    expected = expected_rows(rows, split)
+    for name in SPLITS:
+        assert as_rows(samples, name) == expected[name]
+
+
+def test_ties_in_time_are_ordered_by_first_appearance_of_the_item() -> None:
+    split = TimeSplit(valid_start=10, test_start=20)
+    # "b" appears in the file before "a" (through another user), so it comes first at time 5.
+    rows = [("x", "b", 1, 1), ("y", "a", 5, 1), ("y", "b", 5, 1), ("y", "c", 6, 0)]
+    found = [
+        (row["item_id"], row["history"])
+        for row in as_rows(build_samples(frame(rows, split)), "train")
+    ]
+    assert found == [("b", []), ("b", []), ("a", ["b"]), ("c", ["b", "a"])]
+
+
+def test_history_skips_dislikes_and_rows_outside_the_splits_and_crosses_splits() -> None:
+    split = TimeSplit(valid_start=10, test_start=20, train_start=5, end=30)
+    rows = [
+        ("u", "before", 1, 1),
+        ("u", "liked", 6, 1),
+        ("u", "disliked", 7, 0),
+        ("u", "valid", 11, 1),
+        ("u", "test", 21, 0),
+        ("u", "after", 31, 1),
+    ]
+    samples = build_samples(frame(rows, split))
+    assert [row["history"] for row in as_rows(samples, "train")] == [[], ["liked"]]
+    assert [row["history"] for row in as_rows(samples, "test")] == [["liked", "valid"]]
+
+
+def test_max_history_keeps_the_latest() -> None:
+    rows = [("u", item, time, 1) for time, item in enumerate("abcdef")]
+    samples = build_samples(frame(rows, TimeSplit(4, 5)), max_history=2)
+    assert as_rows(samples, "test")[0]["history"] == ["d", "e"]
+    assert as_rows(samples, "train")[1]["history"] == ["a"]
+
+
+def test_long_splits_come_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "CHUNK_ROWS", 3)
+    rows = [(f"u{n % 2}", f"i{n}", n, 1) for n in range(10)]
+    samples = build_samples(frame(rows, TimeSplit(8, 9)))
+    assert [table.num_rows for table in samples.tables("train")] == [3, 3, 2]
+    assert as_rows(samples, "train") == expected_rows(rows, TimeSplit(8, 9))["train"]
+
+
+def test_time_split_boundaries_belong_to_the_later_part() -> None:
+    split = TimeSplit(valid_start=10, test_start=20, train_start=5, end=30)
+    times = np.array([4, 5, 9, 10, 19, 20, 29, 30])
+    assert split.assign(times).tolist() == [-1, 0, 0, 1, 1, 2, 2, -1]
+
+
+def test_ratio_split_keeps_equal_times_together() -> None:
+    times = np.array([1, 2, 3, 4, 5, 6, 7, 8, 8, 8])
+    split = ratio_split(times, [0.7, 0.2, 0.1])
+    # Row 9 would start test, but it is equal in time to rows 7 and 8.
+    assert (split.valid_start, split.test_start) == (8, 8)
+    split = ratio_split(np.arange(100)[::-1], [0.8, 0.1, 0.1])
+    assert (split.valid_start, split.test_start) == (80, 90)
+
+
+@pytest.mark.parametrize("ratios", [[0.5, 0.5], [0.8, 0.1, 0.2], [1.0, 0.0, 0.0], []])
+def test_bad_ratios(ratios: list[float]) -> None:
+    with pytest.raises(InputError, match="--ratios must be three positive numbers"):
+        ratio_split(np.arange(10), ratios)
+
+
+def test_statistics() -> None:
+    rows = [
+        ("u", "a", 1, 1),
+        ("v", "b", 2, 0),
+        ("u", "b", 11, 1),
+        ("w", "c", 12, 0),
+        ("u", "a", 21, 1),
+    ]
+    statistics = split_statistics(build_samples(frame(rows, TimeSplit(10, 20))))
+    assert statistics["validation"] == {
+        "rows": 2,
+        "users": 2,
+        "items": 2,
+        "positive_rate": 0.5,
+        "unseen_user_rate": 0.5,
+        "unseen_item_rate": 0.5,
+        "not_cold_rows": 1,
+        "first_timestamp": 11,
+        "last_timestamp": 12,
+    }
+    with pytest.raises(InputError, match="the test split has no rows"):
+        split_statistics(build_samples(frame(rows, TimeSplit(10, 30))))

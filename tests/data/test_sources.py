@@ -1,0 +1,157 @@
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from raw_data import FORMATS, Raw, small_raw, write_raw
+
+from ccf_llm_hf.data.sources import (
+    ColumnNames,
+    RawTables,
+    read_fields,
+    read_movielens_1m,
+    read_movielens_100k,
+    read_tables,
+)
+from ccf_llm_hf.errors import InputError
+
+
+def read(kind: str, folder: Path, raw: Raw) -> RawTables:
+    options = write_raw(raw, kind, folder)
+    if options["source"] == "table":
+        interactions, items = Path(options["interactions"]), Path(options["items"])
+        return read_tables(interactions, items, ColumnNames(rating="rating"))
+    return (read_movielens_1m if options["source"] == "ml-1m" else read_movielens_100k)(folder)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_tables(kind: str, tmp_path: Path) -> None:
+    raw = small_raw()
+    tables = read(kind, tmp_path, raw)
+    columns = ["user_id", "item_id", "rating", "timestamp"]
+    assert list(tables.interactions[columns].itertuples(index=False, name=None)) == raw.rows
+    assert tables.malformed_interactions == tables.malformed_items == []
+    assert tables.items["item_id"].tolist() == [item[0] for item in raw.items]
+    if kind in ("csv", "tsv.gz", "parquet"):
+        assert tables.items["title"].tolist() == [item[1] for item in raw.items]
+    else:
+        assert tables.items["title"].tolist() == [f"{t} ({y})" for _, t, y, _ in raw.items]
+        assert tables.items["year"].tolist() == [int(item[2]) for item in raw.items]
+        assert tables.rating_range == (1, 5)
+    assert tables.items["genres"].tolist() == [item[3] for item in raw.items]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_line_numbers_point_into_the_file(kind: str, tmp_path: Path) -> None:
+    tables = read(kind, tmp_path, small_raw())
+    header = 0 if kind in ("dat", "u-files", "parquet") else 1
+    assert tables.interactions["_line"].tolist()[:3] == [1 + header, 2 + header, 3 + header]
+
+
+def test_latin_1_and_utf_8_titles_survive(tmp_path: Path) -> None:
+    # U+0085 is a line end to str.splitlines, but an ordinary byte in a Latin-1 title.
+    title = "Misérables, Les \x85"
+    raw = Raw(small_raw().rows, [("1", title, "1995", "Drama")])
+    for encoding in ("latin-1", "utf-8"):
+        write_raw(raw, "dat", tmp_path)
+        movies = tmp_path / "movies.dat"
+        movies.write_bytes(f"1::{title} (1995)::Drama\r\n".encode(encoding))
+        assert read_movielens_1m(tmp_path).items["title"].tolist() == [f"{title} (1995)"]
+
+
+def test_fields_reports_malformed_lines_and_passes_over_blank_ones(tmp_path: Path) -> None:
+    file = tmp_path / "x"
+    file.write_bytes(b"a::b\r\n\r\nc\nd::e::f\ng::h")
+    table, bad = read_fields(file, "::", ["left", "right"])
+    assert table.values.tolist() == [["a", "b", 1], ["g", "h", 5]]
+    assert bad == [3, 4]
+
+
+def test_csv_reports_malformed_rows_by_line(tmp_path: Path) -> None:
+    lines = [f"{n},a,5,10,T" if n % 1000 else f"{n},short" for n in range(1, 60_001)]
+    file = tmp_path / "x.csv"
+    file.write_text("\n".join(["user_id,item_id,rating,timestamp,title", *lines]))
+    tables = read_tables(file, None, ColumnNames(rating="rating"))
+    assert tables.malformed_interactions == [1000 * n + 1 for n in range(1, 61)]
+    last = tables.interactions.iloc[-1]
+    assert (last["user_id"], last["_line"]) == ("59999", 60_000)
+
+
+def test_csv_keeps_quoted_text_and_ids_that_look_like_numbers_or_nulls(tmp_path: Path) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text('user_id,item_id,rating,timestamp,title\n007,NA,5,1,"A ""B"", c"\n8,x,4,2,\n')
+    tables = read_tables(file, None, ColumnNames(rating="rating"))
+    assert tables.interactions["user_id"].tolist() == ["007", "8"]
+    assert tables.items[["item_id", "title"]].values.tolist() == [["NA", 'A "B", c'], ["x", ""]]
+
+
+def test_the_title_can_be_the_item_id(tmp_path: Path) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text("u,movie,r,t\n1,Heat,5,1\n2,Heat,4,2\n2,Big,4,3\n")
+    columns = ColumnNames("u", "movie", "t", "movie", rating="r")
+    tables = read_tables(file, None, columns)
+    assert tables.items[["item_id", "title"]].values.tolist() == [["Heat", "Heat"], ["Big", "Big"]]
+
+
+def test_columns_of_other_items_columns_are_kept(tmp_path: Path) -> None:
+    options = write_raw(small_raw(), "parquet", tmp_path)
+    tables = read_tables(
+        Path(options["interactions"]), Path(options["items"]), ColumnNames(rating="rating")
+    )
+    assert set(tables.items) == {"item_id", "title", "year", "genres", "_line"}
+    assert pq.read_schema(options["items"]).names == ["item_id", "title", "year", "genres"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "Empty"),
+        (b"user_id,item_id,rating,timestamp,title\n1,\xe9,1,1,t\n", "UTF-8"),
+        (b"user_id,item_id,rating\n1,2,3\n", "no column 'timestamp'"),
+        (b"user_id,item_id,rating,timestamp\n1,2,3,4\n", "no column 'title'"),
+        (b"user_id,user_id,item_id,rating,timestamp\n1,1,2,3,4\n", "several columns"),
+    ],
+)
+def test_unreadable_csv_is_an_input_error(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.csv"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        read_tables(file, None, ColumnNames(rating="rating"))
+    assert "x.csv" in str(error.value)
+
+
+def test_unreadable_files_are_input_errors(tmp_path: Path) -> None:
+    broken, other = tmp_path / "x.parquet", tmp_path / "x.xlsx"
+    broken.write_bytes(b"no parquet")
+    other.write_bytes(b"")
+    columns = ColumnNames(rating="rating")
+    with pytest.raises(InputError, match=r"x\.parquet cannot be read as parquet"):
+        read_tables(broken, None, columns)
+    with pytest.raises(InputError, match=r"expected a \.csv"):
+        read_tables(other, None, columns)
+    with pytest.raises(InputError, match="does not exist"):
+        read_tables(tmp_path / "none.csv", None, columns)
+    with pytest.raises(InputError, match="neither the official ml-1m files nor"):
+        read_movielens_1m(tmp_path)
+
+
+def test_four_roles_need_four_columns(tmp_path: Path) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text("user_id,item_id,rating,timestamp,title\n1,2,3,4,t\n")
+    with pytest.raises(InputError, match="must be four columns"):
+        read_tables(file, None, ColumnNames(user="item_id", rating="rating"))
+
+
+def test_recbole_header_is_checked(tmp_path: Path) -> None:
+    write_raw(small_raw(), "recbole-1m", tmp_path)
+    file = tmp_path / "ml-1m.inter"
+    file.write_text(file.read_text().replace("rating:float", "stars:float"))
+    with pytest.raises(InputError, match=r"ml-1m\.inter has no column 'rating'"):
+        read_movielens_1m(tmp_path)
+
+
+def test_a_column_may_be_called_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.csv"
+    file.write_text("user_id,line,rating,timestamp,title\n1,Jubilee,5,1,Jubilee Line\n")
+    tables = read_tables(file, None, ColumnNames(item="line", rating="rating"))
+    assert tables.interactions["item_id"].tolist() == ["Jubilee"]
+    assert tables.interactions["_line"].tolist() == [2]
