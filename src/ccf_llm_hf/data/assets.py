@@ -175,6 +175,23 @@ def load_backbone_path(
     return name, revision or None
 
 
+def hub_id(name_or_path: str) -> str:
+    """The Hub id of a language-model asset, under which checkpoints record their backbone; any
+    other name is returned as it is."""
+    asset = ASSETS.get(name_or_path)
+    return asset.hub_id or name_or_path if asset else name_or_path
+
+
+def cached_backbone(name: str) -> str:
+    """The cached folder of the asset with this name or Hub id, else the name itself; never
+    downloads."""
+    for asset in ASSETS.values():
+        folder = cache_folder() / asset.name
+        if asset.hub_id and name in (asset.name, asset.hub_id) and _is_complete(asset, folder):
+            return str(folder)
+    return name
+
+
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Where assets are kept: the argument, else `$CCF_LLM_CACHE`, else `~/.cache/ccf_llm_hf`."""
     chosen = cache_dir or os.environ.get("CCF_LLM_CACHE") or "~/.cache/ccf_llm_hf"

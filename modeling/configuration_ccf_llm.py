@@ -1,0 +1,121 @@
+"""Configuration of CCF-LLM and the fingerprint that ties a CF table to its catalog."""
+
+import hashlib
+import json
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, PreTrainedConfig
+
+FUSION_ARMS = ("gate", "scalar_gate", "sum", "concat", "cf_only", "text_only")
+SCORE_HEADS = ("yes_minus_no", "yes_only")
+CHECKPOINT_FORMS = ("full", "slim")
+AUTO_MAP = {
+    "AutoConfig": "configuration_ccf_llm.CCFLLMConfig",
+    "AutoModel": "modeling_ccf_llm.CCFLLMForCTR",
+    "AutoModelForSequenceClassification": "modeling_ccf_llm.CCFLLMForCTR",
+    "AutoProcessor": "processing_ccf_llm.CCFLLMProcessor",
+}
+
+
+def ids_fingerprint(user_ids: list[str], item_ids: list[str]) -> str:
+    """Sha256 (hex) over the raw ids in table order; a CF table fits only the catalog it names."""
+    return hashlib.sha256(json.dumps([user_ids, item_ids]).encode()).hexdigest()
+
+
+class CCFLLMConfig(PreTrainedConfig):
+    """Everything that shapes a [`CCFLLMForCTR`]; all arguments are keyword-only.
+
+    Args:
+        text_config: the backbone's configuration (a `PreTrainedConfig` or its dict); default Llama.
+        fusion: how text and CF meet in an item slot, one of `FUSION_ARMS`. `gate` is the paper's.
+        cf_residual: add a learned scale times the CF model's own logit to the score (our choice).
+        score_head: `yes_minus_no` (our choice) or `yes_only` (CoLLM's).
+        cf_dim: width of a CF vector.
+        num_users, num_items: rows of the CF tables; the item table covers the whole catalog.
+        num_snapshots: snapshots in time that the CF tables hold; a saved checkpoint holds one.
+        num_title_tokens: total number of title tokens of the catalog.
+        alignment_multiplier: hidden width of ALG over `cf_dim` (our choice: 10).
+        slot_scale: RMS that a fresh ALG gives to its output; the backbone's token embeddings' RMS.
+        yes_token_id, no_token_id: the two answers in the backbone's vocabulary.
+        item_slot_token_id, user_slot_token_id: placeholders, past the backbone's vocabulary.
+        logit_temperature: `prob = sigmoid(logit / logit_temperature)`, fitted on validation.
+        cf_model: name of the CF model behind the tables.
+        ids_fingerprint: see [`ids_fingerprint`].
+        lora: `{r, lora_alpha, target_modules, use_rslora, lora_dropout}` or None.
+        backbone_name, backbone_revision, backbone_fingerprint: the weights it was trained on.
+        checkpoint_form: `full` (one self-contained model.safetensors) or `slim` (without backbone).
+
+    Raises:
+        ValueError: on an unknown `fusion`, `score_head` or `checkpoint_form`.
+    """
+
+    model_type = "ccf_llm"
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        *,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        fusion: str = "gate",
+        cf_residual: bool = False,
+        score_head: str = "yes_minus_no",
+        cf_dim: int = 32,
+        num_users: int = 0,
+        num_items: int = 0,
+        num_snapshots: int = 1,
+        num_title_tokens: int = 0,
+        alignment_multiplier: int = 10,
+        slot_scale: float = 1.0,
+        yes_token_id: int = 0,
+        no_token_id: int = 1,
+        item_slot_token_id: int | None = None,
+        user_slot_token_id: int | None = None,
+        logit_temperature: float = 1.0,
+        cf_model: str = "",
+        ids_fingerprint: str = "",
+        lora: dict[str, Any] | None = None,
+        backbone_name: str = "",
+        backbone_revision: str | None = None,
+        backbone_fingerprint: str = "",
+        checkpoint_form: str = "full",
+        **kwargs: Any,
+    ) -> None:
+        for value, allowed, name in (
+            (fusion, FUSION_ARMS, "fusion"),
+            (score_head, SCORE_HEADS, "score_head"),
+            (checkpoint_form, CHECKPOINT_FORMS, "checkpoint_form"),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}."
+                )
+        if not isinstance(text_config, PreTrainedConfig):
+            values = dict(text_config or {})
+            text_config = AutoConfig.for_model(values.pop("model_type", "llama"), **values)
+        self.text_config = text_config
+        self.fusion = fusion
+        self.cf_residual = cf_residual
+        self.score_head = score_head
+        self.cf_dim = cf_dim
+        self.num_users = num_users
+        self.num_items = num_items
+        self.num_snapshots = num_snapshots
+        self.num_title_tokens = num_title_tokens
+        self.alignment_multiplier = alignment_multiplier
+        self.slot_scale = slot_scale
+        self.yes_token_id = yes_token_id
+        self.no_token_id = no_token_id
+        self.item_slot_token_id = item_slot_token_id
+        self.user_slot_token_id = user_slot_token_id
+        self.logit_temperature = logit_temperature
+        self.cf_model = cf_model
+        self.ids_fingerprint = ids_fingerprint
+        self.lora = lora
+        self.backbone_name = backbone_name
+        self.backbone_revision = backbone_revision
+        self.backbone_fingerprint = backbone_fingerprint
+        self.checkpoint_form = checkpoint_form
+        super().__init__(**kwargs)
+
+
+__all__ = ["CCFLLMConfig"]

@@ -1,0 +1,440 @@
+"""CCF-LLM (Liu, Zhang, Dong, Fang, CIKM 2024) as transformers models, top to bottom.
+
+    c' = ALG(c)                       a CF vector mapped into the backbone's embedding space
+    s  = mean input embedding of the item's title tokens
+    g  = sigmoid(W [s ; c'] + b)      one weight per dimension
+    e  = g * s + (1 - g) * c'         the embedding of an item slot
+
+The authors published no code. Shapes of ALG and gate, the rescaling of the gate's inputs, the cold
+vectors and the user slot are our choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
+
+from .checkpoint_ccf_llm import CF_TENSORS, Adapter
+from .configuration_ccf_llm import CCFLLMConfig
+from .layout_ccf_llm import additive, block_mask, sliding_window
+from .loading_ccf_llm import CheckpointMixin
+from .packing_ccf_llm import IGNORED_LABEL
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    """Rescale the last dimension to unit root mean square."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-12)
+
+
+class AlignmentNetwork(nn.Module):
+    """ALG: maps a CF vector `(n, cf_dim)` to the backbone's space `(n, hidden_size)`.
+
+    Linear - GELU - Linear (our choice), at the scale of the backbone's token embeddings.
+    """
+
+    def __init__(self, config: CCFLLMConfig) -> None:
+        super().__init__()
+        hidden = config.cf_dim * config.alignment_multiplier
+        self.up = nn.Linear(config.cf_dim, hidden)
+        self.out = nn.Linear(hidden, config.text_config.hidden_size)
+        self.scale = config.slot_scale
+
+    def forward(self, cf: Tensor) -> Tensor:
+        return self.scale * self.out(F.gelu(self.up(cf)))
+
+
+class FusionGate(nn.Module):
+    """GATE: how much of each dimension comes from text, in (0, 1).
+
+    `(n, hidden_size)` for the paper's dimension-wise gate, `(n, 1)` for the scalar ablation. Both
+    inputs are rescaled to unit RMS first (our choice), so that neither modality wins by its scale.
+    """
+
+    def __init__(self, config: CCFLLMConfig) -> None:
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.linear = nn.Linear(2 * width, 1 if config.fusion == "scalar_gate" else width)
+
+    def forward(self, text: Tensor, aligned: Tensor) -> Tensor:
+        return torch.sigmoid(self.linear(torch.cat([unit_rms(text), unit_rms(aligned)], dim=-1)))
+
+
+class CFTable(nn.Module):
+    """Frozen CF vectors of users and items, in one or more snapshots in time.
+
+    Vectors enter ALG at unit RMS per dimension; `*_scale` holds that RMS per snapshot, because
+    snapshots of one CF model differ in scale.
+    """
+
+    offset: Tensor
+
+    def __init__(self, config: CCFLLMConfig) -> None:
+        super().__init__()
+        snapshots, dim = config.num_snapshots, config.cf_dim
+        users, items = config.num_users, config.num_items
+        self.register_buffer("user_vectors", torch.zeros(snapshots, users, dim))
+        self.register_buffer("item_vectors", torch.zeros(snapshots, items, dim))
+        self.register_buffer("user_known", torch.zeros(snapshots, users, dtype=torch.bool))
+        self.register_buffer("item_known", torch.zeros(snapshots, items, dtype=torch.bool))
+        self.register_buffer("default_user", torch.zeros(snapshots, dim))
+        self.register_buffer("default_item", torch.zeros(snapshots, dim))
+        self.register_buffer("offset", torch.zeros(snapshots))
+        self.register_buffer("snapshot_times", torch.zeros(snapshots, dtype=torch.long))
+        self.register_buffer("user_scale", torch.ones(snapshots, dim))
+        self.register_buffer("item_scale", torch.ones(snapshots, dim))
+
+    def fill(self, cf: Any) -> None:
+        """Take the tensors of a `CFEmbeddings` and measure their scales."""
+        for name in CF_TENSORS:
+            buffer = getattr(self, name)
+            buffer.copy_(torch.as_tensor(getattr(cf, name)).to(buffer.dtype))
+        for side in ("user", "item"):
+            known = getattr(self, f"{side}_known").unsqueeze(-1).float()
+            square = (getattr(self, f"{side}_vectors").pow(2) * known).sum(1)
+            rms = (square / known.sum(1).clamp(min=1)).sqrt()
+            getattr(self, f"{side}_scale").copy_(torch.where(rms > 1e-8, rms, 1.0))
+
+    def lookup(self, side: str, rows: Tensor, snapshots: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw vectors `(..., cf_dim)` and whether each is known; rows past the table are not."""
+        vectors, known = getattr(self, f"{side}_vectors"), getattr(self, f"{side}_known")
+        default = getattr(self, f"default_{side}")[snapshots]
+        size = vectors.shape[1]
+        if size == 0:
+            return default, torch.zeros_like(rows, dtype=torch.bool)
+        inside = rows.clamp(max=size - 1)
+        seen = known[snapshots, inside] & (rows < size)
+        return torch.where(seen.unsqueeze(-1), vectors[snapshots, inside], default), seen
+
+    def scaled(self, side: str, rows: Tensor, snapshots: Tensor) -> tuple[Tensor, Tensor]:
+        """As `lookup`, at the scale that ALG takes."""
+        vectors, seen = self.lookup(side, rows, snapshots)
+        return vectors / getattr(self, f"{side}_scale")[snapshots], seen
+
+    def logits(self, users: Tensor, items: Tensor, snapshots: Tensor) -> Tensor:
+        """The CF model's own logits; unknown users and items stand at their defaults."""
+        user, _ = self.lookup("user", users, snapshots)
+        item, _ = self.lookup("item", items, snapshots)
+        return (user * item).sum(-1) + self.offset[snapshots]
+
+
+class CCFLLMPreTrainedModel(PreTrainedModel):
+    config_class = CCFLLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules: list[str] = []  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["cf"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, AlignmentNetwork):
+            for linear in (module.up, module.out):
+                init.normal_(linear.weight, std=linear.in_features**-0.5)
+                init.zeros_(linear.bias)
+        elif isinstance(module, FusionGate):
+            init.normal_(module.linear.weight, std=0.1 * module.linear.in_features**-0.5)
+            init.zeros_(module.linear.bias)
+        elif isinstance(module, CFTable):
+            for name, buffer in module.named_buffers(recurse=False):
+                (init.ones_ if name.endswith("_scale") else init.zeros_)(buffer)
+        elif isinstance(module, CCFLLMModel):
+            init.normal_(module.cold_item, std=0.02)
+            init.normal_(module.cold_user, std=0.02)
+            init.zeros_(module.title_ids)
+            init.zeros_(module.title_lengths)
+        elif isinstance(module, CCFLLMForCTR):
+            init.zeros_(module.answer_weight)
+            init.ones_(module.residual_scale)
+
+
+class CCFLLMModel(CCFLLMPreTrainedModel):
+    """The backbone, reading hybrid prompts whose slots are filled by text and CF together."""
+
+    language_model: Any
+    title_ids: Tensor
+    title_lengths: Tensor
+
+    def __init__(self, config: CCFLLMConfig) -> None:
+        super().__init__(config)
+        width = config.text_config.hidden_size
+        self.language_model = (
+            AutoModel.from_config(config.text_config) if config.checkpoint_form == "full" else None
+        )
+        self.cf = CFTable(config)
+        self.item_alignment = AlignmentNetwork(config)
+        self.user_alignment = AlignmentNetwork(config)
+        self.gate = FusionGate(config) if config.fusion in ("gate", "scalar_gate") else None
+        self.cold_item = nn.Parameter(torch.zeros(width))
+        self.cold_user = nn.Parameter(torch.zeros(width))
+        self.register_buffer("title_ids", torch.zeros(config.num_title_tokens, dtype=torch.int32))
+        self.register_buffer("title_lengths", torch.zeros(config.num_items, dtype=torch.int32))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def text_embeddings(self, items: Tensor, new_titles: tuple[Tensor, Tensor] | None) -> Tensor:
+        """s: mean input embedding of each item's title, `(n,)` -> `(n, hidden_size)`.
+
+        Computed from the live embedding table, so it can never be stale. Rows past the catalog are
+        taken from `new_titles`; an item without a title gives zeros.
+        """
+        ids, lengths = self.title_ids.long(), self.title_lengths.long()
+        if new_titles is not None:
+            ids, lengths = torch.cat([ids, new_titles[0]]), torch.cat([lengths, new_titles[1]])
+        starts = lengths.cumsum(0) - lengths
+        counts = lengths[items]
+        owner = torch.repeat_interleave(torch.arange(len(items), device=items.device), counts)
+        within = torch.arange(len(owner), device=items.device) - (counts.cumsum(0) - counts)[owner]
+        words = self.get_input_embeddings()(ids[starts[items][owner] + within])
+        total = words.new_zeros(len(items), words.shape[-1]).index_add(0, owner, words)
+        return total / counts.clamp(min=1).unsqueeze(-1).to(total.dtype)
+
+    def aligned_items(self, items: Tensor, snapshots: Tensor) -> Tensor:
+        """c': aligned CF vectors of items, the cold-item vector where there is none."""
+        vectors, known = self.cf.scaled("item", items, snapshots)
+        cold = self.config.slot_scale * self.cold_item
+        return torch.where(known.unsqueeze(-1), self.item_alignment(vectors), cold)
+
+    def user_slots_embeddings(self, users: Tensor, snapshots: Tensor) -> Tensor:
+        """A user slot is the aligned CF vector alone: users have no text (our choice)."""
+        vectors, known = self.cf.scaled("user", users, snapshots)
+        cold = self.config.slot_scale * self.cold_user
+        return torch.where(known.unsqueeze(-1), self.user_alignment(vectors), cold)
+
+    def fuse(self, text: Tensor, aligned: Tensor) -> Tensor:
+        """e: the embedding of an item slot, from s and c', both `(n, hidden_size)`."""
+        if self.config.fusion in ("concat", "cf_only"):
+            return aligned
+        if self.config.fusion == "sum":
+            return text + aligned
+        assert self.gate is not None  # text_only has no slots to fuse
+        gate = self.gate(text, aligned)
+        return gate * text + (1 - gate) * aligned
+
+    def fill_slots(
+        self,
+        embeddings: Tensor,
+        item_slots: Tensor,
+        user_slots: Tensor,
+        snapshots: Tensor,
+        new_titles: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Put fused vectors where the prompt has slots; `(rows, length, hidden_size)`."""
+        row, column = (item_slots >= 0).nonzero(as_tuple=True)
+        if len(row):
+            pairs, place = torch.unique(
+                torch.stack([item_slots[row, column], snapshots[row]]), dim=1, return_inverse=True
+            )
+            text = self.text_embeddings(pairs[0], new_titles).to(self.cold_item.dtype)
+            fused = self.fuse(text, self.aligned_items(pairs[0], pairs[1]))
+            embeddings = embeddings.index_put((row, column), fused[place].to(embeddings.dtype))
+        row, column = (user_slots >= 0).nonzero(as_tuple=True)
+        if len(row):
+            users = self.user_slots_embeddings(user_slots[row, column], snapshots[row])
+            embeddings = embeddings.index_put((row, column), users.to(embeddings.dtype))
+        return embeddings
+
+    def check_slots(self, input_ids: Tensor, item_slots: Tensor, user_slots: Tensor) -> Tensor:
+        """Where slots stand; raises when tokens and slots disagree or the arm has no slots."""
+        for kind, slots in (("item", item_slots), ("user", user_slots)):
+            token = getattr(self.config, f"{kind}_slot_token_id")
+            if not torch.equal(input_ids == token, slots >= 0):
+                found, filled = int((input_ids == token).sum()), int((slots >= 0).sum())
+                raise ValueError(
+                    f"The prompt has {found} {kind} slot tokens but {filled} {kind} slots to fill: "
+                    "build the batch with the processor saved beside this model."
+                )
+        slots = (item_slots >= 0) | (user_slots >= 0)
+        if self.config.fusion == "text_only" and bool(slots.any()):
+            raise ValueError(
+                "This model is text_only but the prompt has slots: "
+                "use formats 'title' in the processor."
+            )
+        return slots
+
+    def attention_masks(self, mask: Tensor, position_ids: Tensor, dtype: torch.dtype) -> Any:
+        """The block mask in the form the backbone takes; sliding windows count in positions."""
+        text = self.config.text_config
+        window = getattr(text, "sliding_window", None)
+        kinds = set(getattr(text, "layer_types", None) or [])
+        if (
+            not window
+            or kinds == {"full_attention"}
+            or getattr(text, "use_sliding_window", 1) is False
+        ):
+            return additive(mask, dtype)
+        narrow = additive(sliding_window(mask, position_ids, window), dtype)
+        if not kinds:
+            return narrow
+        return {"full_attention": additive(mask, dtype), "sliding_attention": narrow}
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        sequence_ids: Tensor,
+        block_ids: Tensor,
+        history_depths: Tensor,
+        item_slots: Tensor,
+        user_slots: Tensor,
+        snapshots: Tensor | None = None,
+        new_title_ids: Tensor | None = None,
+        new_title_lengths: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        """Hidden states `(rows, length, hidden_size)` of packed rows, made by the processor."""
+        slots = self.check_slots(input_ids, item_slots, user_slots)
+        embeddings = self.get_input_embeddings()(input_ids.masked_fill(slots, 0))
+        if snapshots is None:
+            snapshots = input_ids.new_full((input_ids.shape[0],), -1)
+        snapshots = snapshots % self.cf.offset.shape[0]
+        new = None
+        if new_title_ids is not None:
+            assert new_title_lengths is not None  # the processor writes both or neither
+            new = (new_title_ids, new_title_lengths)
+        embeddings = self.fill_slots(embeddings, item_slots, user_slots, snapshots, new)
+        mask = block_mask(sequence_ids, block_ids, history_depths)
+        outputs = self.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=self.attention_masks(mask, position_ids, embeddings.dtype),
+            position_ids=position_ids,
+            use_cache=False,
+            **kwargs,
+        )
+        return BaseModelOutput(last_hidden_state=outputs.last_hidden_state)
+
+
+@dataclass
+class CTROutput(ModelOutput):
+    """`loss` scalar (with labels) and `logits` `(batch, num_candidates)`; padded ones are 0."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
+    """Will the user like the candidate? `logit = h_last . (w_Yes - w_No)`, trained with BCE.
+
+    Only these two rows of the language-model head are kept and multiplied.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: CCFLLMConfig) -> None:
+        super().__init__(config)
+        self.model = CCFLLMModel(config)
+        self.answer_weight = nn.Parameter(torch.zeros(2, config.text_config.hidden_size))
+        self.residual_scale = nn.Parameter(torch.ones(()))
+        self._adapter: Adapter = {}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> None:
+        """None: two rows of the head are all there is."""
+
+    def forward(
+        self,
+        answer_rows: Tensor,
+        answer_positions: Tensor,
+        candidate_items: Tensor,
+        candidate_mask: Tensor,
+        candidate_users: Tensor,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
+    ) -> CTROutput | tuple[Tensor, ...]:
+        """Score the candidates of a batch made by [`CCFLLMProcessor`].
+
+        Args:
+            answer_rows, answer_positions: `(batch, num_candidates)`, where each answer is read.
+            candidate_items, candidate_users: CF table rows, for `cf_residual`.
+            candidate_mask: `(batch, num_candidates)` bool, False where padded.
+            labels: `(batch, num_candidates)` 0/1, -100 where padded.
+            num_items_in_batch: labels of the whole optimizer step; the loss is then the sum over
+                this batch divided by it, else the mean.
+        """
+        hidden = self.model(**inputs).last_hidden_state[answer_rows, answer_positions]
+        answers = self.answer_weight.to(hidden.dtype)
+        direction = answers[0] if self.config.score_head == "yes_only" else answers[0] - answers[1]
+        logits = (hidden @ direction).float()
+        if self.config.cf_residual:
+            snapshots = inputs.get("snapshots")
+            last = self.model.cf.offset.shape[0] - 1
+            when = (
+                snapshots[answer_rows] % (last + 1)
+                if snapshots is not None
+                else answer_rows * 0 + last
+            )
+            users = candidate_users[:, None].expand_as(candidate_items)
+            logits = logits + self.residual_scale * self.model.cf.logits(
+                users, candidate_items, when
+            )
+        logits = logits.masked_fill(~candidate_mask, 0.0)
+        loss = None if labels is None else self.bce(logits, labels, num_items_in_batch)
+        output = CTROutput(loss=loss, logits=logits)
+        return output if return_dict is not False else output.to_tuple()
+
+    @staticmethod
+    def bce(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+        """Binary cross-entropy over labels other than -100: mean, or sum / `num_items`."""
+        valid = labels != IGNORED_LABEL
+        total = F.binary_cross_entropy_with_logits(
+            logits[valid], labels[valid].to(logits.dtype), reduction="sum"
+        )
+        return total / (num_items if num_items is not None else valid.sum().clamp(min=1))
+
+    @torch.no_grad()
+    def item_gates(self, items: Tensor, snapshot: int = -1) -> Tensor:
+        """Share taken from text per dimension, `(n,)` -> `(n, hidden_size)`; it depends on the item
+        alone. Arms without a gate give their constant: 1 text only, 0 CF only, 0.5 sum."""
+        fusion, width = self.config.fusion, self.config.text_config.hidden_size
+        if self.model.gate is None:
+            share = {"text_only": 1.0, "sum": 0.5}.get(fusion, 0.0)
+            return torch.full((len(items), width), share, device=items.device)
+        snapshots = torch.full_like(items, snapshot) % self.model.cf.offset.shape[0]
+        text = self.model.text_embeddings(items, None).to(self.model.cold_item.dtype)
+        gate = self.model.gate(text, self.model.aligned_items(items, snapshots))
+        return gate.expand(-1, width)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Calibrated probabilities: `sigmoid(logits / logit_temperature)`."""
+        return torch.sigmoid(logits / self.config.logit_temperature)
+
+    def lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Named LoRA parameters that PEFT injected into the backbone."""
+        return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
+
+    def fusion_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Named parameters of ALG, gate, cold vectors and, with `cf_residual`, its scale."""
+        skip = {"answer_weight"} if self.config.cf_residual else {"answer_weight", "residual_scale"}
+        return [
+            (name, p)
+            for name, p in self.named_parameters()
+            if not name.startswith("model.language_model.") and name not in skip
+        ]
+
+
+CCFLLMConfig.register_for_auto_class()
+CCFLLMForCTR.register_for_auto_class("AutoModel")
+
+__all__ = ["CCFLLMForCTR", "CCFLLMModel"]

@@ -1,0 +1,130 @@
+"""Runs of tokens, rows of runs, batches of rows: the bookkeeping behind the processor."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NO_SLOT = -1
+IGNORED_LABEL = -100.0
+
+
+class Span:
+    """A run of tokens with the slots among them."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.items: list[int] = []
+        self.users: list[int] = []
+
+    def add(self, ids: list[int], item: int = NO_SLOT, user: int = NO_SLOT) -> "Span":
+        self.ids += ids
+        self.items += [item] * len(ids)
+        self.users += [user] * len(ids)
+        return self
+
+
+class NewTitles:
+    """Titles outside the catalog that one batch mentions; their slots count on past the table."""
+
+    def __init__(self, num_items: int) -> None:
+        self.num_items = num_items
+        self.rows: dict[str, int] = {}
+
+    def add(self, title: str) -> int:
+        return self.rows.setdefault(title, self.num_items + len(self.rows))
+
+
+TOKEN_FIELDS = {  # name -> padding value
+    "input_ids": 0,
+    "position_ids": 0,
+    "sequence_ids": -1,
+    "block_ids": 0,
+    "history_depths": 0,
+    "item_slots": NO_SLOT,
+    "user_slots": NO_SLOT,
+}
+
+
+class Pack:
+    """Collects rows of tokens and, per sample, where its candidates' answers are read."""
+
+    def __init__(self, num_items: int, snapshots: bool) -> None:
+        self.new = NewTitles(num_items)
+        self.rows: list[dict[str, list[int]]] = []
+        self.answers: list[list[tuple[int, int, int]]] = []  # per sample: (row, position, item)
+        self.users: list[int] = []
+        self.labels: list[list[float]] = []
+        self.snapshots: list[int] | None = [] if snapshots else None
+
+    def start_sample(self, user: int, snapshot: int | None) -> None:
+        self.answers.append([])
+        self.users.append(user)
+        self.snapshot = -1 if snapshot is None else int(snapshot)
+
+    def end_sample(self, labels: list[Any] | None) -> None:
+        if labels is not None:
+            self.labels.append([float(label) for label in labels])
+
+    def add_row(
+        self, prefix: Span, history: list[Span], blocks: list[tuple[int, Span]], lengths: list[int]
+    ) -> None:
+        row: dict[str, list[int]] = {name: [] for name in TOKEN_FIELDS}
+        ends = [len(prefix.ids)]  # ends[i]: position after the i-th history item
+        self._extend(row, prefix, start=0, block=0, depth=0)
+        for depth, span in enumerate(history, start=1):
+            self._extend(row, span, start=ends[-1], block=0, depth=depth)
+            ends.append(ends[-1] + len(span.ids))
+        for block, ((item, span), length) in enumerate(zip(blocks, lengths, strict=True), start=1):
+            self._extend(row, span, start=ends[length], block=block, depth=length)
+            self.answers[-1].append((len(self.rows), len(row["input_ids"]) - 1, item))
+        self.rows.append(row)
+        if self.snapshots is not None:
+            self.snapshots.append(self.snapshot)
+
+    @staticmethod
+    def _extend(row: dict[str, list[int]], span: Span, start: int, block: int, depth: int) -> None:
+        count = len(span.ids)
+        row["input_ids"] += span.ids
+        row["position_ids"] += range(start, start + count)
+        row["sequence_ids"] += [0] * count
+        row["block_ids"] += [block] * count
+        row["history_depths"] += [depth] * count
+        row["item_slots"] += span.items
+        row["user_slots"] += span.users
+
+    def tensors(self, tokenize: Callable[[str], list[int]]) -> dict[str, Tensor]:
+        """The batch; `tokenize` writes the titles of new items."""
+        length = max(len(row["input_ids"]) for row in self.rows)
+        batch = {
+            name: torch.tensor([row[name] + [pad] * (length - len(row[name])) for row in self.rows])
+            for name, pad in TOKEN_FIELDS.items()
+        }
+        width = max(len(answers) for answers in self.answers)
+        for field, name in enumerate(("answer_rows", "answer_positions", "candidate_items")):
+            batch[name] = torch.tensor(
+                [
+                    [a[field] for a in answers] + [0] * (width - len(answers))
+                    for answers in self.answers
+                ]
+            )
+        counts = torch.tensor([len(answers) for answers in self.answers])
+        batch["candidate_mask"] = torch.arange(width)[None, :] < counts[:, None]
+        batch["candidate_users"] = torch.tensor(self.users)
+        if self.labels:
+            batch["labels"] = torch.tensor(
+                [labels + [IGNORED_LABEL] * (width - len(labels)) for labels in self.labels]
+            )
+        if self.snapshots is not None:
+            batch["snapshots"] = torch.tensor(self.snapshots)
+        if self.new.rows:
+            titles = [tokenize(title) if title else [] for title in self.new.rows]
+            batch["new_title_ids"] = torch.tensor(
+                [i for ids in titles for i in ids], dtype=torch.long
+            )
+            batch["new_title_lengths"] = torch.tensor([len(ids) for ids in titles])
+        return batch
+
+
+__all__ = ["NewTitles", "Pack", "Span"]

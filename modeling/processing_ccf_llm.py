@@ -1,0 +1,434 @@
+"""The hybrid prompt: raw users, items and titles in, token ids, slots and layout tensors out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
+
+from .checkpoint_ccf_llm import (
+    CATALOG_FILE,
+    HUB_ARGUMENTS,
+    USERS_FILE,
+    copy_code,
+    find_file,
+    read_ids,
+    write_ids,
+    write_json,
+)
+from .configuration_ccf_llm import AUTO_MAP, ids_fingerprint
+from .layout_ccf_llm import window_start
+from .packing_ccf_llm import TOKEN_FIELDS, NewTitles, Pack, Span
+
+logger = logging.get_logger(__name__)
+
+ITEM_SLOT = "<|ccf_item|>"
+USER_SLOT = "<|ccf_user|>"
+LAYOUTS = ("shared_prefix", "question_last")
+ITEM_FORMATS = ("title_slot", "slot", "title")
+PROCESSOR_FILE = "processor_config.json"
+
+# Templates are data (our choice of words); `{user}` and `{item}` mark where slots or titles go. A
+# title needs separators that a slot can do without, so each has its own template.
+TEMPLATES: dict[str, dict[str, str]] = {
+    "shared_prefix": {
+        "prefix": (
+            "Given what user{user} liked, will they like the next one? Answer Yes or No.\nLiked:"
+        ),
+        "history_slot": "{item}",
+        "history_title": "\n{item}",
+        "candidate_slot": "{item}?",
+        "candidate_title": "\nNext: {item}?",
+    },
+    "question_last": {
+        "prefix": "#Question: A user{user} has given high ratings to the following items:",
+        "history_slot": "{item}",
+        "history_title": " {item},",
+        "candidate_slot": ' Will the user enjoy {item}? Answer with "Yes" or "No".\n#Answer:',
+        "candidate_title": ' Will the user enjoy {item}? Answer with "Yes" or "No".\n#Answer:',
+    },
+}
+
+Item = str | int | dict[str, Any]
+
+
+def check_catalog(path: str, hub: dict[str, Any], fingerprint: str) -> None:
+    """Refuse CF tables beside another catalog than theirs, at load instead of by an IndexError.
+
+    Raises:
+        OSError: naming the files, when they are there and do not match `fingerprint`.
+    """
+    items = find_file(path, CATALOG_FILE, hub, required=False)
+    users = find_file(path, USERS_FILE, hub, required=False)
+    if not items or not users or not fingerprint:
+        return
+    found = ids_fingerprint(
+        [row["id"] for row in read_ids(users)], [row["id"] for row in read_ids(items)]
+    )
+    if found != fingerprint:
+        raise OSError(
+            f"{items} or {users} is not the catalog that this checkpoint was saved with: "
+            "restore the files of one checkpoint."
+        )
+
+
+class CCFLLMProcessor(ProcessorMixin):
+    """Writes hybrid prompts and packs them.
+
+    Args:
+        tokenizer: the backbone's; two slot tokens are added past its vocabulary.
+        item_ids, item_titles, user_ids: the catalog in CF table order (raw ids as strings).
+        layout: `shared_prefix` (ours, default) or `question_last` (the papers').
+        history_format, candidate_format: how an item is rendered: `slot`, `title_slot`, or `title`
+            (text only). With `title` for both, the user slot is left out too.
+        history_window: `(H, S)`, see [`layout_ccf_llm.window_start`].
+        templates: replaces entries of `TEMPLATES[layout]`.
+
+    Raises:
+        ValueError: on an unknown layout, format or template, or duplicate ids.
+    """
+
+    attributes = ["tokenizer"]  # noqa: RUF012
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        item_ids: list[str] | None = None,
+        item_titles: list[str] | None = None,
+        user_ids: list[str] | None = None,
+        layout: str = "shared_prefix",
+        history_format: str = "slot",
+        candidate_format: str = "slot",
+        history_window: tuple[int, int] = (20, 16),
+        templates: dict[str, str] | None = None,
+    ) -> None:
+        for value, allowed, name in (
+            (layout, LAYOUTS, "layout"),
+            (history_format, ITEM_FORMATS, "history_format"),
+            (candidate_format, ITEM_FORMATS, "candidate_format"),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}."
+                )
+        if unknown := set(templates or {}) - set(TEMPLATES[layout]):
+            raise ValueError(
+                f"templates has unknown entry {min(unknown)!r}: use {', '.join(TEMPLATES[layout])}."
+            )
+        if history_window[0] < 0 or history_window[1] < 1:
+            raise ValueError(f"history_window={history_window} needs H >= 0 and S >= 1.")
+        self.chat_template = None
+        self.tokenizer = tokenizer
+        tokenizer.add_tokens([ITEM_SLOT, USER_SLOT], special_tokens=True)
+        slots = tokenizer.convert_tokens_to_ids([ITEM_SLOT, USER_SLOT])
+        assert isinstance(slots, list)
+        self.item_slot_token_id, self.user_slot_token_id = slots
+        self.layout, self.history_window = layout, (history_window[0], history_window[1])
+        self.history_format, self.candidate_format = history_format, candidate_format
+        self.templates = {**TEMPLATES[layout], **(templates or {})}
+        self._set_catalog(item_ids or [], item_titles or [], user_ids or [])
+        self._pieces: dict[str, list[int]] = {}
+        self._warned: set[str] = set()
+        self._check_templates()
+
+    @classmethod
+    def from_catalog(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        item_ids: list[str],
+        item_titles: list[str],
+        user_ids: list[str],
+        **prompt: Any,
+    ) -> "CCFLLMProcessor":
+        """A processor for a catalog; `prompt` are the other arguments of the class."""
+        return cls(tokenizer, item_ids, item_titles, user_ids, **prompt)
+
+    def _set_catalog(
+        self, item_ids: list[str], item_titles: list[str], user_ids: list[str]
+    ) -> None:
+        if len(item_ids) != len(item_titles):
+            raise ValueError(
+                f"{len(item_ids)} item ids but {len(item_titles)} titles: give one each."
+            )
+        self.item_ids, self.item_titles, self.user_ids = item_ids, item_titles, user_ids
+        self.item_index = {item: row for row, item in enumerate(item_ids)}
+        self.user_index = {user: row for row, user in enumerate(user_ids)}
+        if len(self.item_index) < len(item_ids) or len(self.user_index) < len(user_ids):
+            raise ValueError("The catalog names an id twice: give each user and item one row.")
+        self.title_index: dict[str, int] = {}
+        for row, title in enumerate(item_titles):
+            self.title_index.setdefault(title, row)
+
+    def _check_templates(self) -> None:
+        for name, template in self.templates.items():
+            slot = "{user}" if name == "prefix" else "{item}"
+            wanted = template.count(slot) == 1 or (name == "prefix" and template.count(slot) == 0)
+            if not wanted:
+                raise ValueError(
+                    f"Template {name!r} must contain {slot} exactly once: {template!r}."
+                )
+
+    @property
+    def ids_fingerprint(self) -> str:
+        """Ties this catalog to the CF tables of a model."""
+        return ids_fingerprint(self.user_ids, self.item_ids)
+
+    @property
+    def uses_slots(self) -> bool:
+        """Whether any slot is written, that is, whether the prompt is hybrid."""
+        return (self.history_format, self.candidate_format) != ("title", "title")
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Names of the tensors that every call returns."""
+        return [
+            *TOKEN_FIELDS,
+            "answer_rows",
+            "answer_positions",
+            "candidate_items",
+            "candidate_mask",
+            "candidate_users",
+        ]
+
+    def item_title_ids(self) -> list[list[int]]:
+        """Token ids of every catalog title, in table order; the text that a gate sees."""
+        return [self._tokens(title) for title in self.item_titles]
+
+    def answer_token_ids(self) -> tuple[int, int]:
+        """Ids of " Yes" and " No".
+
+        Raises:
+            ValueError: when the tokenizer splits them.
+        """
+        yes, no = (self._tokens(word) for word in (" Yes", " No"))
+        if len(yes) != 1 or len(no) != 1:
+            raise ValueError(
+                "This tokenizer splits ' Yes' or ' No' into pieces: use another backbone."
+            )
+        return yes[0], no[0]
+
+    def resolve_item(self, item: Item) -> tuple[int | None, str]:
+        """Catalog row (None when new) and title of an item given by id, title, or both.
+
+        A dict may hold `id` and `title`. A bare value is looked up as id, then as title, else taken
+        as the title of a new item, which has text but no CF vector.
+        """
+        if isinstance(item, dict):
+            raw, title = item.get("id"), item.get("title")
+            if raw is None and title is None:
+                raise ValueError(f"Item {item!r} has neither id nor title: give at least one.")
+            row = self.item_index.get(str(raw)) if raw is not None else None
+            row = self.title_index.get(title) if row is None and title else row
+            return row, (title or "") if row is None else self.item_titles[row]
+        key = str(item)
+        row = self.item_index.get(key, self.title_index.get(key))
+        if row is not None:
+            return row, self.item_titles[row]
+        if key not in self._warned:
+            self._warned.add(key)
+            logger.warning("Item %r is no id or title of the catalog: taken as a new title.", key)
+        return None, key
+
+    def resolve_user(self, user: str | int | None) -> int:
+        """CF table row of a user; `len(user_ids)`, the cold row, for an unknown one."""
+        return self.user_index.get(str(user), len(self.user_ids))
+
+    def _tokens(self, text: str) -> list[int]:
+        """Token ids of literal text: a title that spells a special token stays text."""
+        if text not in self._pieces:
+            self._pieces[text] = self.tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True
+            )["input_ids"]
+        return self._pieces[text]
+
+    def _prefix(self, user: int) -> Span:
+        span = Span()
+        before, slot, after = self.templates["prefix"].partition("{user}")
+        span.add(self._tokens(before) if before else [])
+        if slot and self.uses_slots:
+            span.add([self.user_slot_token_id], user=user)
+        return span.add(self._tokens(after) if after else [])
+
+    def _item(self, kind: str, row: int, title: str) -> Span:
+        """One rendered item; `row` is its slot index (catalog row, or past it when new)."""
+        form = self.history_format if kind == "history" else self.candidate_format
+        template = self.templates[f"{kind}_{'slot' if form == 'slot' else 'title'}"]
+        before, _, after = template.partition("{item}")
+        words = before + title + ("" if form == "title_slot" else after)
+        span = Span()
+        span.add(self._tokens(before if form == "slot" else words) if words else [])
+        if form != "title":
+            span.add([self.item_slot_token_id], item=row)
+            span.add(self._tokens(after) if after else [])
+        return span
+
+    def count_tokens(self, group: Any) -> int:
+        """Tokens that a group (`history`, `candidates`) takes in the shared-prefix layout; in the
+        question-last layout, tokens of all its rows together."""
+        new = NewTitles(len(self.item_ids))
+        history = sum(len(self._item("history", *self._slot(i, new)).ids) for i in group.history)
+        blocks = [len(self._item("candidate", *self._slot(i, new)).ids) for i in group.candidates]
+        shared = len(self._prefix(0).ids) + history
+        return sum(blocks) + shared * (1 if self.layout == "shared_prefix" else len(blocks))
+
+    def _slot(self, item: Item, new: NewTitles) -> tuple[int, str]:
+        row, title = self.resolve_item(item)
+        return (row if row is not None else new.add(title)), title
+
+    def __call__(
+        self,
+        user: Any = None,
+        history: list[Any] | None = None,
+        candidates: list[Any] | None = None,
+        history_lengths: list[Any] | None = None,
+        labels: list[Any] | None = None,
+        snapshot: Any = None,
+        return_tensors: str = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Hybrid prompts for one user, or for a batch when `candidates` is a list of lists.
+
+        Args:
+            user: raw id(s); unknown or None goes to the cold-user vector.
+            history: earlier items, oldest first. Without `history_lengths` the anchored window is
+                cut here; with them the history is taken as it stands.
+            candidates: items to score (id, title, or `{"id", "title"}`).
+            history_lengths: how many of `history` each candidate may see; default all.
+            labels: 0/1 per candidate.
+            snapshot: CF snapshot(s); default the model's last.
+
+        Returns:
+            Tensors `(rows, length)` per token, and `answer_rows`, `answer_positions`,
+            `candidate_items`, `candidate_mask`, `labels` `(batch, num_candidates)`.
+
+        Raises:
+            ValueError: on missing candidates or lists whose lengths differ.
+        """
+        if return_tensors != "pt" or kwargs:
+            raise ValueError(
+                f"return_tensors must be 'pt' and {sorted(kwargs)} are unknown arguments."
+            )
+        if not candidates:
+            raise ValueError("candidates is empty: give at least one item to score.")
+        batched = isinstance(candidates[0], (list, tuple))
+        size = len(candidates) if batched else 1
+        fields = {
+            "user": user,
+            "history": history,
+            "candidates": candidates,
+            "history_lengths": history_lengths,
+            "labels": labels,
+            "snapshot": snapshot,
+        }
+        columns = {
+            name: (value if batched else [value]) if value is not None else [None] * size
+            for name, value in fields.items()
+        }
+        for name, values in columns.items():
+            if len(values) != size:
+                raise ValueError(f"{name} has {len(values)} entries but candidates has {size}.")
+        pack = Pack(len(self.item_ids), snapshots=snapshot is not None)
+        for index in range(size):
+            self._write_sample(pack, {name: values[index] for name, values in columns.items()})
+        return BatchFeature(pack.tensors(self._tokens))
+
+    def _write_sample(self, pack: Pack, sample: dict[str, Any]) -> None:
+        history, candidates = list(sample["history"] or []), list(sample["candidates"])
+        lengths, labels = sample["history_lengths"], sample["labels"]
+        if lengths is None:
+            history = history[window_start(len(history), self.history_window) :]
+            lengths = [len(history)] * len(candidates)
+        for name, values in (("history_lengths", lengths), ("labels", labels)):
+            if values is not None and len(values) != len(candidates):
+                raise ValueError(
+                    f"{name} has {len(values)} values for {len(candidates)} candidates."
+                )
+        if max(lengths, default=0) > len(history):
+            raise ValueError(f"history_lengths exceeds the history's {len(history)} items.")
+        user = self.resolve_user(sample["user"])
+        prefix = self._prefix(user)
+        shown = [self._item("history", *self._slot(item, pack.new)) for item in history]
+        blocks = []
+        for item in candidates:
+            slot = self._slot(item, pack.new)
+            blocks.append((slot[0], self._item("candidate", *slot)))
+        pack.start_sample(user, sample["snapshot"])
+        if self.layout == "shared_prefix":
+            pack.add_row(prefix, shown, blocks, lengths)
+        else:
+            for block, length in zip(blocks, lengths, strict=True):
+                pack.add_row(prefix, shown[:length], [block], [length])
+        pack.end_sample(labels)
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, **kwargs: Any
+    ) -> list[str]:
+        """Write tokenizer, settings, catalog and the code; returns the files written."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = list(self.tokenizer.save_pretrained(folder))
+        items = zip(self.item_ids, self.item_titles, strict=True)
+        write_ids(folder / CATALOG_FILE, [{"id": item, "title": title} for item, title in items])
+        write_ids(folder / USERS_FILE, [{"id": user} for user in self.user_ids])
+        write_json(folder / PROCESSOR_FILE, self.to_dict())
+        copy_code(folder)
+        return [
+            *files,
+            *(str(folder / name) for name in (CATALOG_FILE, USERS_FILE, PROCESSOR_FILE)),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings as saved in processor_config.json (the catalog has files of its own)."""
+        return {
+            "processor_class": type(self).__name__,
+            "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
+            "layout": self.layout,
+            "history_format": self.history_format,
+            "candidate_format": self.candidate_format,
+            "history_window": list(self.history_window),
+            "templates": self.templates,
+            "ids_fingerprint": self.ids_fingerprint,
+        }
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
+    ) -> "CCFLLMProcessor":
+        """Load a processor from a folder or a Hub repo.
+
+        Raises:
+            OSError: naming a missing file.
+            ValueError: when the catalog is not the one the settings were saved with.
+        """
+        path = str(pretrained_model_name_or_path)
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        settings_file = find_file(path, PROCESSOR_FILE, hub)
+        catalog_file, users_file = (
+            find_file(path, CATALOG_FILE, hub),
+            find_file(path, USERS_FILE, hub),
+        )
+        settings = json.loads(Path(str(settings_file)).read_text(encoding="utf-8"))
+        catalog = read_ids(str(catalog_file))
+        processor = cls(
+            AutoTokenizer.from_pretrained(path, **hub),
+            [row["id"] for row in catalog],
+            [str(row.get("title") or "") for row in catalog],
+            [row["id"] for row in read_ids(str(users_file))],
+            **{
+                name: settings[name]
+                for name in (
+                    "layout",
+                    "history_format",
+                    "candidate_format",
+                    "history_window",
+                    "templates",
+                )
+            },
+        )
+        check_catalog(path, hub, settings["ids_fingerprint"])
+        return processor
+
+
+__all__ = ["CCFLLMProcessor"]

@@ -1,0 +1,208 @@
+"""Tiny backbones, a tiny tokenizer and a tiny catalog: whole-model invariants in seconds."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
+from ccf_llm_hf.cf.embeddings import CFEmbeddings
+
+TITLES = [
+    "Toy Story (1995)",
+    "Heat (1995)",
+    "Se7en (1995)",
+    "Ed Wood {item} (1994)",
+    "<|im_end|> the Movie",
+    "",
+    "Amélie (2001)",
+    "Alien (1979)",
+]
+BACKBONES = ("llama", "qwen2", "gemma3", "gpt2")
+BuildModel = Callable[..., tuple[CCFLLMForCTR, CCFLLMProcessor]]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    corpus = [*TITLES, "Answer Yes or No. Liked: Yes No Yes No will they like the next one?"] * 20
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+
+
+def tiny_config(kind: str, vocab_size: int) -> PreTrainedConfig:
+    shared = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    if kind == "llama":
+        return LlamaConfig(**shared)
+    if kind == "qwen2":
+        return Qwen2Config(**shared)
+    if kind == "gemma3":
+        layers = ["sliding_attention", "full_attention", "sliding_attention"]
+        return Gemma3TextConfig(**shared, head_dim=8, sliding_window=12, layer_types=layers)
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=256,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def backbone_folder(
+    tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Folder of a tiny random causal language model of one family, with the tokenizer."""
+    made: dict[str, Path] = {}
+
+    def build(kind: str = "llama") -> Path:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(tiny_config(kind, len(tokenizer)))
+            for weight in model.parameters():
+                if weight.ndim == 2:
+                    torch.nn.init.normal_(weight, std=0.15)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[kind] = folder
+        return made[kind]
+
+    return build
+
+
+@pytest.fixture
+def cf() -> CFEmbeddings:
+    """Two snapshots; the last item and the last user are unknown in both."""
+    generator = torch.Generator().manual_seed(1)
+    users, items, dim = 5, len(TITLES), 6
+    user_known = torch.ones(2, users, dtype=torch.bool)
+    item_known = torch.ones(2, items, dtype=torch.bool)
+    user_known[:, -1] = False
+    item_known[:, -1] = False
+    item_known[0, 2] = False
+    return CFEmbeddings(
+        user_ids=[f"u{row}" for row in range(users)],
+        item_ids=[f"i{row}" for row in range(items)],
+        item_titles=list(TITLES),
+        user_vectors=torch.randn(2, users, dim, generator=generator),
+        item_vectors=torch.randn(2, items, dim, generator=generator) * 3,
+        user_known=user_known,
+        item_known=item_known,
+        default_user=torch.randn(2, dim, generator=generator),
+        default_item=torch.randn(2, dim, generator=generator),
+        offset=torch.randn(2, generator=generator),
+        snapshot_times=torch.tensor([0, 100]),
+        model_name="mf",
+        metadata={},
+    )
+
+
+@pytest.fixture
+def build(
+    backbone_folder: Callable[[str], Path], cf: CFEmbeddings, tokenizer: PreTrainedTokenizerFast
+) -> BuildModel:
+    """A tiny model and its processor for a fusion arm, layout and backbone."""
+
+    def make(
+        fusion: str = "gate",
+        layout: str = "shared_prefix",
+        backbone: str = "llama",
+        lora: bool = False,
+        attn: str | None = None,
+        **settings: object,
+    ) -> tuple[CCFLLMForCTR, CCFLLMProcessor]:
+        forms = {"text_only": "title", "concat": "title_slot"}.get(fusion, "slot")
+        processor = CCFLLMProcessor.from_catalog(
+            tokenizer,
+            cf.item_ids,
+            cf.item_titles,
+            cf.user_ids,
+            layout=layout,
+            history_format=forms,
+            candidate_format=forms,
+        )
+        yes, no = processor.answer_token_ids()
+        torch.manual_seed(2)
+        model = CCFLLMForCTR.from_backbone(
+            str(backbone_folder(backbone)),
+            backbone_name="tiny",
+            fusion=fusion,
+            cf=cf,
+            item_title_ids=processor.item_title_ids(),
+            yes_token_id=yes,
+            no_token_id=no,
+            item_slot_token_id=processor.item_slot_token_id,
+            user_slot_token_id=processor.user_slot_token_id,
+            attn_implementation=attn,
+            **settings,
+        )
+        if lora:
+            inject_lora(model)
+        return model.eval(), processor
+
+    return make
+
+
+def inject_lora(model: CCFLLMForCTR) -> None:
+    """Inject LoRA with random, non-zero weights into every attention projection."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    modules = {name.rsplit(".", 1)[-1] for name, _ in model.language_model.named_modules()}
+    targets = [name for name in ("q_proj", "v_proj", "c_attn", "c_proj") if name in modules]
+    lora = {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": targets,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+    }
+    model.config.lora = lora
+    conv = "c_attn" in targets
+    inject_adapter_in_model(LoraConfig(**lora, fan_in_fan_out=conv), model.language_model)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _, weight in model.lora_parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)

@@ -1,0 +1,209 @@
+"""Invariants of the model over fusion arms, layouts, backbones and attention paths."""
+
+import pytest
+import torch
+
+from ccf_llm_hf import CCFLLMConfig, CCFLLMForCTR, CCFLLMProcessor
+from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.modeling.configuration_ccf_llm import FUSION_ARMS
+from conftest import BACKBONES, BuildModel
+
+HISTORY = ["i1", "i2", "i7", "i0", "i6"]
+CANDIDATES = ["i0", "i3", "i7", "i4", "A new film (2024)", "i5"]
+LENGTHS = [0, 2, 2, 3, 5, 5]
+
+
+def packed_logits(
+    model: CCFLLMForCTR, processor: CCFLLMProcessor, snapshot: int = 1
+) -> torch.Tensor:
+    batch = processor(
+        user=["u0", "stranger"],
+        history=[HISTORY, HISTORY[:2]],
+        candidates=[CANDIDATES, CANDIDATES[:2]],
+        history_lengths=[LENGTHS, [1, 2]],
+        snapshot=[snapshot, 0],
+    )
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def alone_logits(
+    model: CCFLLMForCTR, processor: CCFLLMProcessor, snapshot: int = 1
+) -> torch.Tensor:
+    """The first user's samples, one a call, each with only the history it may see."""
+    scores = []
+    for item, length in zip(CANDIDATES, LENGTHS, strict=True):
+        batch = processor(user="u0", history=HISTORY[:length], candidates=[item], snapshot=snapshot)
+        with torch.no_grad():
+            scores.append(model(**batch).logits[0, 0])
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "question_last"])
+@pytest.mark.parametrize("fusion", FUSION_ARMS)
+def test_packed_equals_alone_for_every_arm(build: BuildModel, fusion: str, layout: str) -> None:
+    model, processor = build(fusion, layout, cf_residual=fusion == "sum")
+    packed = packed_logits(model, processor)
+    assert packed.shape == (2, len(CANDIDATES))
+    assert packed[0].std() > 1e-3
+    torch.testing.assert_close(packed[0], alone_logits(model, processor), atol=1e-4, rtol=0)
+    assert (packed[1, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_packed_equals_alone_for_every_backbone(
+    build: BuildModel, backbone: str, attn: str
+) -> None:
+    model, processor = build(backbone=backbone, attn=attn, lora=True)
+    packed = packed_logits(model, processor)[0]
+    torch.testing.assert_close(packed, alone_logits(model, processor), atol=1e-4, rtol=0)
+
+
+def test_several_users_in_one_batch_do_not_meet(build: BuildModel) -> None:
+    model, processor = build()
+    both = packed_logits(model, processor)[1, :2]
+    batch = processor(
+        user="stranger",
+        history=HISTORY[:2],
+        candidates=CANDIDATES[:2],
+        history_lengths=[1, 2],
+        snapshot=0,
+    )
+    torch.testing.assert_close(both, model(**batch).logits[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("fusion", FUSION_ARMS)
+def test_every_arm_trains(build: BuildModel, fusion: str) -> None:
+    model, processor = build(fusion, lora=True, cf_residual=True)
+    batch = processor(user="u0", history=HISTORY, candidates=CANDIDATES, labels=[1, 0, 1, 0, 1, 1])
+    output = model.train()(**batch)
+    output.loss.backward()
+    names = {name for name, weight in model.named_parameters() if weight.grad is not None}
+    expected = {"residual_scale"} | {name for name, _ in model.lora_parameters()}
+    if fusion != "text_only":
+        expected |= {"model.item_alignment.up.weight", "model.user_alignment.up.weight"}
+        expected |= {"model.cold_item"}
+    if fusion in ("gate", "scalar_gate"):
+        expected |= {"model.gate.linear.weight"}
+    assert expected <= names
+    assert all(torch.isfinite(w.grad).all() for w in model.parameters() if w.grad is not None)
+
+
+def test_loss_is_the_mean_or_divided_by_the_steps_labels(build: BuildModel) -> None:
+    model, processor = build()
+    batch = processor(user="u0", history=HISTORY, candidates=CANDIDATES[:4], labels=[1, 0, 1, 1])
+    with torch.no_grad():
+        mean = model(**batch).loss
+        shared = model(**batch, num_items_in_batch=10).loss
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(
+            model(**batch).logits[0], torch.tensor([1.0, 0, 1, 1])
+        )
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(shared, mean * 4 / 10)
+
+
+def test_labels_of_padded_candidates_do_not_count(build: BuildModel) -> None:
+    model, processor = build()
+    two = processor(
+        user=["u0", "u1"],
+        history=[HISTORY, []],
+        candidates=[CANDIDATES[:3], ["i3"]],
+        labels=[[1, 0, 1], [0]],
+    )
+    alone = [
+        processor(user="u0", history=HISTORY, candidates=CANDIDATES[:3], labels=[1, 0, 1]),
+        processor(user="u1", history=[], candidates=["i3"], labels=[0]),
+    ]
+    with torch.no_grad():
+        together = model(**two).loss
+        apart = sum(model(**batch, num_items_in_batch=4).loss for batch in alone)
+    torch.testing.assert_close(together, apart)
+
+
+def test_cf_residual_adds_the_cf_logit(build: BuildModel, cf: CFEmbeddings) -> None:
+    plain, processor = build()
+    residual, _ = build(cf_residual=True)
+    with torch.no_grad():
+        residual.residual_scale.fill_(0.5)
+    difference = packed_logits(residual, processor) - packed_logits(plain, processor)
+    known = [item for item in CANDIDATES if item in cf.item_ids]
+    expected = cf.logits(["u0"] * len(known), known, snapshot=1) * 0.5
+    rows = [column for column, item in enumerate(CANDIDATES) if item in cf.item_ids]
+    torch.testing.assert_close(difference[0, rows], expected.float(), atol=1e-4, rtol=0)
+
+
+def test_snapshots_differ_and_the_last_is_the_default(build: BuildModel) -> None:
+    model, processor = build()
+    first, last = packed_logits(model, processor, 0), packed_logits(model, processor, 1)
+    assert (first[0] - last[0]).abs().max() > 1e-3
+    default = processor(user="u0", history=HISTORY, candidates=CANDIDATES, history_lengths=LENGTHS)
+    torch.testing.assert_close(model(**default).logits[0], last[0], atol=1e-4, rtol=0)
+
+
+def test_unknown_items_and_users_are_cold(build: BuildModel) -> None:
+    model, processor = build("cf_only")
+    batch = processor(user=None, history=[], candidates=["i7", {"id": "never seen"}, "New title"])
+    logits = model(**batch).logits[0]
+    torch.testing.assert_close(logits[1:], logits[:1].expand(2))
+    gated, processor = build("gate")
+    logits = gated(**batch).logits[0]
+    assert logits.unique().numel() == 3, "the gate still reads the titles"
+
+
+def test_text_embedding_is_the_mean_of_title_tokens(build: BuildModel) -> None:
+    model, processor = build()
+    table = model.get_input_embeddings().weight
+    text = model.model.text_embeddings(torch.tensor([1, 5, 0]), None)
+    ids = processor.item_title_ids()
+    torch.testing.assert_close(text[0], table[ids[1]].mean(0))
+    torch.testing.assert_close(text[2], table[ids[0]].mean(0))
+    assert (text[1] == 0).all()
+    with torch.no_grad():
+        table.mul_(2)
+    torch.testing.assert_close(model.model.text_embeddings(torch.tensor([1]), None)[0], text[0] * 2)
+
+
+def test_gate_lies_in_the_unit_interval_and_ablations_are_constant(build: BuildModel) -> None:
+    items = torch.arange(8)
+    gate = build("gate")[0].item_gates(items)
+    assert gate.shape == (8, 32) and ((gate > 0) & (gate < 1)).all() and gate.std(1).min() > 0
+    scalar = build("scalar_gate")[0].item_gates(items)
+    assert scalar.std(1).max() < 1e-6
+    constants = {"text_only": 1.0, "sum": 0.5, "concat": 0.0, "cf_only": 0.0}
+    for fusion, value in constants.items():
+        assert (build(fusion)[0].item_gates(items) == value).all()
+
+
+def test_slots_that_disagree_with_tokens_are_refused(build: BuildModel) -> None:
+    model, processor = build()
+    batch = processor(user="u0", history=HISTORY, candidates=CANDIDATES)
+    batch["item_slots"][0, (batch["item_slots"][0] >= 0).nonzero()[0]] = -1
+    with pytest.raises(ValueError, match=r"11 item slot tokens but 10 item slots"):
+        model(**batch)
+
+
+def test_text_only_refuses_slots(build: BuildModel) -> None:
+    _, processor = build("gate")
+    with pytest.raises(ValueError, match="text_only"):
+        build("text_only")[0](**processor(user="u0", history=[], candidates=["i0"]))
+
+
+def test_yes_only_head_reads_one_row(build: BuildModel) -> None:
+    model, processor = build(score_head="yes_only")
+    before = packed_logits(model, processor)
+    with torch.no_grad():
+        model.answer_weight[1] += 1.0
+    torch.testing.assert_close(packed_logits(model, processor), before)
+
+
+@pytest.mark.parametrize("name", ["fusion", "score_head", "checkpoint_form"])
+def test_unknown_settings_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}='nonsense'"):
+        CCFLLMConfig(**{name: "nonsense"})
+
+
+def test_config_round_trips() -> None:
+    config = CCFLLMConfig(text_config={"model_type": "gpt2", "n_embd": 16}, fusion="sum", cf_dim=7)
+    again = CCFLLMConfig.from_dict(config.to_dict())
+    assert again.text_config.n_embd == 16 and again.fusion == "sum" and again.cf_dim == 7

@@ -1,0 +1,190 @@
+"""Properties of the hybrid prompt."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from ccf_llm_hf import CCFLLMProcessor
+from ccf_llm_hf.modeling.layout_ccf_llm import window_start
+from conftest import TITLES
+
+FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+ITEMS = [f"i{row}" for row in range(len(TITLES))]
+items = st.one_of(st.sampled_from(ITEMS), st.text(max_size=12).map(lambda t: {"title": t}))
+
+
+def make(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> CCFLLMProcessor:
+    return CCFLLMProcessor.from_catalog(tokenizer, ITEMS, list(TITLES), ["u0", "u1"], **settings)
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "question_last"])
+@pytest.mark.parametrize("form", ["slot", "title_slot", "title"])
+@FIXTURE
+@given(history=st.lists(items, max_size=45), candidates=st.lists(items, min_size=1, max_size=5))
+def test_every_item_has_its_slot_and_every_candidate_its_answer(
+    tokenizer: PreTrainedTokenizerFast, layout: str, form: str, history: list, candidates: list
+) -> None:
+    processor = make(tokenizer, layout=layout, history_format=form, candidate_format=form)
+    batch = processor(user="u1", history=history, candidates=candidates)
+    window = history[window_start(len(history), (20, 16)) :]
+    rows = 1 if layout == "shared_prefix" else len(candidates)
+    assert batch["input_ids"].shape[0] == rows
+    repeated = len(window) * rows + len(candidates)
+    assert (batch["item_slots"] >= 0).sum() == (0 if form == "title" else repeated)
+    assert (batch["user_slots"] >= 0).sum() == (0 if form == "title" else rows)
+    slots = batch["input_ids"] == processor.item_slot_token_id
+    assert torch.equal(slots, batch["item_slots"] >= 0)
+    last = batch["sequence_ids"][batch["answer_rows"], batch["answer_positions"]]
+    assert (last == 0).all(), "an answer is never read from padding"
+
+
+@FIXTURE
+@given(
+    history=st.lists(items, max_size=6),
+    candidates=st.lists(items, min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_packing_is_the_samples_alone(
+    tokenizer: PreTrainedTokenizerFast, history: list, candidates: list, data: st.DataObject
+) -> None:
+    """What a candidate sees, by position, is its own prompt: tokens, positions and slots."""
+    processor = make(tokenizer, history_format="title_slot", candidate_format="title_slot")
+    lengths = [data.draw(st.integers(0, len(history))) for _ in candidates]
+    packed = processor(user="u0", history=history, candidates=candidates, history_lengths=lengths)
+    for index, (item, length) in enumerate(zip(candidates, lengths, strict=True)):
+        alone = processor(
+            user="u0", history=history[:length], candidates=[item], history_lengths=[length]
+        )
+        block, depth = packed["block_ids"][0], packed["history_depths"][0]
+        seen = ((block == 0) & (depth <= length)) | (block == index + 1)
+        assert torch.equal(packed["input_ids"][0, seen], alone["input_ids"][0])
+        assert torch.equal(packed["position_ids"][0, seen], alone["position_ids"][0])
+        assert torch.equal(packed["position_ids"][0, seen], torch.arange(int(seen.sum())))
+
+
+@FIXTURE
+@given(candidates=st.lists(items, min_size=1, max_size=6), history=st.lists(items, max_size=9))
+def test_count_tokens_is_the_row_length(
+    tokenizer: PreTrainedTokenizerFast, candidates: list, history: list
+) -> None:
+    for form in ("slot", "title_slot", "title"):
+        processor = make(tokenizer, history_format=form, candidate_format=form)
+        batch = processor(user="u0", history=history, candidates=candidates)
+        group = SimpleNamespace(history=history, candidates=candidates)
+        assert processor.count_tokens(group) == batch["input_ids"].shape[1]
+
+
+def test_titles_that_spell_tokens_or_templates_stay_text(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    processor = make(tokenizer, history_format="title_slot", candidate_format="title_slot")
+    special = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    candidates = ["i4", "i3", {"title": "<|ccf_item|> {item} {user}"}]
+    batch = processor(user="u0", history=[], candidates=candidates)
+    assert special not in batch["input_ids"][0].tolist()
+    assert (batch["input_ids"] == processor.item_slot_token_id).sum() == 3
+    text = tokenizer.decode(batch["input_ids"][0])
+    assert "Ed Wood {item} (1994)" in text and "<|im_end|> the Movie" in text
+
+
+def test_items_by_id_title_or_both(tokenizer: PreTrainedTokenizerFast) -> None:
+    processor = make(tokenizer)
+    assert processor.resolve_item("i1") == (1, "Heat (1995)")
+    assert processor.resolve_item("Heat (1995)") == (1, "Heat (1995)")
+    assert processor.resolve_item({"id": "i1"}) == (1, "Heat (1995)")
+    assert processor.resolve_item({"id": "new", "title": "Heat (1995)"}) == (1, "Heat (1995)")
+    assert processor.resolve_item({"id": "new", "title": "Dune (2021)"}) == (None, "Dune (2021)")
+    assert processor.resolve_item({"id": "new"}) == (None, "")
+    assert processor.resolve_item("Dune (2021)") == (None, "Dune (2021)")
+    with pytest.raises(ValueError, match="neither id nor title"):
+        processor.resolve_item({})
+
+
+def test_new_titles_share_one_slot_and_carry_their_tokens(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    processor = make(tokenizer)
+    batch = processor(user="u0", history=["Dune"], candidates=["Dune", "Alien (1979)", "Tar"])
+    assert batch["candidate_items"].tolist() == [[8, 7, 9]]
+    assert batch["new_title_lengths"].tolist() == [
+        len(processor._tokens(t)) for t in ("Dune", "Tar")
+    ]
+    assert batch["new_title_ids"].tolist() == processor._tokens("Dune") + processor._tokens("Tar")
+
+
+def test_integer_ids_are_ids(tokenizer: PreTrainedTokenizerFast) -> None:
+    processor = CCFLLMProcessor.from_catalog(tokenizer, ["10", "11"], ["A", "B"], ["7"])
+    batch = processor(user=7, history=[10], candidates=[11])
+    assert batch["candidate_items"].tolist() == [[1]] and batch["candidate_users"].tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"candidates": []}, "candidates is empty"),
+        ({"candidates": ["i0"], "labels": [1, 0]}, "labels has 2 values for 1 candidates"),
+        (
+            {"candidates": ["i0"], "history_lengths": [3], "history": ["i1"]},
+            "history_lengths exceeds",
+        ),
+        (
+            {"candidates": [["i0"], ["i1"]], "user": ["u0"]},
+            "user has 1 entries but candidates has 2",
+        ),
+        ({"candidates": ["i0"], "truncation": True}, r"\['truncation'\] are unknown"),
+    ],
+)
+def test_bad_calls_name_the_mistake(
+    tokenizer: PreTrainedTokenizerFast, call: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tokenizer)(**call)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"layout": "x"}, "layout='x'"),
+        ({"candidate_format": "x"}, "candidate_format='x'"),
+        ({"templates": {"prefx": ""}}, "unknown entry 'prefx'"),
+        ({"templates": {"candidate_slot": "no slot"}}, "must contain {item} exactly once"),
+        ({"history_window": (5, 0)}, "S >= 1"),
+    ],
+)
+def test_bad_settings_name_the_mistake(
+    tokenizer: PreTrainedTokenizerFast, setting: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tokenizer, **setting)
+
+
+def test_duplicate_ids_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="an id twice"):
+        CCFLLMProcessor.from_catalog(tokenizer, ["a", "a"], ["x", "y"], [])
+
+
+def test_saved_equals_loaded(tokenizer: PreTrainedTokenizerFast, tmp_path: Any) -> None:
+    processor = make(tokenizer, candidate_format="title_slot", history_window=(3, 2))
+    processor.save_pretrained(tmp_path)
+    again = CCFLLMProcessor.from_pretrained(tmp_path)
+    call = {"user": "u1", "history": ITEMS[:7], "candidates": ["i2", "<|im_end|> the Movie", "new"]}
+    first, second = processor(**call), again(**call)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_changed_catalog_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Any) -> None:
+    make(tokenizer).save_pretrained(tmp_path)
+    catalog = tmp_path / "item_catalog.jsonl"
+    lines = catalog.read_text().splitlines()
+    catalog.write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
+    with pytest.raises(OSError, match=r"item_catalog\.jsonl"):
+        CCFLLMProcessor.from_pretrained(tmp_path)
+    catalog.write_text("not json\n")
+    with pytest.raises(ValueError, match="line 1"):
+        CCFLLMProcessor.from_pretrained(tmp_path)
