@@ -1,0 +1,383 @@
+"""`CFEmbeddings`: the vectors of any CF model, per raw id, in snapshots in time."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ccf_llm_hf.cf.files import (
+    FORMAT_VERSION,
+    ITEM_FILE,
+    RESERVED,
+    TENSOR_FILE,
+    USER_FILE,
+    read_lines,
+    read_tensors,
+    write_lines,
+)
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.modeling.configuration_ccf_llm import ids_fingerprint
+
+
+@dataclass
+class CFEmbeddings:
+    """User and item vectors of a CF model; its logit is `(u * v).sum(-1) + offset`.
+
+    Biases are dimensions of the vectors: a user is `[p, b_u, 1]`, an item `[q, 1, b_i]`. Snapshot s
+    was fitted on interactions earlier than `snapshot_times[s]` only (our choice): a training row
+    takes the snapshot that [`snapshot_for`] gives for its time and so never meets a vector that was
+    fitted on its own label; evaluation and serving take the last.
+
+    Args:
+        user_ids: raw ids in table order.
+        item_ids: raw ids in table order; the table covers the whole catalog.
+        item_titles: one title per item.
+        user_vectors: `(snapshots, num_users, dim)` float32.
+        item_vectors: `(snapshots, num_items, dim)` float32.
+        user_known: `(snapshots, num_users)` bool, True where at least one row was fitted on.
+        item_known: `(snapshots, num_items)` bool.
+        default_user: `(snapshots, dim)` float32, stands for an unknown user in the model's logit.
+        default_item: `(snapshots, dim)` float32.
+        offset: `(snapshots,)` float32, global bias.
+        snapshot_times: `(snapshots,)` int64, Unix seconds, ascending.
+        model_name: which CF model, for example `mf`.
+        metadata: further facts of the fit, strings only.
+
+    Raises:
+        InputError: the shapes contradict each other, ids repeat, a vector is not finite, or the
+            times do not ascend.
+    """
+
+    user_ids: list[str]
+    item_ids: list[str]
+    item_titles: list[str]
+    user_vectors: Tensor
+    item_vectors: Tensor
+    user_known: Tensor
+    item_known: Tensor
+    default_user: Tensor
+    default_item: Tensor
+    offset: Tensor
+    snapshot_times: Tensor
+    model_name: str
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check_ids()
+        self._check_shapes()
+        for name in ("user_vectors", "item_vectors", "default_user", "default_item", "offset"):
+            if not torch.isfinite(getattr(self, name)).all():
+                raise InputError(f"CF embeddings: {name} holds NaN or infinity; refit or clean it")
+        if (self.snapshot_times.diff() <= 0).any():
+            raise InputError(
+                "CF embeddings: snapshot_times must ascend strictly; sort the snapshots"
+            )
+
+    def _check_ids(self) -> None:
+        for name, ids in (("user_ids", self.user_ids), ("item_ids", self.item_ids)):
+            index = pd.Index(ids)
+            if not index.is_unique:
+                twice = index[index.duplicated()][0]
+                raise InputError(f"CF embeddings: {name} holds {twice!r} twice; ids must be unique")
+        if len(self.item_titles) != len(self.item_ids):
+            raise InputError(
+                f"CF embeddings: {len(self.item_titles)} item_titles for {len(self.item_ids)} "
+                "item_ids; give one title per item"
+            )
+
+    def _check_shapes(self) -> None:
+        if self.user_vectors.dim() != 3 or not self.user_vectors.shape[0]:
+            raise InputError(
+                "CF embeddings: user_vectors must have shape (snapshots, users, dim), not "
+                f"{tuple(self.user_vectors.shape)}"
+            )
+        snapshots, _, dim = self.user_vectors.shape
+        users, items = len(self.user_ids), len(self.item_ids)
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "user_vectors": ((snapshots, users, dim), torch.float32),
+            "item_vectors": ((snapshots, items, dim), torch.float32),
+            "user_known": ((snapshots, users), torch.bool),
+            "item_known": ((snapshots, items), torch.bool),
+            "default_user": ((snapshots, dim), torch.float32),
+            "default_item": ((snapshots, dim), torch.float32),
+            "offset": ((snapshots,), torch.float32),
+            "snapshot_times": ((snapshots,), torch.int64),
+        }
+        for name, (shape, dtype) in expected.items():
+            tensor = getattr(self, name)
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise InputError(
+                    f"CF embeddings: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but "
+                    f"the ids and the other tensors ask for {dtype} of shape {shape}"
+                )
+
+    @property
+    def dim(self) -> int:
+        """Width of a vector, bias dimensions included."""
+        return self.user_vectors.shape[-1]
+
+    @property
+    def num_snapshots(self) -> int:
+        """Number of snapshots in time."""
+        return self.user_vectors.shape[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 over the ids in table order; a checkpoint's catalog must have the same."""
+        return ids_fingerprint(self.user_ids, self.item_ids)
+
+    @cached_property
+    def _user_index(self) -> pd.Index:
+        return pd.Index(self.user_ids)
+
+    @cached_property
+    def _item_index(self) -> pd.Index:
+        return pd.Index(self.item_ids)
+
+    def logits(
+        self,
+        user_ids: Sequence[str] | np.ndarray,
+        item_ids: Sequence[str] | np.ndarray,
+        snapshot: int | Tensor | np.ndarray = -1,
+    ) -> Tensor:
+        """The CF model's own logit of each pair.
+
+        Args:
+            user_ids: n raw ids; unknown ones stand at `default_user`.
+            item_ids: n raw ids; unknown ones stand at `default_item`.
+            snapshot: one snapshot for all, or `(n,)` integers; default the last.
+
+        Returns:
+            `(n,)` float32.
+
+        Raises:
+            InputError: the two id lists differ in length.
+        """
+        if len(user_ids) != len(item_ids):
+            raise InputError(
+                f"CF logits: {len(user_ids)} user_ids but {len(item_ids)} item_ids; give pairs"
+            )
+        users = torch.as_tensor(self._user_index.get_indexer(pd.Index(user_ids)))
+        items = torch.as_tensor(self._item_index.get_indexer(pd.Index(item_ids)))
+        when = torch.as_tensor(snapshot).long().expand(len(users)) % self.num_snapshots
+        logits = torch.empty(len(users))
+        # Pieces keep the gathered vectors small when millions of pairs are scored.
+        for piece in torch.arange(len(users)).split(1 << 18):
+            user = self._vectors("user", users[piece], when[piece])
+            item = self._vectors("item", items[piece], when[piece])
+            logits[piece] = (user * item).sum(-1) + self.offset[when[piece]]
+        return logits
+
+    def _vectors(self, side: str, rows: Tensor, when: Tensor) -> Tensor:
+        vectors, known = getattr(self, f"{side}_vectors"), getattr(self, f"{side}_known")
+        default = getattr(self, f"default_{side}")[when]
+        if not vectors.shape[1]:
+            return default
+        inside = rows.clamp(min=0)
+        seen = known[when, inside] & (rows >= 0)
+        return torch.where(seen.unsqueeze(-1), vectors[when, inside], default)
+
+    def score(self, rows: pd.DataFrame, snapshot: int | Tensor | np.ndarray = -1) -> pd.DataFrame:
+        """`logits` of a table of rows.
+
+        Args:
+            rows: `user_id`, `item_id` and, if known, `label`.
+            snapshot: as in `logits`.
+
+        Returns:
+            These columns in the order of `rows`, `score` (logit) and `prob` (sigmoid), float64.
+        """
+        logits = self.logits(rows["user_id"].to_numpy(), rows["item_id"].to_numpy(), snapshot)
+        columns = [name for name in ("user_id", "item_id", "label") if name in rows]
+        return (
+            rows[columns]
+            .reset_index(drop=True)
+            .assign(score=logits.double().numpy(), prob=logits.double().sigmoid().numpy())
+        )
+
+    def snapshot_for(self, timestamps: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """The last snapshot that was fitted on strictly earlier rows only.
+
+        Args:
+            timestamps: `(n,)` int64, Unix seconds.
+
+        Returns:
+            `(n,)` int64; 0 before every snapshot (snapshot 0 of our own fits knows nothing).
+        """
+        times = torch.from_numpy(np.array(timestamps, dtype=np.int64))
+        return (torch.searchsorted(self.snapshot_times, times, right=True) - 1).clamp(min=0)
+
+    def last(self) -> "CFEmbeddings":
+        """The same with the last snapshot only, which is what a checkpoint carries."""
+        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
+        return replace(self, **{name: getattr(self, name)[-1:].clone() for name in names})
+
+    def save(self, folder: str | Path) -> None:
+        """Write `cf_embeddings.safetensors`, `user_ids.jsonl` and `item_catalog.jsonl`.
+
+        Other files of the folder stay. All three are complete before the first is put in place, and
+        the ids' fingerprint gives away a mixture of two saves.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be made a folder ({error.strerror})") from error
+        with tempfile.TemporaryDirectory(prefix=".cf_embeddings.", dir=folder) as name:
+            temporary = Path(name)
+            tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+            tensors = {k: v.contiguous() for k, v in tensors.items() if isinstance(v, Tensor)}
+            save_file(tensors, temporary / TENSOR_FILE, metadata=self._file_metadata())
+            write_lines(temporary / USER_FILE, [{"id": user} for user in self.user_ids])
+            catalog = zip(self.item_ids, self.item_titles, strict=True)
+            write_lines(temporary / ITEM_FILE, [{"id": i, "title": title} for i, title in catalog])
+            # safetensors writes for the owner alone; the other files follow the umask.
+            (temporary / TENSOR_FILE).chmod((temporary / USER_FILE).stat().st_mode)
+            for file in (USER_FILE, ITEM_FILE, TENSOR_FILE):
+                (temporary / file).replace(folder / file)
+
+    def _file_metadata(self) -> dict[str, str]:
+        return self.metadata | {
+            "format_version": FORMAT_VERSION,
+            "cf_model": self.model_name,
+            "dim": str(self.dim),
+            "num_users": str(len(self.user_ids)),
+            "num_items": str(len(self.item_ids)),
+            "num_snapshots": str(self.num_snapshots),
+            "ids_fingerprint": self.fingerprint,
+        }
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "CFEmbeddings":
+        """Read what [`save`] wrote.
+
+        Raises:
+            InputError: a file is missing, damaged, of another format version, or does not fit the
+                others; the message names it.
+        """
+        folder = Path(folder)
+        names = [f.name for f in fields(cls) if f.type is Tensor]
+        tensors, metadata = read_tensors(folder / TENSOR_FILE, names)
+        users = read_lines(folder / USER_FILE, ("id",))
+        items = read_lines(folder / ITEM_FILE, ("id", "title"))
+        user_ids, item_ids = [u["id"] for u in users], [i["id"] for i in items]
+        if metadata["ids_fingerprint"] != ids_fingerprint(user_ids, item_ids):
+            raise InputError(
+                f"{folder / TENSOR_FILE} was not written with the ids in {USER_FILE} and "
+                f"{ITEM_FILE} beside it; restore the three files of one fit"
+            )
+        with _naming(folder / TENSOR_FILE):
+            return cls(
+                user_ids,
+                item_ids,
+                [i["title"] for i in items],
+                **tensors,
+                model_name=metadata["cf_model"],
+                metadata={k: v for k, v in metadata.items() if k not in RESERVED},
+            )
+
+    @classmethod
+    def from_tables(
+        cls,
+        user: Mapping[Any, Any],
+        item: Mapping[Any, Any],
+        titles: Mapping[Any, str] | None = None,
+        *,
+        offset: float = 0.0,
+        fitted_before: int | None = None,
+        model_name: str = "imported",
+        metadata: dict[str, str] | None = None,
+    ) -> "CFEmbeddings":
+        """Import any CF model whose logit (or score) is `u . v + offset`.
+
+        Biases go in as two more dimensions, `[p, b_u, 1]` and `[q, 1, b_i]`. An unknown user or
+        item stands at the mean of the known ones (our choice).
+
+        Args:
+            user: raw id (str or int) to vector, all of one width.
+            item: the same for items.
+            titles: raw id to title for the whole catalog; ids without a vector become unknown
+                items. Default: every item's title is its id.
+            offset: global bias.
+            fitted_before: Unix seconds; the model was fitted on rows earlier than this only. Rows
+                before it then get an empty snapshot. Without it every row gets these vectors, and
+                training on rows that they were fitted on leaks their labels.
+            model_name: which CF model.
+            metadata: further facts, strings only.
+
+        Raises:
+            InputError: no vectors, different widths, NaN, or ids that are equal as strings.
+        """
+        user_ids, user_vectors = _table("user", user)
+        item_ids, item_vectors = _table("item", item)
+        if user_vectors.shape[1] != item_vectors.shape[1]:
+            raise InputError(
+                f"CF import: user vectors have {user_vectors.shape[1]} dimensions but item vectors "
+                f"{item_vectors.shape[1]}; both sides need the same"
+            )
+        names = {str(key): str(title) for key, title in (titles or {}).items()}
+        listed = set(item_ids)
+        without = [key for key in names if key not in listed]
+        embeddings = cls(
+            user_ids,
+            item_ids + without,
+            [names.get(key, key) for key in item_ids + without],
+            user_vectors=user_vectors[None],
+            item_vectors=torch.cat([item_vectors, item_vectors.mean(0).repeat(len(without), 1)])[
+                None
+            ],
+            user_known=torch.ones(1, len(user_ids), dtype=torch.bool),
+            item_known=(torch.arange(len(item_ids) + len(without)) < len(item_ids))[None],
+            default_user=user_vectors.mean(0, keepdim=True),
+            default_item=item_vectors.mean(0, keepdim=True),
+            offset=torch.tensor([offset], dtype=torch.float32),
+            snapshot_times=torch.tensor([fitted_before or 0]),
+            model_name=model_name,
+            metadata=dict(metadata or {}),
+        )
+        return embeddings if fitted_before is None else embeddings._after_nothing(fitted_before)
+
+    def _after_nothing(self, fitted_before: int) -> "CFEmbeddings":
+        """Put a snapshot that knows nobody in front, for rows before `fitted_before`."""
+        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
+        doubled: dict[str, Any] = {
+            name: torch.cat([torch.zeros_like(getattr(self, name)), getattr(self, name)])
+            for name in names
+        }
+        doubled["snapshot_times"] = torch.tensor([0, fitted_before])
+        return replace(self, **doubled)
+
+
+def _table(side: str, vectors: Mapping[Any, Any]) -> tuple[list[str], Tensor]:
+    if not vectors:
+        raise InputError(f"CF import: the {side} table is empty; give at least one vector")
+    arrays = {str(key): np.asarray(value, dtype=np.float32) for key, value in vectors.items()}
+    if len(arrays) < len(vectors):
+        raise InputError(f"CF import: {side} ids repeat once they are strings; make them unique")
+    width = next(iter(arrays.values())).shape
+    for key, array in arrays.items():
+        if array.ndim != 1 or array.shape != width or not array.size:
+            raise InputError(
+                f"CF import: the vector of {side} {key!r} has shape {array.shape}, the first has "
+                f"{width}; give one flat vector of the same width per id"
+            )
+        if not np.isfinite(array).all():
+            raise InputError(f"CF import: the vector of {side} {key!r} holds NaN or infinity")
+    return list(arrays), torch.from_numpy(np.stack(list(arrays.values())))
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error

@@ -1,0 +1,328 @@
+"""Matrix factorization with and without biases, tuned on validation, in snapshots in time."""
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.solver import (
+    FULL_BATCH_ROWS,
+    Parameters,
+    Penalties,
+    Rows,
+    initial_parameters,
+    refreshed,
+    solve,
+)
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.evaluation.metrics import auc, uauc
+from ccf_llm_hf.evaluation.rows import read_items, read_rows
+
+logger = logging.getLogger(__name__)
+
+USER_BIAS_GRID = (0.5, 1.0, 2.0, 4.0, 8.0)
+ITEM_BIAS_GRID = (0.125, 0.25, 0.5, 1.0, 2.0)
+FACTOR_GRID = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+TABLE_BYTES = 1 << 30
+
+
+@dataclass
+class MFConfig:
+    """How to fit MF. The three L2 strengths left at None are chosen by AUC on all of validation."""
+
+    dim: int = field(default=32, metadata={"help": "factor dimensions; biases add two more"})
+    use_biases: bool = field(
+        default=True,
+        metadata={
+            "help": "user, item and global biases; without them it is the peers' MF baseline"
+        },
+    )
+    l2_factors: float | None = field(
+        default=None, metadata={"help": "L2 of the factors; default: chosen on validation"}
+    )
+    l2_user_bias: float | None = field(
+        default=None, metadata={"help": "L2 of the user biases; default: chosen on validation"}
+    )
+    l2_item_bias: float | None = field(
+        default=None, metadata={"help": "L2 of the item biases; default: chosen on validation"}
+    )
+    snapshots: int = field(
+        default=20,
+        metadata={
+            "help": "slices of the training rows by time, equal in rows; each slice gets vectors "
+            "fitted on the slices before it (fewer where the tables would pass 1 GB)"
+        },
+    )
+    iterations: int = field(
+        default=100, metadata={"help": "L-BFGS iterations at most (up to 300,000 rows)"}
+    )
+    epochs: int = field(
+        default=5, metadata={"help": "epochs of Adam per fit (beyond 300,000 rows)"}
+    )
+    seed: int = field(default=0, metadata={"help": "of the initial factors and the row order"})
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "snapshots", "iterations", "epochs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("l2_factors", "l2_user_bias", "l2_item_bias"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"{name}={value} must be positive, or the optimum is at infinity")
+
+
+@dataclass
+class _Data:
+    """Training rows in order of time, validation rows, and the tables' ids."""
+
+    train: pd.DataFrame
+    validation: pd.DataFrame
+    items: pd.DataFrame
+    users: pd.Index
+    rows: Rows
+
+
+def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFEmbeddings:
+    """Fit MF on the training rows of a prepared folder, and on nothing else.
+
+    The L2 strengths are chosen on the whole validation split (biases first, then factors), then
+    each snapshot is solved for the rows before its time, warm-started from the one before. Snapshot
+    0 is fitted on nothing; the last on all training rows.
+
+    Args:
+        data_dir: folder written by `ccf-llm prepare`.
+        config: default `MFConfig()`.
+
+    Returns:
+        The vectors: dim + 2 with biases (user `[p, b_u, 1]`, item `[q, 1, b_i]`), else dim.
+        `metadata` records the chosen strengths, validation AUC and UAUC, and
+        `out_of_time_train_auc`: training rows scored by the snapshots that they get, which is near
+        a held-out AUC unless labels leak.
+
+    Raises:
+        InputError: the folder is no prepared one, train is empty, or a split has one class only.
+    """
+    config = config or MFConfig()
+    data = _load(Path(data_dir))
+    grid = _fits_to_choose(config)
+    times, sizes = _slices(data, config)
+    with tqdm(total=grid + len(times) - 1, desc="fit mf", unit=" fits") as bar:
+        penalties = _choose_penalties(data, config, bar)
+        fits = _fit_snapshots(data, config, penalties, sizes, bar)
+    embeddings = _embeddings(data, fits, times, sizes, penalties)
+    embeddings.metadata |= _facts(data, config, penalties, embeddings)
+    return embeddings
+
+
+def fit_cf(
+    kind: str, data_dir: str | Path, out: str | Path, config: MFConfig | None = None
+) -> CFEmbeddings:
+    """Fit a CF model, save it in `out` and print what was chosen (`ccf-llm fit-cf`).
+
+    Args:
+        kind: `mf`.
+        data_dir: folder written by `ccf-llm prepare`.
+        out: folder to write.
+        config: of the model.
+
+    Raises:
+        InputError: unknown kind, or as `fit_mf`.
+    """
+    if kind != "mf":
+        raise InputError(f"CF model {kind!r} is unknown: choose mf, or import its vectors")
+    embeddings = fit_mf(data_dir, config)
+    embeddings.save(out)
+    print("\n".join(f"{key}: {value}" for key, value in embeddings.metadata.items()))
+    return embeddings
+
+
+def _load(folder: Path) -> _Data:
+    train = read_rows(folder, "train").sort_values("timestamp", kind="stable", ignore_index=True)
+    validation, items = read_rows(folder, "validation"), read_items(folder)
+    for name, split in (("train", train), ("validation", validation)):
+        if split["label"].nunique() < 2:
+            raise InputError(
+                f"{folder}: the {name} split needs rows of both labels to fit MF; prepare it with "
+                "another period or label rule"
+            )
+    users = pd.Index(train["user_id"].unique())
+    catalog = pd.Index(items["item_id"])
+    item_rows = catalog.get_indexer(pd.Index(train["item_id"]))
+    if (item_rows < 0).any():
+        lost = train["item_id"][item_rows < 0].iloc[0]
+        raise InputError(
+            f"{folder}: item {lost!r} of train is not in the catalog; prepare it again"
+        )
+    rows = Rows(
+        torch.from_numpy(users.get_indexer(pd.Index(train["user_id"]))),
+        torch.from_numpy(item_rows),
+        torch.tensor(train["label"].to_numpy(), dtype=torch.float32),
+    )
+    return _Data(train, validation, items, users, rows)
+
+
+def _slices(data: _Data, config: MFConfig) -> tuple[np.ndarray, list[int]]:
+    """Snapshot times, ascending, and how many of the time-ordered rows lie before each."""
+    times = data.train["timestamp"].to_numpy()
+    width = config.dim + 2 * config.use_biases
+    most = TABLE_BYTES // (4 * width * (len(data.users) + len(data.items)))
+    count = min(config.snapshots, max(1, most - 1))
+    if count < config.snapshots:
+        logger.warning("%d snapshots instead of %d, to keep within 1 GB", count, config.snapshots)
+    starts = times[np.arange(count) * len(times) // count]
+    found = np.append(np.unique(starts), times[-1] + 1)
+    return found, np.searchsorted(times, found, side="left").tolist()
+
+
+def _fits_to_choose(config: MFConfig) -> int:
+    users, items, factors = _grids(config)
+    return sum(size for size in (len(users) * len(items), len(factors)) if size > 1)
+
+
+def _grids(config: MFConfig) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
+    def grid(value: float | None, default: tuple[float, ...]) -> tuple[float, ...]:
+        return default if value is None else (value,)
+
+    if not config.use_biases:
+        return (1.0,), (1.0,), grid(config.l2_factors, FACTOR_GRID)
+    return (
+        grid(config.l2_user_bias, USER_BIAS_GRID),
+        grid(config.l2_item_bias, ITEM_BIAS_GRID),
+        grid(config.l2_factors, FACTOR_GRID),
+    )
+
+
+def _choose_penalties(data: _Data, config: MFConfig, bar: Any) -> Penalties:
+    """Biases without factors first (convex), then the factors on top; best validation AUC wins."""
+    users, items, factors = _grids(config)
+    data = _sample(data, config.seed)
+    pairs = [Penalties(1.0, user, item, config.use_biases) for user in users for item in items]
+    best = _best(data, config, pairs, 0, bar)
+    return _best(data, config, [replace(best, factors=value) for value in factors], config.dim, bar)
+
+
+def _best(
+    data: _Data, config: MFConfig, candidates: list[Penalties], dim: int, bar: Any
+) -> Penalties:
+    if len(candidates) == 1:
+        return candidates[0]
+    found = []
+    for penalties in candidates:
+        start = initial_parameters(len(data.users), len(data.items), dim, config.seed)
+        fit = _solve(data.rows, penalties, start, config)
+        embeddings = _embeddings(data, [fit], np.array([0]), [len(data.rows)], penalties)
+        found.append(auc(data.validation["label"], embeddings.score(data.validation)["score"]))
+        bar.update()
+    return candidates[int(np.argmax(found))]
+
+
+def _sample(data: _Data, seed: int) -> _Data:
+    """All rows of as many random users as full batches can take.
+
+    The strengths are inverse prior variances, which part of the users tell as well as all.
+    """
+    if len(data.rows) <= FULL_BATCH_ROWS:
+        return data
+    order = torch.randperm(len(data.users), generator=torch.Generator().manual_seed(seed))
+    counts = torch.bincount(data.rows.users, minlength=len(data.users))
+    chosen = torch.zeros(len(data.users), dtype=torch.bool)
+    chosen[order[counts[order].cumsum(0) <= FULL_BATCH_ROWS]] = True
+    return replace(data, rows=data.rows[chosen[data.rows.users]])
+
+
+def _solve(rows: Rows, penalties: Penalties, start: Parameters, config: MFConfig) -> Parameters:
+    return solve(
+        rows,
+        penalties,
+        start,
+        iterations=config.iterations,
+        epochs=config.epochs,
+        seed=config.seed,
+    )
+
+
+def _fit_snapshots(
+    data: _Data, config: MFConfig, penalties: Penalties, sizes: list[int], bar: Any
+) -> list[Parameters]:
+    start = initial_parameters(len(data.users), len(data.items), config.dim, config.seed)
+    fits = [Parameters(*(torch.zeros_like(tensor) for tensor in start.tensors()))]
+    for size in sizes[1:]:
+        fits.append(_solve(data.rows[:size], penalties, refreshed(fits[-1], start), config))
+        bar.update()
+    return fits
+
+
+def _embeddings(
+    data: _Data,
+    fits: list[Parameters],
+    times: np.ndarray,
+    sizes: list[int],
+    penalties: Penalties,
+) -> CFEmbeddings:
+    """Vectors of every snapshot; the unknown get the defaults, MF's own answer for them."""
+    biases = penalties.use_biases
+    dim = fits[0].user_factors.shape[1]
+    default_user = torch.tensor([0.0] * dim + [0.0, 1.0] * biases)
+    default_item = torch.tensor([0.0] * dim + [1.0, 0.0] * biases)
+    user_vectors = default_user.repeat(len(fits), len(data.users), 1)
+    item_vectors = default_item.repeat(len(fits), len(data.items), 1)
+    for snapshot, fit in enumerate(fits):
+        user_vectors[snapshot, :, :dim] = fit.user_factors
+        item_vectors[snapshot, :, :dim] = fit.item_factors
+        if biases:
+            user_vectors[snapshot, :, dim] = fit.user_bias
+            item_vectors[snapshot, :, dim + 1] = fit.item_bias
+    return CFEmbeddings(
+        user_ids=data.users.tolist(),
+        item_ids=data.items["item_id"].tolist(),
+        item_titles=data.items["title"].tolist(),
+        user_vectors=user_vectors,
+        item_vectors=item_vectors,
+        user_known=torch.stack([_seen(data.rows.users[:n], len(data.users)) for n in sizes]),
+        item_known=torch.stack([_seen(data.rows.items[:n], len(data.items)) for n in sizes]),
+        default_user=default_user.repeat(len(fits), 1),
+        default_item=default_item.repeat(len(fits), 1),
+        offset=torch.cat([fit.offset for fit in fits]),
+        snapshot_times=torch.as_tensor(times, dtype=torch.int64),
+        model_name="mf" if biases else "mf_nobias",
+    )
+
+
+def _seen(ids: Tensor, size: int) -> Tensor:
+    return torch.bincount(ids, minlength=size) > 0
+
+
+def _facts(
+    data: _Data, config: MFConfig, penalties: Penalties, embeddings: CFEmbeddings
+) -> dict[str, str]:
+    held_out = embeddings.score(data.validation)
+    out_of_time = embeddings.score(
+        data.train, embeddings.snapshot_for(data.train["timestamp"].to_numpy())
+    )
+    in_sample = embeddings.score(data.train)
+    labels = data.validation["label"]
+    facts = {
+        "validation_auc": f"{auc(labels, held_out['score']):.4f}",
+        "validation_uauc": f"{uauc(labels, held_out['score'], data.validation['user_id']):.4f}",
+        "out_of_time_train_auc": f"{auc(data.train['label'], out_of_time['score']):.4f}",
+        "in_sample_train_auc": f"{auc(data.train['label'], in_sample['score']):.4f}",
+        "l2_factors": f"{penalties.factors:g}",
+    }
+    if penalties.use_biases:
+        facts |= {
+            "l2_user_bias": f"{penalties.user_bias:g}",
+            "l2_item_bias": f"{penalties.item_bias:g}",
+        }
+    live = embeddings.item_vectors[-1, :, : config.dim].abs().amax(0) > 0
+    return facts | {
+        "live_factors": str(int(live.sum())),
+        "train_rows": str(len(data.train)),
+        "seed": str(config.seed),
+    }

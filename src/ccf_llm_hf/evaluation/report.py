@@ -1,0 +1,208 @@
+"""One report per scored split: metrics with intervals, slices, controls, paired differences."""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.evaluation.bootstrap import LEVEL, UserBootstrap, interval
+from ccf_llm_hf.evaluation.controls import (
+    AVERAGE_DEFINITION,
+    DEFINITIONS,
+    item_mean,
+    item_user_mean,
+    score_average,
+)
+from ccf_llm_hf.evaluation.metrics import (
+    ECE_BINS,
+    auc,
+    auc_per_user,
+    ece,
+    log_loss,
+    reliability_table,
+    uauc,
+    wuauc,
+)
+from ccf_llm_hf.evaluation.rows import read_rows
+from ccf_llm_hf.evaluation.scores import aligned
+
+SLICES = {
+    "warm_pair": "user and item both occur in train (not_cold)",
+    "cold_user": "user does not occur in train",
+    "cold_item": "item does not occur in train",
+}
+METRICS = {
+    "auc": "area under the ROC curve over all rows, ties half",
+    "uauc": "unweighted mean of per-user AUC over users with both classes (uauc_users)",
+    "wuauc": "the same, each user weighted by the number of rows",
+    "logloss": "mean negative log likelihood, nats",
+    "ece": f"expected calibration error, {ECE_BINS} equal-width bins",
+}
+
+
+@dataclass
+class _Split:
+    """Rows of the split, the scores of every method, and resamples that they share."""
+
+    rows: pd.DataFrame
+    methods: dict[str, pd.DataFrame]
+    bootstrap: UserBootstrap
+
+
+def evaluate_scores(
+    scores: pd.DataFrame,
+    data_dir: str | Path,
+    split: str = "test",
+    compare: Mapping[str, pd.DataFrame] | None = None,
+    *,
+    name: str = "model",
+    averages: Sequence[tuple[str, str]] = (),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Report on a method's scores of a whole split, beside the controls and other methods.
+
+    Args:
+        scores: user_id, item_id, score (any monotone scale) and, if known, prob and label.
+        data_dir: folder written by `ccf-llm prepare`; the means of train are computed from it.
+        split: train, validation or test.
+        compare: name to scores of other methods (see `cf.load_scores`).
+        name: of the evaluated method.
+        averages: pairs of names whose scores are averaged as further methods.
+        resamples: of the user-level bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        JSON-serializable: `methods` {name: {auc, auc_ci, uauc, uauc_ci, wuauc, logloss, ece, rows,
+        users, uauc_users}}, `slices` {slice: {definition, rows, users, methods}}, `differences`
+        {name: {auc, auc_ci, uauc, uauc_ci}} (the evaluated method minus that one, paired),
+        `reliability` of the evaluated method, `definitions`. What is undefined is None.
+
+    Raises:
+        InputError: scores do not fit the split, or two methods have one name.
+    """
+    rows, train = read_rows(data_dir, split), read_rows(data_dir, "train")
+    if rows.empty:
+        raise InputError(f"{data_dir}: the {split} split has no rows to evaluate")
+    methods = _methods(scores, rows, train, dict(compare or {}), name, averages)
+    data = _Split(rows, methods, UserBootstrap(rows["user_id"], resamples, seed))
+    masks = _slice_masks(rows, train)
+    definitions = (
+        METRICS | DEFINITIONS | {" & ".join(pair): AVERAGE_DEFINITION for pair in averages}
+    )
+    return _jsonable(
+        {
+            "split": split,
+            "name": name,
+            "rows": len(rows),
+            "users": rows["user_id"].nunique(),
+            "positive_rate": rows["label"].mean(),
+            "methods": {method: _measure(data, method) for method in methods},
+            "slices": {part: _slice(data, part, mask) for part, mask in masks.items()},
+            "differences": {
+                other: _difference(data, name, other) for other in methods if other != name
+            },
+            "reliability": _reliability(rows, methods[name]),
+            "intervals": {"level": LEVEL, "unit": "user", "resamples": resamples, "seed": seed},
+            "definitions": definitions,
+        }
+    )
+
+
+def _methods(
+    scores: pd.DataFrame,
+    rows: pd.DataFrame,
+    train: pd.DataFrame,
+    compare: dict[str, pd.DataFrame],
+    name: str,
+    averages: Sequence[tuple[str, str]],
+) -> dict[str, pd.DataFrame]:
+    controls = {
+        "item mean": item_mean(train, rows),
+        "item + user mean": item_user_mean(train, rows),
+    }
+    taken = {name, *controls} & set(compare) or {name} & set(controls)
+    if taken:
+        raise InputError(f"two methods are named {taken.pop()!r}; give the comparison another name")
+    methods = {key: aligned(table, rows, key) for key, table in ({name: scores} | compare).items()}
+    methods |= controls
+    for pair in averages:
+        unknown = [part for part in pair if part not in methods]
+        if unknown:
+            raise InputError(
+                f"cannot average {unknown[0]!r}: the methods are {', '.join(map(repr, methods))}"
+            )
+        methods[" & ".join(pair)] = score_average(methods[pair[0]], methods[pair[1]])
+    return methods
+
+
+def _slice_masks(rows: pd.DataFrame, train: pd.DataFrame) -> dict[str, np.ndarray]:
+    user = rows["user_id"].isin(train["user_id"]).to_numpy()
+    item = rows["item_id"].isin(train["item_id"]).to_numpy()
+    return dict(zip(SLICES, (user & item, ~user, ~item), strict=True))
+
+
+def _slice(data: _Split, part: str, mask: np.ndarray) -> dict[str, Any]:
+    return {
+        "definition": SLICES[part],
+        "rows": int(mask.sum()),
+        "users": data.rows["user_id"][mask].nunique(),
+        "methods": {method: _measure(data, method, mask) for method in data.methods}
+        if mask.any()
+        else {},
+    }
+
+
+def _measure(data: _Split, method: str, mask: np.ndarray | None = None) -> dict[str, Any]:
+    chosen = np.ones(len(data.rows), dtype=bool) if mask is None else mask
+    rows, scores = data.rows[chosen], data.methods[method][chosen]
+    labels, users = rows["label"], rows["user_id"]
+    everything = data.rows["label"], data.methods[method]["score"]
+    calibrated = scores["prob"].notna().all()
+    return {
+        "auc": auc(labels, scores["score"]),
+        "auc_ci": interval(data.bootstrap.auc(*everything, chosen)),
+        "uauc": uauc(labels, scores["score"], users),
+        "uauc_ci": interval(data.bootstrap.uauc(*everything, chosen)),
+        "wuauc": wuauc(labels, scores["score"], users),
+        "logloss": log_loss(labels, scores["prob"]) if calibrated else None,
+        "ece": ece(labels, scores["prob"]) if calibrated else None,
+        "rows": len(rows),
+        "users": users.nunique(),
+        "uauc_users": auc_per_user(labels, scores["score"], users)["auc"].notna().sum(),
+    }
+
+
+def _difference(data: _Split, name: str, other: str) -> dict[str, Any]:
+    labels, users = data.rows["label"], data.rows["user_id"]
+    first, second = data.methods[name]["score"], data.methods[other]["score"]
+    resampled = data.bootstrap
+    return {
+        "auc": auc(labels, first) - auc(labels, second),
+        "auc_ci": interval(resampled.auc(labels, first) - resampled.auc(labels, second)),
+        "uauc": uauc(labels, first, users) - uauc(labels, second, users),
+        "uauc_ci": interval(resampled.uauc(labels, first) - resampled.uauc(labels, second)),
+    }
+
+
+def _reliability(rows: pd.DataFrame, scores: pd.DataFrame) -> list[dict[Hashable, Any]] | None:
+    if scores["prob"].isna().any():
+        return None
+    return reliability_table(rows["label"], scores["prob"]).to_dict("records")
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(part) for part in value]
+    if isinstance(value, np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value

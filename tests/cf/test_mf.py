@@ -1,0 +1,187 @@
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from prepared_folder import make_rows, write_prepared
+from torch import Tensor
+
+from ccf_llm_hf.cf import CFEmbeddings, MFConfig, fit_cf, fit_mf, load_scores
+from ccf_llm_hf.cf import mf as mf_module
+from ccf_llm_hf.cf import solver as solver_module
+from ccf_llm_hf.cf.solver import Penalties, Rows, initial_parameters, solve
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.evaluation import auc, read_rows
+
+FIXED = {"l2_factors": 2.0, "l2_user_bias": 1.0, "l2_item_bias": 1.0}
+CONFIG = MFConfig(dim=4, snapshots=6, **FIXED)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_prepared(tmp_path_factory.mktemp("prepared"), make_rows())
+
+
+@pytest.fixture(scope="module")
+def fitted(folder: Path) -> CFEmbeddings:
+    return fit_mf(folder, CONFIG)
+
+
+def test_biases_are_dimensions_of_the_vectors(fitted: CFEmbeddings) -> None:
+    assert fitted.dim == CONFIG.dim + 2
+    assert (fitted.user_vectors[..., -1] == 1).all()
+    assert (fitted.item_vectors[..., -2] == 1).all()
+    assert fitted.default_user[-1].tolist() == [0, 0, 0, 0, 0, 1]
+    assert fitted.default_item[-1].tolist() == [0, 0, 0, 0, 1, 0]
+    user_bias, item_bias = fitted.user_vectors[-1, :, -2], fitted.item_vectors[-1, :, -1]
+    assert user_bias.std() > 0.3
+    row = fitted.item_ids.index("i5")
+    alone = fitted.logits(["nobody"], ["i5"])
+    torch.testing.assert_close(alone[0], item_bias[row] + fitted.offset[-1])
+
+
+def test_the_table_covers_the_catalog_and_knows_what_was_fitted(
+    fitted: CFEmbeddings, folder: Path
+) -> None:
+    train = read_rows(folder, "train")
+    assert len(fitted.item_ids) == 30
+    assert sorted(fitted.user_ids) == sorted(train["user_id"].unique())
+    known = {key for key, flag in zip(fitted.item_ids, fitted.item_known[-1], strict=True) if flag}
+    assert known == set(train["item_id"])
+    assert "i0" in fitted.item_ids
+    assert "i0" not in known
+
+
+def test_snapshot_zero_knows_nothing_and_the_last_all(fitted: CFEmbeddings, folder: Path) -> None:
+    times = read_rows(folder, "train")["timestamp"].to_numpy()
+    assert not fitted.user_known[0].any()
+    assert not fitted.item_known[0].any()
+    assert fitted.offset[0] == 0
+    assert fitted.user_known[-1].all()
+    assert fitted.snapshot_times[-1] == times.max() + 1
+    assert fitted.snapshot_for(times).max() == fitted.num_snapshots - 2
+
+
+def test_a_snapshot_never_sees_its_own_rows(folder: Path, tmp_path: Path) -> None:
+    before = fit_mf(folder, CONFIG)
+    rows = make_rows()
+    for snapshot in (1, 3, 5):
+        changed = rows.copy()
+        later = changed["timestamp"] >= int(before.snapshot_times[snapshot])
+        changed.loc[later, "label"] = 1 - changed.loc[later, "label"]
+        after = fit_mf(write_prepared(tmp_path / str(snapshot), changed), CONFIG)
+        same = slice(0, snapshot + 1)
+        for name in ("user_vectors", "item_vectors", "offset", "user_known", "item_known"):
+            assert torch.equal(getattr(before, name)[same], getattr(after, name)[same]), name
+        assert not torch.equal(before.user_vectors[snapshot + 1], after.user_vectors[snapshot + 1])
+
+
+def test_training_rows_look_held_out_through_their_snapshots(
+    fitted: CFEmbeddings, folder: Path
+) -> None:
+    train = read_rows(folder, "train")
+    scores = fitted.score(train, fitted.snapshot_for(train["timestamp"].to_numpy()))
+    out_of_time = auc(train["label"], scores["score"])
+    assert fitted.metadata["out_of_time_train_auc"] == f"{out_of_time:.4f}"
+    held_out, in_sample = (
+        float(fitted.metadata[name]) for name in ("validation_auc", "in_sample_train_auc")
+    )
+    assert out_of_time < held_out + 0.02 < in_sample + 0.02
+    assert held_out > 0.7
+
+
+def test_the_same_seed_gives_the_same_bits(fitted: CFEmbeddings, folder: Path) -> None:
+    again = fit_mf(folder, CONFIG)
+    for name in (f.name for f in fields(CFEmbeddings) if f.type is Tensor):
+        assert torch.equal(getattr(again, name), getattr(fitted, name)), name
+
+
+def test_without_biases_it_is_a_plain_dot_product(folder: Path) -> None:
+    plain = fit_mf(folder, MFConfig(dim=4, snapshots=2, use_biases=False, l2_factors=0.5))
+    assert plain.model_name == "mf_nobias"
+    assert plain.dim == 4
+    assert not plain.offset.any()
+    assert plain.logits(["nobody"], ["i3"]).tolist() == [0.0]
+    assert float(plain.metadata["in_sample_train_auc"]) > 0.75
+
+
+def test_strengths_are_chosen_on_validation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ccf_llm_hf.cf.mf.USER_BIAS_GRID", (1.0, 1e4))
+    monkeypatch.setattr("ccf_llm_hf.cf.mf.ITEM_BIAS_GRID", (1e4, 1.0))
+    monkeypatch.setattr("ccf_llm_hf.cf.mf.FACTOR_GRID", (0.01, 50.0))
+    chosen = fit_mf(folder, MFConfig(dim=4, snapshots=1)).metadata
+    # The labels follow biases alone: strong penalties on them lose, and so do free factors.
+    assert (chosen["l2_user_bias"], chosen["l2_item_bias"]) == ("1", "1")
+    assert (chosen["l2_factors"], chosen["live_factors"]) == ("50", "0")
+
+
+def test_the_solution_is_the_optimum_of_the_objective() -> None:
+    # One user, one item, biases only: the optimum solves a one-dimensional equation.
+    labels = torch.tensor([1.0] * 30 + [0.0] * 10)
+    rows = Rows(torch.zeros(40, dtype=torch.long), torch.zeros(40, dtype=torch.long), labels)
+    start = initial_parameters(2, 2, 0, 0)
+    fit = solve(rows, Penalties(1, 5, 5), start, iterations=100, epochs=1, seed=0)
+    # b carries no penalty, so nothing is left for the biases.
+    assert abs(float(fit.offset) - np.log(3)) < 1e-2
+    assert fit.user_bias.abs().max() < 1e-2
+    assert fit.user_bias[1] == 0
+
+
+def test_mini_batches_come_near_the_full_batch_optimum(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = fit_mf(folder, CONFIG)
+    monkeypatch.setattr(solver_module, "FULL_BATCH_ROWS", 10)
+    monkeypatch.setattr(solver_module, "BATCH_ROWS", 128)
+    batched = fit_mf(folder, MFConfig(dim=4, snapshots=2, epochs=40, **FIXED))
+    train = read_rows(folder, "train")
+    first, second = full.score(train)["score"], batched.score(train)["score"]
+    assert np.corrcoef(first, second)[0, 1] > 0.97
+    assert abs(first.std() / second.std() - 1) < 0.1
+
+
+def test_tables_stay_within_their_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ccf_llm_hf.cf.mf.TABLE_BYTES", 4 * 6 * 70 * 4)
+    assert fit_mf(folder, CONFIG).num_snapshots == 4
+    assert "3 snapshots instead of 6" in caplog.text
+
+
+def test_fit_cf_writes_a_folder_that_scores_a_split(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit_cf("mf", folder, tmp_path / "cf", CONFIG)
+    assert "validation_auc: 0." in capsys.readouterr().out
+    scores = load_scores(tmp_path / "cf", folder, "test")
+    assert len(scores) == len(read_rows(folder, "test"))
+    assert auc(scores["label"], scores["score"]) > 0.65
+    scores.to_parquet(tmp_path / "scores.parquet")
+    pd.testing.assert_frame_equal(load_scores(tmp_path / "scores.parquet", folder), scores)
+
+
+def test_bad_input_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'lightfm' is unknown"):
+        fit_cf("lightfm", folder, tmp_path / "cf")
+    with pytest.raises(InputError, match="l2_factors=0"):
+        MFConfig(l2_factors=0)
+    with pytest.raises(InputError, match="snapshots=0"):
+        MFConfig(snapshots=0)
+    with pytest.raises(InputError, match="not a prepared folder"):
+        fit_mf(tmp_path / "nowhere")
+    one_class = write_prepared(tmp_path / "one", make_rows().assign(label=1))
+    with pytest.raises(InputError, match="train split needs rows of both labels"):
+        fit_mf(one_class)
+
+
+def test_many_rows_are_tuned_on_some_users(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = mf_module._load(folder)
+    monkeypatch.setattr(mf_module, "FULL_BATCH_ROWS", 300)
+    sample = mf_module._sample(data, seed=0)
+    chosen = sample.rows.users.unique()
+    assert 200 < len(sample.rows) <= 300
+    # Whole users, and the tables keep their size.
+    assert len(sample.rows) == torch.isin(data.rows.users, chosen).sum()
+    assert len(sample.users) == len(data.users)
