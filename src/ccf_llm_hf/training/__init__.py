@@ -1,0 +1,1 @@
+"""Training: recipes of stages, packed batches under a token budget, and the trainer."""

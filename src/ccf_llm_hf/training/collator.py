@@ -1,0 +1,181 @@
+"""Packed batches: groups of samples under a token budget, a constant number of labels per step.
+
+The sampler plans whole optimizer steps first and cuts them into forward passes second. What a step
+contains therefore depends on neither the token budget nor the number of ranks, and training with
+another budget or more ranks gives the same weights (our choice).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ccf_llm_hf.data.grouping import Group
+
+IGNORED_LABEL = -100
+
+
+class GroupDataset(Dataset[Group]):
+    """Groups by index. A negative index `~i` gives group i with every label masked out: it evens
+    the number of forward passes and adds nothing to loss, gradient or label count."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = list(groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, index: int) -> Group:
+        if index >= 0:
+            return self.groups[index]
+        group = self.groups[~index]
+        return dataclasses.replace(group, labels=[IGNORED_LABEL] * len(group.candidates))
+
+
+class PackingCollator:
+    """Groups to model inputs, by a `CCFLLMProcessor`, with labels and each row's CF snapshot."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
+        batch = self.processor(
+            user=[group.user_id for group in groups],
+            history=[group.history for group in groups],
+            candidates=[group.candidates for group in groups],
+            history_lengths=[group.history_lengths for group in groups],
+            labels=[group.labels for group in groups],
+            snapshot=[group.snapshot for group in groups],
+            return_tensors="pt",
+        )
+        return dict(batch)
+
+
+def cut_by_budget(
+    indices: Sequence[int], lengths: Sequence[int], tokens_per_batch: int
+) -> list[list[int]]:
+    """Cut groups into the fewest batches whose padded size stays within the budget.
+
+    Padded size is rows times the longest row. Longest groups come first, so neighbors are alike in
+    length and padding is small. A group longer than the budget is a batch by itself.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and longest * (len(batches[-1]) + 1) <= tokens_per_batch:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def balance(indices: Sequence[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Cut groups into at most `parts` batches whose largest padded size is as small as possible,
+    largest first; fewer than `parts` only when there are fewer groups."""
+    low = min(lengths[i] for i in indices)
+    high = max(lengths[i] for i in indices) * len(indices)
+    while low < high:
+        middle = (low + high) // 2
+        if len(cut_by_budget(indices, lengths, middle)) <= parts:
+            high = middle
+        else:
+            low = middle + 1
+    batches = cut_by_budget(indices, lengths, low)
+
+    def size(batch: list[int]) -> tuple[bool, int]:
+        return len(batch) > 1, lengths[batch[0]] * len(batch)
+
+    while len(batches) < min(parts, len(indices)):
+        batches.sort(key=size)
+        largest = batches.pop()
+        batches += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    return sorted(batches, key=lambda batch: -lengths[batch[0]] * len(batch))
+
+
+class TokenBudgetBatchSampler(Sampler[list[int]]):
+    """One rank's batches of one epoch: `accumulation` batches for every optimizer step.
+
+    Every epoch shuffles the groups (seeded), cuts them into steps of about `labels_per_step` labels
+    and every step into `accumulation * world_size` batches of similar padded size.
+
+    Args:
+        lengths: tokens of every group.
+        labels: number of labels of every group.
+        labels_per_step: labels of one optimizer step, over all ranks.
+        tokens_per_batch: padded tokens of one batch, at most (but for a single longer group).
+        epochs: epochs that will be run; `accumulation` is what the largest step among them needs.
+        seed: order of the groups; with the epoch it determines everything.
+        rank, world_size: which share of every step to yield.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        labels: Sequence[int],
+        *,
+        labels_per_step: int,
+        tokens_per_batch: int,
+        epochs: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.lengths = lengths
+        self.labels = labels
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.steps_per_epoch = min(max(1, round(sum(labels) / labels_per_step)), len(lengths))
+        self.parts = max(
+            len(cut_by_budget(step, lengths, tokens_per_batch))
+            for epoch in range(max(1, epochs))
+            for step in self.plan(epoch)
+        )
+        self.accumulation = -(-self.parts // world_size)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.accumulation
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches the next iteration yields."""
+        self.epoch = epoch
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """Groups of every optimizer step of an epoch; each group occurs exactly once."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        target = sum(self.labels) / self.steps_per_epoch
+        steps: list[list[int]] = [[]]
+        seen = 0
+        for position, index in enumerate(order):
+            steps[-1].append(index)
+            seen += self.labels[index]
+            groups_left = len(order) - position - 1
+            steps_left = self.steps_per_epoch - len(steps)
+            # No step may stay empty: the trainer counts on the same number of steps every epoch.
+            if steps_left and (seen >= target * len(steps) or groups_left == steps_left):
+                steps.append([])
+        return steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        shortest = min(range(len(self.lengths)), key=lambda i: self.lengths[i])
+        for step in self.plan(self.epoch):
+            total = self.accumulation * self.world_size
+            batches = balance(step, self.lengths, total)
+            batches += [[~shortest]] * (total - len(batches))
+            yield from batches[self.rank :: self.world_size]
+
+
+class GroupDataLoader(DataLoader[Any]):
+    """A DataLoader that passes the epoch on to its batch sampler.
+
+    The sampler already knows its rank, so the loader must not go through `accelerator.prepare`,
+    which would shard it again and lose `set_epoch` when a run resumes on several ranks.
+    """
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]

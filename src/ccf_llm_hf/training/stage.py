@@ -1,0 +1,366 @@
+"""One stage: build its model and groups, train or resume it, leave a slim checkpoint behind."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoTokenizer, set_seed
+
+from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.data.assets import hub_id, load_backbone_path
+from ccf_llm_hf.data.grouping import Group, group_rows, sample_group
+from ccf_llm_hf.data.prepared import PreparedData, load_prepared
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
+from ccf_llm_hf.training.plots import write_history
+from ccf_llm_hf.training.recipe import Recipe, StageConfig
+from ccf_llm_hf.training.trainer import CCFLLMTrainer, delete_trainer_checkpoints
+
+CHECKPOINT = "checkpoint"
+RECORD_FILE = "stage.json"
+ADAPTER_CONFIG = "adapter_config.json"
+SHARED_SETTINGS = (
+    "backbone",
+    "backbone_revision",
+    "seed",
+    "cf_residual",
+    "score_head",
+    "use_cf_snapshots",
+    "bf16",
+)
+
+
+@dataclass
+class RunInputs:
+    """What all stages share: data, CF table (None for text-only runs), where the backbone is, and
+    `digest`, which names the exact input files."""
+
+    data: PreparedData
+    cf: CFEmbeddings | None
+    backbone: str
+    revision: str | None
+    digest: dict[str, str]
+
+    @classmethod
+    def load(cls, recipe: Recipe) -> "RunInputs":
+        """Read the inputs of a recipe. Raises `InputError` when data and CF table do not fit."""
+        data = load_prepared(recipe.data_dir)
+        cf = CFEmbeddings.load(recipe.cf_dir) if recipe.cf_dir else None
+        if cf is not None and (missing := set(data.items["item_id"]) - set(cf.item_ids)):
+            raise InputError(
+                f"the CF table in {recipe.cf_dir} lacks {len(missing)} items of {recipe.data_dir}, "
+                f"such as {min(missing)!r}; fit it on this data"
+            )
+        backbone, revision = load_backbone_path(recipe.backbone, offline=recipe.offline)
+        files = {
+            "train data": data.path / "data" / "train.parquet",
+            "validation data": data.path / "data" / "validation.parquet",
+        }
+        if cf is not None:
+            files["CF table"] = Path(recipe.cf_dir) / "cf_embeddings.safetensors"
+        digest = {name: _sha256([file]) for name, file in files.items()}
+        return cls(data, cf, backbone, recipe.backbone_revision or revision, digest)
+
+    def catalog(self) -> tuple[list[str], list[str], list[str]]:
+        """Item ids, item titles and user ids in table order."""
+        if self.cf is not None:
+            return self.cf.item_ids, self.cf.item_titles, self.cf.user_ids
+        return list(self.data.items["item_id"]), list(self.data.items["title"]), []
+
+
+@dataclass
+class StageRun:
+    """A stage in its folder `<output_dir>/stages/<name>`."""
+
+    recipe: Recipe
+    stage: StageConfig
+    inputs: RunInputs
+    folder: Path
+    init_folder: Path | None
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides what the stage learns."""
+        shared = {key: getattr(self.recipe, key) for key in SHARED_SETTINGS}
+        source = self.init_folder and digest_folder(self.init_folder)
+        return {
+            **shared,
+            **dataclasses.asdict(self.stage),
+            **self.inputs.digest,
+            "starting weights": source or "",
+        }
+
+    def record(self) -> dict[str, Any] | None:
+        """What `stage.json` says, None when the stage was never started."""
+        file = self.folder / RECORD_FILE
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def check_unchanged(self) -> None:
+        """Refuse to mix this recipe with a stage trained by another one, or delete that one when
+        `rerun_changed` says so. Raises `InputError` naming the settings that differ."""
+        record, settings = self.record(), self.settings()
+        if record is None or record["settings"] == settings:
+            return
+        if self.recipe.rerun_changed:
+            shutil.rmtree(self.folder)
+            return
+        old = record["settings"]
+        changed = sorted(
+            key for key in settings.keys() | old.keys() if settings.get(key) != old.get(key)
+        )
+        raise InputError(
+            f"stage {self.stage.name!r} in {self.folder} was trained with another "
+            f"{' and '.join(changed)}; name another output_dir, or retrain it with --rerun_changed"
+        )
+
+    def run(self, state: PartialState) -> dict[str, Any]:
+        """Train the stage, or what is left of it; every rank calls this. Returns its record."""
+        if state.is_main_process:
+            self.check_unchanged()
+        state.wait_for_everyone()
+        record = self.record()
+        if record and record["finished"]:
+            return record
+        if state.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / RECORD_FILE, {"settings": self.settings(), "finished": False})
+        trainer = self.trainer(state)
+        history = trainer.train_or_resume()
+        record = {"settings": self.settings(), "finished": True, **summary(trainer, history)}
+        if state.is_main_process:
+            write_history(history, self.folder, self.stage.name)
+            write_folder(self.folder / CHECKPOINT, lambda folder: trainer._save(str(folder)))
+            write_json(self.folder / RECORD_FILE, record)
+            delete_trainer_checkpoints(self.folder)
+        state.wait_for_everyone()
+        return record
+
+    def trainer(self, state: PartialState) -> CCFLLMTrainer:
+        """Model, groups and trainer of the stage."""
+        set_seed(self.recipe.seed)
+        processor = self.processor()
+        return CCFLLMTrainer(
+            self.model(processor),
+            self.recipe,
+            self.stage,
+            self.folder.resolve(),
+            processor,
+            self.train_groups(processor),
+            self.eval_groups(processor),
+            rank=state.process_index,
+            world_size=state.num_processes,
+        )
+
+    def processor(self) -> CCFLLMProcessor:
+        """The stage's prompt over the run's catalog."""
+        tokenizer = AutoTokenizer.from_pretrained(
+            self.inputs.backbone, revision=self.inputs.revision
+        )
+        return CCFLLMProcessor.from_catalog(
+            tokenizer, *self.inputs.catalog(), **self.stage.prompt_settings()
+        )
+
+    def model(self, processor: CCFLLMProcessor) -> CCFLLMForCTR:
+        """The stage's model with its starting weights; only trained parts need gradients."""
+        yes, no = processor.answer_token_ids()
+        model = CCFLLMForCTR.from_backbone(
+            self.inputs.backbone,
+            backbone_name=hub_id(self.recipe.backbone),
+            revision=self.inputs.revision,
+            cf=self.inputs.cf,
+            item_title_ids=processor.item_title_ids(),
+            fusion=self.stage.fusion,
+            cf_residual=self.recipe.cf_residual,
+            score_head=self.recipe.score_head,
+            yes_token_id=yes,
+            no_token_id=no,
+            item_slot_token_id=processor.item_slot_token_id,
+            user_slot_token_id=processor.user_slot_token_id,
+        )
+        self._start(model)
+        model.requires_grad_(False)
+        for part, parameters in (
+            ("fusion", model.fusion_parameters()),
+            ("lora", model.lora_parameters()),
+        ):
+            for _, parameter in parameters:
+                parameter.requires_grad_(part in self.stage.train)
+        return model
+
+    def _start(self, model: CCFLLMForCTR) -> None:
+        """Inject LoRA and load the starting weights."""
+        source = self.init_folder
+        adapter = source and adapter_folder(source)
+        same_fusion = source is not None and fusion_of(source) == self.stage.fusion
+        if source and same_fusion and not adapter:
+            model.load_trained_weights(source)
+        if adapter:
+            inject_lora(model, lora_of(adapter) | {"lora_dropout": self.stage.lora_dropout})
+            if same_fusion:
+                model.load_trained_weights(source)
+            else:
+                model.load_adapter_folder(adapter)
+        elif "lora" in self.stage.train:
+            inject_lora(
+                model,
+                {
+                    "r": self.stage.lora_r,
+                    "lora_alpha": self.stage.lora_alpha,
+                    "target_modules": self.stage.lora_target_modules,
+                    "use_rslora": False,
+                    "lora_dropout": self.stage.lora_dropout,
+                },
+            )
+
+    def train_groups(self, processor: CCFLLMProcessor) -> list[Group]:
+        """Training groups; rows see the CF snapshot of their time."""
+        split = self.inputs.data.splits["train"]
+        snapshots = None
+        if self.inputs.cf is not None and self.recipe.use_cf_snapshots and self._reads_cf():
+            snapshots = self.inputs.cf.snapshot_for(np.asarray(split["timestamp"])).tolist()
+        groups = self._groups(split, processor, snapshots)
+        order = torch.randperm(
+            len(groups), generator=torch.Generator().manual_seed(self.recipe.seed)
+        )
+        return sample_group(groups, self.stage.max_train_labels, order.tolist())
+
+    def eval_groups(self, processor: CCFLLMProcessor) -> list[Group]:
+        """Validation groups, all or those of a seeded sample of users, on the last CF snapshot."""
+        groups = self._groups(self.inputs.data.splits["validation"], processor, None)
+        return sample_users(groups, self.stage.eval_max_labels, self.recipe.seed)
+
+    def _reads_cf(self) -> bool:
+        return self.recipe.cf_residual or self.stage.fusion != "text_only"
+
+    def _groups(
+        self, split: Dataset, processor: CCFLLMProcessor, snapshots: list[int] | None
+    ) -> list[Group]:
+        # The question-last layout shares no prefix, so that a group is a row.
+        packed = processor.layout == "shared_prefix"
+        return group_rows(
+            split,
+            history_window=processor.history_window,
+            cf_snapshots=snapshots,
+            max_candidates=self.stage.max_candidates if packed else 1,
+        )
+
+
+def sample_users(groups: list[Group], max_labels: int, seed: int) -> list[Group]:
+    """All groups of users in seeded order until `max_labels` labels are reached; 0 keeps all.
+
+    Whole users, because UAUC needs all labels of a user.
+    """
+    if not max_labels:
+        return groups
+    users = sorted({group.user_id for group in groups})
+    chosen: set[str] = set()
+    labels = 0
+    for position in np.random.default_rng(seed).permutation(len(users)):
+        if labels >= max_labels:
+            break
+        chosen.add(users[position])
+        labels += sum(len(g.labels) for g in groups if g.user_id == users[position])
+    return [group for group in groups if group.user_id in chosen]
+
+
+def inject_lora(model: CCFLLMForCTR, settings: dict[str, Any]) -> None:
+    """Put fresh LoRA modules into the model's backbone and note the settings in its config."""
+    try:
+        peft.inject_adapter_in_model(peft.LoraConfig(**settings), model.language_model)
+    except ValueError as problem:
+        raise InputError(f"LoRA does not fit this backbone: {problem}") from problem
+    model.config.lora = settings
+
+
+def adapter_folder(source: Path) -> Path | None:
+    """Where a starting point holds its PEFT adapter; None when it has none."""
+    for folder in (source / "adapter", source):
+        if (folder / ADAPTER_CONFIG).is_file():
+            return folder
+    return None
+
+
+def lora_of(adapter: Path) -> dict[str, Any]:
+    """The LoRA settings of a PEFT adapter folder."""
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    settings = {key: config[key] for key in ("r", "lora_alpha", "target_modules")}
+    return settings | {"use_rslora": bool(config.get("use_rslora"))}
+
+
+def fusion_of(source: Path) -> str | None:
+    """Fusion arm of a slim checkpoint; None for a bare adapter folder."""
+    if not (source / "fusion.safetensors").is_file():
+        return None
+    return json.loads((source / "config.json").read_text())["fusion"]
+
+
+def digest_folder(source: Path) -> str:
+    """Sha256 over the weight files that a stage would start from.
+
+    Raises:
+        InputError: when the folder holds no weights.
+    """
+    adapter = adapter_folder(source)
+    files = [source / "fusion.safetensors"] if fusion_of(source) else []
+    files += [adapter / "adapter_model.safetensors"] if adapter else []
+    if not files or not all(file.is_file() for file in files):
+        raise InputError(
+            f"`init_from` {source} is neither a slim checkpoint nor a PEFT adapter folder"
+        )
+    return _sha256(files)
+
+
+def _sha256(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def summary(trainer: CCFLLMTrainer, history: list[dict[str, float]]) -> dict[str, Any]:
+    """Best validation metrics, size, time and speed of a trained stage."""
+    evaluations = [entry for entry in history if "eval_auc" in entry]
+    best = next(e for e in evaluations if e["step"] == trainer.state.best_global_step)
+    logs = [entry for entry in history if "labels_per_second" in entry]
+    seconds = sum(entry["train_seconds"] for entry in logs)
+    labels = sum(entry["train_seconds"] * entry["labels_per_second"] for entry in logs)
+    return {
+        "validation": {
+            k.removeprefix("eval_"): v for k, v in best.items() if k.startswith("eval_")
+        },
+        "best_step": int(best["step"]),
+        "steps": trainer.state.global_step,
+        "train_labels": sum(trainer.batch_sampler.labels),
+        "validation_labels": sum(len(g.labels) for g in trainer.eval_dataset.groups),
+        "trainable_parameters": sum(
+            p.numel() for p in trainer.model.parameters() if p.requires_grad
+        ),
+        "minutes": round((seconds + sum(e["eval_runtime"] for e in evaluations)) / 60, 2),
+        "labels_per_second": round(labels / seconds, 2) if seconds else 0.0,
+    }
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write JSON under a temporary name, then move it into place."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(file)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder, then put it in the place of `folder`."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -1,0 +1,110 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.training.recipe import Recipe, StageConfig, parse_recipe
+
+TEXT = {"name": "text", "fusion": "text_only", "train": ["lora"]}
+FUSION = {"name": "fusion", "init_from": "text"}
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+
+
+def write(folder: Path, content: dict) -> list[str]:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return ["--config", str(file)]
+
+
+@pytest.fixture
+def content(settings: dict, tmp_path: Path) -> dict:
+    return {**settings, "output_dir": str(tmp_path / "run"), "stages": [TEXT, FUSION]}
+
+
+def test_yaml_becomes_typed_stages(content, tmp_path):
+    # PyYAML reads 1e-3 (no dot) as a string; the recipe means a number.
+    content["stages"][1] = {**FUSION, "fusion_learning_rate": "1e-3", "history_window": [10, 1]}
+    recipe = parse_recipe(write(tmp_path, content))
+    assert [stage.name for stage in recipe.stages] == ["text", "fusion"]
+    assert recipe.stages[1].fusion_learning_rate == 1e-3
+    assert recipe.stages[1].prompt_settings() == {"history_window": (10, 1)}
+    assert recipe.stages[0].prompt_settings() == {
+        "history_format": "title",
+        "candidate_format": "title",
+    }
+
+
+def test_flags_override_the_file(content, tmp_path):
+    recipe = parse_recipe([*write(tmp_path, content), "--seed", "7", "--cf_residual", "true"])
+    assert (recipe.seed, recipe.cf_residual) == (7, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sead": 1}, "sead"),
+        ({"data_dir": "nowhere"}, "data_dir"),
+        ({"cf_dir": ""}, "cf_dir"),
+        ({"output_dir": ""}, "output_dir"),
+        ({"score_head": "no_only"}, "score_head"),
+        ({"seed": "many"}, "seed"),
+        ({"stages": []}, "stages"),
+        ({"stages": ["text"]}, "stage 1"),
+        ({"stages": [{**TEXT, "fusion": "gates"}]}, "gates"),
+        ({"stages": [{**TEXT, "epoch": 2}]}, "epoch"),
+        ({"stages": [{**TEXT, "epochs": "two"}]}, "epochs"),
+        ({"stages": [{**TEXT, "epochs": 0}]}, "epochs"),
+        ({"stages": [{**TEXT, "labels_per_step": 1.5}]}, "labels_per_step"),
+        ({"stages": [{**TEXT, "train": []}]}, "train"),
+        ({"stages": [{**TEXT, "train": "lora"}]}, "train"),
+        ({"stages": [{**TEXT, "train": ["fusion"]}]}, "text_only"),
+        ({"stages": [{**TEXT, "name": "a/b"}]}, "name"),
+        ({"stages": [TEXT, TEXT]}, "two stages"),
+        ({"stages": [FUSION, TEXT]}, "init_from"),
+        ({"stages": [{**TEXT, "history_window": [10]}]}, "history_window"),
+        ({"stages": [{**TEXT, "scheduler": "zigzag"}]}, "zigzag"),
+    ],
+)
+def test_bad_recipes_are_refused_in_one_sentence(content, tmp_path, change, message, capsys):
+    # argparse itself refuses a top-level value of another type, with the same exit code as the CLI.
+    with pytest.raises((InputError, SystemExit)) as problem:
+        parse_recipe(write(tmp_path, content | change))
+    text = str(problem.value) if isinstance(problem.value, InputError) else capsys.readouterr().err
+    assert message in text
+    if isinstance(problem.value, InputError):
+        assert "\n" not in text
+    else:
+        assert problem.value.code == 2
+
+
+def test_a_missing_file_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.yaml"):
+        parse_recipe(["--config", str(tmp_path / "nowhere.yaml")])
+
+
+def test_a_text_only_recipe_needs_no_cf_table(content, tmp_path):
+    recipe = parse_recipe(write(tmp_path, content | {"cf_dir": "", "stages": [TEXT]}))
+    assert not recipe.needs_cf()
+
+
+@pytest.mark.parametrize("config", [Recipe, StageConfig])
+def test_every_field_has_help(config):
+    assert all(field.metadata["help"] for field in dataclasses.fields(config))
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_recipes_parse_and_comment_every_key(file, settings):
+    places = {key: settings[key] for key in ("data_dir", "cf_dir")}
+    flags = [word for key, value in places.items() for word in (f"--{key}", value)]
+    recipe = parse_recipe(["--config", str(file), *flags])
+    assert recipe.stages
+    entries = yaml.safe_load(file.read_text())
+    commented = {
+        line.split(":")[0].strip(" -")
+        for line in file.read_text().splitlines()
+        if "#" in line and ":" in line
+    }
+    keys = set(entries) - {"stages"} | {key for stage in entries["stages"] for key in stage}
+    assert keys <= commented

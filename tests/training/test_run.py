@@ -1,0 +1,125 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
+from ccf_llm_hf.training.run import run_recipe
+
+TRAIN = Path(__file__).parents[2] / "examples" / "train.py"
+STAGES = [
+    {"name": "text", "fusion": "text_only", "train": ["lora"], "labels_per_step": 32},
+    {
+        "name": "fusion",
+        "init_from": "text",
+        "train": ["fusion", "lora"],
+        "labels_per_step": 32,
+        "eval_every_labels": 64,
+    },
+]
+
+
+def write_recipe(settings: dict, output: Path, stages: list[dict]) -> list[str]:
+    file = output.parent / f"{output.name}.yaml"
+    file.write_text(yaml.safe_dump({**settings, "output_dir": str(output), "stages": stages}))
+    return ["--config", str(file)]
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory) -> tuple[Path, dict]:
+    """A run of both stages and what it returned."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    return output, run_recipe(write_recipe(settings, output, STAGES))
+
+
+def trained_weights(slim: Path) -> dict[str, torch.Tensor]:
+    return {
+        **load_file(slim / "fusion.safetensors"),
+        **load_file(slim / "adapter" / "adapter_model.safetensors"),
+    }
+
+
+def test_a_run_leaves_both_checkpoints_and_a_report(finished):
+    output, result = finished
+    report = json.loads((output / "training.json").read_text())
+    assert report["validation"] == result["validation"]
+    assert 0 <= result["validation"]["auc"] <= 1
+    assert report["recipe"]["seed"] == 0
+    assert list(report["stages"]) == ["text", "fusion"]
+    assert report["versions"]["torch"] == torch.__version__
+    for name in ("text", "fusion"):
+        assert (output / "stages" / name / "curves.png").is_file()
+    assert "text_only" in (output / "checkpoint-slim" / "README.md").read_text()
+    leftovers = [*output.rglob("*.partial*"), *output.rglob("optimizer.pt")]
+    assert not leftovers
+
+
+def test_both_forms_score_alike(finished):
+    _, result = finished
+    full = CCFLLMForCTR.from_pretrained(result["checkpoint"])
+    slim = CCFLLMForCTR.from_pretrained(result["checkpoint_slim"])
+    processor = CCFLLMProcessor.from_pretrained(result["checkpoint"])
+    batch = processor(user="u1", history=["i1", "i2"], candidates=["i3", "i4", "i5"])
+    with torch.no_grad():
+        torch.testing.assert_close(full(**batch).logits, slim(**batch).logits)
+    assert full.config.logit_temperature == slim.config.logit_temperature != 1.0
+
+
+def test_run_again_trains_nothing(finished, settings):
+    output, result = finished
+    stamp = (output / "stages" / "fusion" / "stage.json").stat().st_mtime_ns
+    assert run_recipe(write_recipe(settings, output, STAGES)) == result
+    assert (output / "stages" / "fusion" / "stage.json").stat().st_mtime_ns == stamp
+
+
+def test_a_changed_stage_is_refused_or_retrained(settings, tmp_path):
+    stages = [{**STAGES[0], "epochs": 0.5}]
+    run_recipe(write_recipe(settings, tmp_path / "run", stages))
+    changed = write_recipe(settings, tmp_path / "run", [{**stages[0], "lora_r": 2}])
+    with pytest.raises(InputError, match=r"lora_r.*rerun_changed"):
+        run_recipe(changed)
+    run_recipe([*changed, "--rerun_changed", "true"])
+    adapter = json.loads((tmp_path / "run/checkpoint-slim/adapter/adapter_config.json").read_text())
+    assert adapter["r"] == 2
+
+
+def test_a_cf_table_of_other_data_is_refused(settings, cf_dir, tmp_path):
+    from ccf_llm_hf.cf.embeddings import CFEmbeddings
+
+    CFEmbeddings.from_tables({"u1": [1.0]}, {"i1": [1.0]}).save(tmp_path / "cf")
+    recipe = write_recipe({**settings, "cf_dir": str(tmp_path / "cf")}, tmp_path / "run", STAGES)
+    with pytest.raises(InputError, match=r"lacks .* items"):
+        run_recipe(recipe)
+
+
+def test_two_ranks_train_the_weights_of_one(finished, settings, tmp_path):
+    output, result = finished
+    recipe = write_recipe(settings, tmp_path / "run", STAGES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc_per_node", "2", str(TRAIN), *recipe], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert report["hardware"]["processes"] == 2
+    assert report["validation"]["auc"] == pytest.approx(result["validation"]["auc"], abs=1e-3)
+    one = trained_weights(output / "checkpoint-slim")
+    for name, value in trained_weights(tmp_path / "run" / "checkpoint-slim").items():
+        torch.testing.assert_close(value, one[name], rtol=0, atol=1e-4, msg=name)
+
+
+def test_the_example_reports_bad_input_in_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(TRAIN), "--config", str(tmp_path / "none.yaml")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
