@@ -1,0 +1,42 @@
+# Each target works on a fresh clone: the virtual environment is made on first use.
+# Override what you need: make test PYTHON=python3.12 VENV=/path/to/venv
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+VENV ?= .venv
+
+BIN := $(abspath $(VENV))/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    prepare MovieLens-1M, fit MF, train CCF-LLM, evaluate and rank (into runs/demo)"
+	@echo "make test    lint, types and all tests, the slow ones included"
+	@echo "make lint    ruff and mypy only"
+	@echo "make format  rewrite the code as ruff would have it"
+	@echo "make clean   remove build files and caches (runs/ and the virtual environment stay)"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; set PYTHON=..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)
+	PATH="$(BIN):$$PATH" examples/demo.sh
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,381 @@
+"""The `ccf-llm` command. Heavy modules are imported inside the commands: help stays fast."""
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ccf_llm_hf.cli_arguments import CommandParser, add_config_arguments, config_from_arguments
+from ccf_llm_hf.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+
+
+class Output(NamedTuple):
+    """What a command prints: `text` for people, `data` with --json."""
+
+    text: str
+    data: dict[str, Any]
+
+
+class Command(NamedTuple):
+    """One subcommand: its line in the overview, its example, its flags and its work."""
+
+    summary: str
+    example: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, list[str]], Output]
+
+
+def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
+    from ccf_llm_hf.data.prepare import PrepareConfig
+
+    parser.add_argument("source", choices=("ml-1m", "ml-100k", "table"), help="what to prepare")
+    parser.add_argument("--out", required=True, help="folder to write")
+    add_config_arguments(parser, PrepareConfig, skip=("source", "out"))
+
+
+def _prepare(arguments: argparse.Namespace, _: list[str]) -> Output:
+    from ccf_llm_hf.data.prepare import PrepareConfig, format_summary, prepare
+    from ccf_llm_hf.data.prepared import load_protocol
+
+    folder = prepare(config_from_arguments(PrepareConfig, arguments), summary=False)
+    protocol = load_protocol(folder)
+    return Output(format_summary(protocol, folder), {"out": str(folder), "protocol": protocol})
+
+
+def _fit_cf_arguments(parser: argparse.ArgumentParser) -> None:
+    from ccf_llm_hf.cf.mf import MFConfig
+
+    parser.add_argument("model", choices=("mf",), help="which CF model to fit")
+    parser.add_argument("--data", required=True, help="prepared folder (see ccf-llm prepare)")
+    parser.add_argument("--out", required=True, help="folder to write")
+    add_config_arguments(parser, MFConfig)
+
+
+def _fit_cf(arguments: argparse.Namespace, _: list[str]) -> Output:
+    data = _folder(arguments.data, "--data", "ccf-llm prepare")
+    from ccf_llm_hf.cf.mf import MFConfig, fit_cf
+
+    config = config_from_arguments(MFConfig, arguments)
+    embeddings = fit_cf(arguments.model, data, arguments.out, config)
+    facts = {
+        "out": arguments.out,
+        "num_users": len(embeddings.user_ids),
+        "num_items": len(embeddings.item_ids),
+        "num_snapshots": embeddings.num_snapshots,
+    }
+    text = "wrote {out}: {num_users} users, {num_items} items, {num_snapshots} snapshots in time"
+    return Output(text.format(**facts), facts | embeddings.metadata)
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", help="YAML file; any entry can be overridden with --key value behind it"
+    )
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> Output:
+    if not Path(arguments.recipe).is_file():
+        raise InputError(
+            f"recipe {arguments.recipe} does not exist: name a YAML file like "
+            "examples/configs/demo.yaml"
+        )
+    from ccf_llm_hf.training.run import run_recipe
+
+    result = run_recipe(["--config", arguments.recipe, *overrides])
+    _write_cards(result)
+    return Output("\n".join(f"{key}: {value}" for key, value in result.items()), result)
+
+
+def _write_cards(result: dict[str, Any]) -> None:
+    from ccf_llm_hf.hub.model_card import describe_run
+
+    record = Path(result["checkpoint"]).with_name("training.json")
+    data = json.loads(record.read_text(encoding="utf-8"))["recipe"]["data_dir"]
+    for key in ("checkpoint", "checkpoint_slim"):
+        describe_run(result[key], data)
+
+
+def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="checkpoint folder, or a Hub repository")
+    parser.add_argument("--backbone", help="folder or name to attach instead of the recorded one")
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_arguments(parser)
+    parser.add_argument("--data", required=True, help="prepared folder (see ccf-llm prepare)")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: test)")
+    parser.add_argument("--out", required=True, help="parquet file to write the scores to")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="other methods to compare with: scores written by --out, or folders of fit-cf",
+    )
+    parser.add_argument(
+        "--average",
+        nargs="+",
+        default=[],
+        metavar="NAME,NAME",
+        help="pairs of these methods whose averaged scores are a further method",
+    )
+    parser.add_argument("--name", default="CCF-LLM", help="of this method (default: CCF-LLM)")
+    parser.add_argument("--metrics-out", help="JSON file for the whole report")
+    parser.add_argument("--plot", help="PNG file for the calibration plot")
+    parser.add_argument(
+        "--card",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="checkpoint folders whose README.md shall show these results",
+    )
+    parser.add_argument(
+        "--max-tokens-per-batch",
+        type=int,
+        default=8192,
+        help="padded tokens scored at once; lower it when memory is short (default: 8192)",
+    )
+
+
+def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
+    data = _folder(arguments.data, "--data", "ccf-llm prepare")
+    paths = dict(_name_and_path(text) for text in arguments.compare)
+    averages = [_pair(text, {arguments.name, *paths}) for text in arguments.average]
+    _checkpoint(arguments.checkpoint)
+    from ccf_llm_hf.cf.scoring import load_scores
+    from ccf_llm_hf.data.prepared import load_prepared
+    from ccf_llm_hf.evaluation import evaluate_scores, format_report, plot_calibration
+    from ccf_llm_hf.inference.checkpoint import load_checkpoint
+    from ccf_llm_hf.inference.score_table import score_table, write_scores
+
+    split = load_prepared(data).splits[arguments.split]
+    compare = {name: load_scores(path, data, arguments.split) for name, path in paths.items()}
+    model, processor = load_checkpoint(arguments.checkpoint, backbone=arguments.backbone)
+    scores = score_table(
+        model, processor, split, max_tokens_per_batch=arguments.max_tokens_per_batch
+    )
+    write_scores(scores, arguments.out)
+    report = evaluate_scores(
+        scores, data, arguments.split, compare, name=arguments.name, averages=averages
+    )
+    if arguments.metrics_out:
+        _write_text(arguments.metrics_out, json.dumps(report, indent=2) + "\n")
+    if arguments.plot:
+        plot_calibration(scores, arguments.plot, name=arguments.name)
+    for folder in arguments.card:
+        from ccf_llm_hf.hub.model_card import describe_run
+
+        describe_run(folder, data, report)
+    return Output(format_report(report), report)
+
+
+def _user_arguments(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_arguments(parser)
+    parser.add_argument("--user", help="user id; one the model has not seen is a new user")
+    history = parser.add_mutually_exclusive_group()
+    history.add_argument(
+        "--history", nargs="+", metavar="ITEM", help="liked items, oldest first: ids or titles"
+    )
+    history.add_argument("--data", help="prepared folder to take the history of --user from")
+
+
+def _rank_arguments(parser: argparse.ArgumentParser) -> None:
+    _user_arguments(parser)
+    parser.add_argument(
+        "--candidates", nargs="+", metavar="ITEM", help="ids or titles (default: the catalog)"
+    )
+    parser.add_argument("--top-k", type=int, default=10, help="items to return (default: 10)")
+    parser.add_argument(
+        "--preselect",
+        type=int,
+        default=100,
+        help="items of the catalog that the CF model picks for scoring (default: 100)",
+    )
+
+
+def _rank(arguments: argparse.Namespace, _: list[str]) -> Output:
+    ranker, history = _ranker_and_history(arguments)
+    ranked = ranker.rank(
+        user=arguments.user,
+        history=history,
+        candidates=arguments.candidates,
+        top_k=arguments.top_k,
+        preselect=arguments.preselect,
+    )
+    lines = [f"{'':>4}  prob    text  CF    item"]
+    for place, item in enumerate(ranked, start=1):
+        note = "" if item.known else "  (not in the CF model)"
+        lines.append(
+            f"{place:>3}.  {item.probability:.3f}   {item.text_share:4.0%}  {item.cf_share:4.0%}"
+            f"  {item.title}{note}"
+        )
+    data = {"user": arguments.user, "history": history, "items": [asdict(item) for item in ranked]}
+    return Output("\n".join(lines), data)
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    _user_arguments(parser)
+    parser.add_argument("--item", required=True, help="id or title of the candidate")
+
+
+def _explain(arguments: argparse.Namespace, _: list[str]) -> Output:
+    ranker, history = _ranker_and_history(arguments)
+    explanation = ranker.explain(user=arguments.user, history=history, item=arguments.item)
+    return Output(explanation.as_text(), asdict(explanation))
+
+
+def _ranker_and_history(arguments: argparse.Namespace) -> tuple[Any, list[str]]:
+    if arguments.data is not None and arguments.user is None:
+        raise InputError("--data is there to look up the history of a user: add --user ID")
+    if arguments.user is None and not arguments.history:
+        raise InputError("nothing is known of this user: give --history ITEM ..., or --user ID")
+    _checkpoint(arguments.checkpoint)
+    history = list(arguments.history or [])
+    if arguments.data is not None:
+        from ccf_llm_hf.inference.history import stored_history
+
+        data = _folder(arguments.data, "--data", "ccf-llm prepare")
+        history = stored_history(data, arguments.user)
+    from ccf_llm_hf.inference.ranker import CTRRanker
+
+    return CTRRanker.from_pretrained(arguments.checkpoint, backbone=arguments.backbone), history
+
+
+def _folder(path: str, flag: str, maker: str) -> Path:
+    if not Path(path).is_dir():
+        raise InputError(f"{flag} {path} is not a folder: make it with {maker}")
+    return Path(path)
+
+
+def _checkpoint(path: str) -> None:
+    """Refuse what can be neither a folder nor a Hub repository, before torch is imported."""
+    if Path(path).is_dir():
+        return
+    hub_like = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path)
+    # `runs/typo` looks like a repository, but where runs/ is a folder it is a mistyped path.
+    if not hub_like or Path(path).parent.is_dir():
+        raise InputError(
+            f"checkpoint {path} is not a folder, and no Hub repository (org/name) either: "
+            "make one with ccf-llm train"
+        )
+
+
+def _name_and_path(text: str) -> tuple[str, Path]:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise InputError(f"--compare {text} is not NAME=PATH: write for example mf=runs/cf")
+    if not Path(path).exists():
+        raise InputError(
+            f"--compare {text}: {path} does not exist, write it with evaluate --out or fit-cf"
+        )
+    return name, Path(path)
+
+
+def _pair(text: str, names: set[str]) -> tuple[str, str]:
+    parts = text.split(",")
+    if len(parts) != 2 or not set(parts) <= names:
+        raise InputError(
+            f"--average {text} is not NAME,NAME with names of {', '.join(sorted(names))}"
+        )
+    return parts[0], parts[1]
+
+
+def _write_text(path: str, text: str) -> None:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(target)
+
+
+COMMANDS = {
+    "prepare": Command(
+        "turn ratings into train, validation and test files",
+        "ccf-llm prepare ml-1m --out runs/data",
+        _prepare_arguments,
+        _prepare,
+    ),
+    "fit-cf": Command(
+        "fit the collaborative-filtering model whose vectors are fused",
+        "ccf-llm fit-cf mf --data runs/data --out runs/cf",
+        _fit_cf_arguments,
+        _fit_cf,
+    ),
+    "train": Command(
+        "train by a recipe",
+        "ccf-llm train examples/configs/demo.yaml --output_dir runs/mine",
+        _train_arguments,
+        _train,
+    ),
+    "evaluate": Command(
+        "score a split: AUC, UAUC, intervals, slices, controls",
+        "ccf-llm evaluate runs/demo/checkpoint --data runs/demo/data --out scores.parquet",
+        _evaluate_arguments,
+        _evaluate,
+    ),
+    "rank": Command(
+        "the best items for a user or a history",
+        'ccf-llm rank runs/demo/checkpoint --history "Toy Story (1995)" "Heat (1995)" --top-k 5',
+        _rank_arguments,
+        _rank,
+    ),
+    "explain": Command(
+        "one prediction, taken apart",
+        'ccf-llm explain runs/demo/checkpoint --history "Toy Story (1995)" --item "Heat (1995)"',
+        _explain_arguments,
+        _explain,
+    ),
+}
+
+
+def _overview() -> CommandParser:
+    lines = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    parser = CommandParser(
+        prog="ccf-llm",
+        usage="ccf-llm COMMAND ... [--json]",
+        description="CTR prediction that fuses a language model with collaborative filtering.",
+        epilog=f"commands:\n{lines}\n\nccf-llm COMMAND --help shows its flags and an example.",
+    )
+    parser.add_argument("command", choices=tuple(COMMANDS), help=argparse.SUPPRESS)
+    return parser
+
+
+def _parse(argv: list[str]) -> tuple[Command, argparse.Namespace, list[str]]:
+    name = _overview().parse_args(argv[:1]).command
+    command = COMMANDS[name]
+    parser = CommandParser(
+        prog=f"ccf-llm {name}",
+        description=command.summary[0].upper() + command.summary[1:] + ".",
+        epilog=f"example:\n  {command.example}",
+    )
+    command.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    arguments, rest = parser.parse_known_args(argv[1:])
+    if rest and name != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return command, arguments, rest
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, or 2 after `error: ...` for bad input."""
+    try:
+        command, arguments, rest = _parse(list(sys.argv[1:] if argv is None else argv))
+        # Libraries print to stdout at will; there it would break --json.
+        with contextlib.redirect_stdout(sys.stderr):
+            output = command.run(arguments, rest)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(output.data, indent=2) if arguments.json else output.text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Hub: what a checkpoint needs to be shared."""

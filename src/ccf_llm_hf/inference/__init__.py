@@ -1,0 +1,1 @@
+"""Inference: score splits, rank and explain."""

@@ -1,0 +1,314 @@
+"""`CTRRanker`: probabilities, ranked lists and explanations from a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ccf_llm_hf.data.grouping import Group
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.inference.checkpoint import load_checkpoint
+from ccf_llm_hf.inference.explanation import Explanation, item_shares, render_prompt
+from ccf_llm_hf.inference.scoring import score_groups
+from ccf_llm_hf.modeling.layout_ccf_llm import window_start
+from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
+
+Item = str | int | dict[str, Any]
+User = str | int | None
+Pair = Mapping[str, Any] | tuple[User, Item]
+
+
+@dataclass
+class RankedItem:
+    """One place of a ranked list.
+
+    `item_id` is None for an item outside the catalog. `text_share` and `cf_share` say how much of
+    the item's slot comes from its title and from its CF vector (mean of the gate over dimensions;
+    they add up to 1). `known` tells whether the CF model was fitted on the item.
+    """
+
+    item_id: str | None
+    title: str
+    probability: float
+    logit: float
+    text_share: float
+    cf_share: float
+    known: bool
+
+
+@dataclass
+class _Request:
+    """Candidates to score for one user with one history (unwindowed); items are `Item`."""
+
+    user: User
+    history: list[Any]
+    candidates: list[Any]
+
+
+class CTRRanker:
+    """Predict, rank and explain with a trained model.
+
+    Items are given as raw ids, as titles, or as `{"id": ..., "title": ...}`; a title outside the
+    catalog is a new item, scored by its text. A user the model has not seen is a new user, scored
+    by the history. Histories hold liked items, oldest first.
+
+    Args:
+        model: a `CCFLLMForCTR`.
+        processor: its `CCFLLMProcessor`.
+        max_candidates: candidates packed behind one history; the history is computed once for them.
+        max_tokens_per_batch: padded tokens of one forward pass.
+    """
+
+    def __init__(
+        self,
+        model: CCFLLMForCTR,
+        processor: CCFLLMProcessor,
+        *,
+        max_candidates: int = 128,
+        max_tokens_per_batch: int = 8192,
+    ) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.max_candidates = max_candidates
+        self.max_tokens_per_batch = max_tokens_per_batch
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str,
+        *,
+        backbone: str | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> "CTRRanker":
+        """Load a checkpoint folder or Hub repository.
+
+        Args:
+            path_or_repo: folder or repository of a full or slim checkpoint.
+            backbone: folder or name to attach instead of the recorded one (slim checkpoints).
+            device: where to run; default: a GPU if there is one, else the CPU.
+            kwargs: passed on to both `from_pretrained`, for example `revision` or `token`.
+
+        Raises:
+            InputError: the checkpoint is missing, damaged, or does not fit its backbone.
+        """
+        model, processor = load_checkpoint(path_or_repo, backbone=backbone, **kwargs)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(model.to(device), processor)
+
+    def predict(self, pairs: Sequence[Pair], *, progress: bool = False) -> np.ndarray:
+        """Probability that the user likes the item, for each pair.
+
+        Args:
+            pairs: `(user, item)` tuples, or dicts with `item` and optionally `user` and `history`.
+                Pairs that share user and history share one forward pass.
+            progress: show a bar on stderr.
+
+        Returns:
+            Float32 array of shape (number of pairs,).
+
+        Raises:
+            InputError: a pair of another form, naming its place.
+        """
+        requests: dict[Any, _Request] = {}
+        places: dict[Any, list[int]] = {}
+        for place, pair in enumerate(pairs):
+            user, history, item = _read_pair(pair, place)
+            key = (user, tuple(self.processor.resolve_item(earlier) for earlier in history))
+            requests.setdefault(key, _Request(user, history, [])).candidates.append(item)
+            places.setdefault(key, []).append(place)
+        probabilities = np.empty(len(pairs), dtype=np.float32)
+        scores = self._score(list(requests.values()), progress)
+        for indices, logits in zip(places.values(), scores, strict=True):
+            probabilities[indices] = self._probability(logits)
+        return probabilities
+
+    def rank(
+        self,
+        user: User | Sequence[User] = None,
+        history: Sequence[Any] | None = None,
+        candidates: Sequence[Any] | None = None,
+        top_k: int = 10,
+        preselect: int = 100,
+    ) -> Any:
+        """The `top_k` best candidates, best first.
+
+        Args:
+            user: raw id, or None for a new user. A list of users makes a batch.
+            history: liked items, oldest first; in a batch one list per user.
+            candidates: items to choose from (in a batch: for all, or one list per user). Default:
+                those `preselect` catalog items that the CF model scores highest for this user (for
+                a new user: by the CF model's item bias) and that are not in the history.
+            top_k: length of the list; fewer when there are fewer candidates.
+            preselect: catalog items that the language model scores.
+
+        Returns:
+            A list of `RankedItem`, or in a batch a list of such lists.
+
+        Raises:
+            InputError: no candidates, or batch lists whose lengths differ.
+        """
+        if top_k < 1 or preselect < 1:
+            raise InputError(f"top_k={top_k} and preselect={preselect} must both be at least 1")
+        users, histories, lists, batched = _as_batch(user, history, candidates)
+        requests = [
+            _Request(who, past, self._preselect(who, past, preselect) if items is None else items)
+            for who, past, items in zip(users, histories, lists, strict=True)
+        ]
+        for request in requests:
+            if not request.candidates:
+                raise InputError(f"no candidates to rank for user {request.user!r}: give some")
+        scores = self._score(requests, progress=False)
+        ranked = [
+            self._ranked(request.candidates, logits, top_k)
+            for request, logits in zip(requests, scores, strict=True)
+        ]
+        return ranked if batched else ranked[0]
+
+    def explain(
+        self, user: User = None, history: Sequence[Item] | None = None, *, item: Item
+    ) -> Explanation:
+        """One prediction taken apart: the prompt, what text and CF contribute, the CF model's view.
+
+        Args:
+            user: raw id, or None for a new user.
+            history: liked items, oldest first.
+            item: the candidate.
+        """
+        request = _Request(user, list(history or []), [item])
+        (group,) = self._groups([request])
+        logit = float(self._score([request], progress=False)[0][0])
+        shares = item_shares(self.model, self.processor, [*group.history, item])
+        return Explanation(
+            prompt=render_prompt(self.processor, group),
+            user=None if user is None else str(user),
+            user_known=self._user_known(user),
+            item=shares[-1],
+            history=shares[:-1],
+            cf_logit=float(self._cf_logits(user, [item])[0]),
+            logit=logit,
+            probability=float(self._probability(np.array([logit]))[0]),
+        )
+
+    def _groups(self, requests: Sequence[_Request]) -> list[Group]:
+        """Requests as packed groups, a long candidate list cut into several."""
+        groups = []
+        for request in requests:
+            start = window_start(len(request.history), self.processor.history_window)
+            history = request.history[start:]
+            for first in range(0, len(request.candidates), self.max_candidates):
+                candidates = request.candidates[first : first + self.max_candidates]
+                groups.append(
+                    Group(
+                        user_id="" if request.user is None else str(request.user),
+                        history=history,
+                        candidates=candidates,
+                        history_lengths=[len(history)] * len(candidates),
+                    )
+                )
+        return groups
+
+    def _score(self, requests: Sequence[_Request], progress: bool) -> list[np.ndarray]:
+        """Logits per request, in the order of its candidates."""
+        scores = iter(
+            score_groups(
+                self.model,
+                self.processor,
+                self._groups(requests),
+                max_tokens_per_batch=self.max_tokens_per_batch,
+                progress=progress,
+            )
+        )
+        return [
+            np.concatenate(
+                [next(scores) for _ in range(0, len(request.candidates), self.max_candidates)]
+            )
+            for request in requests
+        ]
+
+    def _probability(self, logits: np.ndarray) -> np.ndarray:
+        return self.model.probabilities(torch.as_tensor(logits)).numpy()
+
+    def _ranked(self, candidates: list[Item], logits: np.ndarray, top_k: int) -> list[RankedItem]:
+        best = np.argsort(-logits, kind="stable")[:top_k]
+        probabilities = self._probability(logits[best])
+        chosen = [candidates[index] for index in best]
+        shares = item_shares(self.model, self.processor, chosen)
+        return [
+            RankedItem(logit=float(logits[index]), probability=float(probability), **vars(share))
+            for index, probability, share in zip(best, probabilities, shares, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _cf_logits(self, user: User, items: Sequence[Item]) -> np.ndarray:
+        """The CF model's own logits; a new user or item stands at the CF model's default vector."""
+        rows = [self.processor.resolve_item(item)[0] for item in items]
+        past = len(self.processor.item_ids)
+        index = torch.tensor([past if row is None else row for row in rows])
+        return self._table_logits(user, index.to(self.model.device))
+
+    def _table_logits(self, user: User, items: torch.Tensor) -> np.ndarray:
+        table = self.model.model.cf
+        users = torch.full_like(items, self.processor.resolve_user(user))
+        last = torch.full_like(items, len(table.offset) - 1)
+        return table.logits(users, items, last).cpu().numpy()
+
+    @torch.inference_mode()
+    def _preselect(self, user: User, history: Sequence[Item], count: int) -> list[Item]:
+        """Ids of the catalog items that the CF model scores highest, without the history's."""
+        known = self.model.model.cf.item_known[-1]
+        if not bool(known.any()):
+            raise InputError("this model has no CF vectors to choose items by: give candidates")
+        items = torch.arange(len(self.processor.item_ids), device=self.model.device)
+        logits = self._table_logits(user, items)
+        if not np.ptp(logits):
+            raise InputError(
+                "this CF model has no item biases to choose by for a new user: give candidates"
+            )
+        seen = {self.processor.resolve_item(item)[0] for item in history}
+        order = np.argsort(-logits, kind="stable")[: count + len(seen)]
+        chosen = [int(row) for row in order if int(row) not in seen][:count]
+        return [{"id": self.processor.item_ids[row]} for row in chosen]
+
+    def _user_known(self, user: User) -> bool:
+        row = self.processor.user_index.get(str(user))
+        return row is not None and bool(self.model.model.cf.user_known[-1, row])
+
+
+def _read_pair(pair: Pair, place: int) -> tuple[User, list[Item], Item]:
+    if isinstance(pair, Mapping):
+        if "item" not in pair or set(pair) - {"user", "history", "item"}:
+            raise InputError(
+                f"pair {place} has the keys {sorted(pair)}: give item, and user or history if known"
+            )
+        return pair.get("user"), list(pair.get("history") or []), pair["item"]
+    if isinstance(pair, (tuple, list)) and len(pair) == 2:
+        return pair[0], [], pair[1]
+    raise InputError(f"pair {place} is {pair!r}: give (user, item) or a dict with item")
+
+
+def _as_batch(
+    user: Any, history: Sequence[Any] | None, candidates: Sequence[Any] | None
+) -> tuple[list[User], list[list[Item]], list[list[Item] | None], bool]:
+    """Users, histories and candidates of `rank`, one entry a user; whether it was a batch."""
+    nested = bool(history) and isinstance(history[0], (list, tuple))  # type: ignore[index]
+    batched = isinstance(user, (list, tuple)) or nested
+    if not batched:
+        return [user], [list(history or [])], [list(candidates) if candidates else None], False
+    size = len(user) if isinstance(user, (list, tuple)) else len(history or [])
+    users = list(user) if isinstance(user, (list, tuple)) else [user] * size
+    histories = [list(past or []) for past in history] if history else [[] for _ in range(size)]
+    if candidates is not None and candidates and isinstance(candidates[0], (list, tuple)):
+        lists: list[list[Item] | None] = [list(items) for items in candidates]
+    else:
+        lists = [list(candidates) if candidates else None for _ in range(size)]
+    if not (len(users) == len(histories) == len(lists)):
+        raise InputError(
+            f"the batch has {len(users)} users, {len(histories)} histories and {len(lists)} "
+            "candidate lists: give one of each per user"
+        )
+    return users, histories, lists, True

@@ -1,0 +1,129 @@
+"""Score many (user, history, candidate) samples: packed groups, batched under a token budget."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from ccf_llm_hf.data.grouping import Group, group_rows
+
+
+def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Index batches, longest rows first, whose padded size stays within a budget (our choice).
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: bound on rows * longest row of a batch; a longer row makes a batch of its own.
+
+    Returns:
+        Lists of indices into `lengths`; every index occurs once.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        # Longest first: the first row of a batch is its padded length, and memory peaks at once.
+        fits = batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens
+        if fits:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def processor_inputs(groups: Sequence[Group]) -> dict[str, Any]:
+    """The processor's keyword arguments for a batch of groups."""
+    return {
+        "user": [group.user_id for group in groups],
+        "history": [group.history for group in groups],
+        "candidates": [group.candidates for group in groups],
+        "history_lengths": [group.history_lengths for group in groups],
+        "return_tensors": "pt",
+    }
+
+
+def _score_batch(model: Any, processor: Any, groups: Sequence[Group]) -> list[np.ndarray]:
+    batch = processor(**processor_inputs(groups))
+    batch = {key: value.to(model.device) for key, value in batch.items()}
+    logits = model(**batch).logits.float().cpu().numpy()
+    return [row[: len(group.candidates)] for row, group in zip(logits, groups, strict=True)]
+
+
+@torch.inference_mode()
+def score_groups(
+    model: Any,
+    processor: Any,
+    groups: Sequence[Group],
+    *,
+    max_tokens_per_batch: int = 8192,
+    progress: bool = True,
+) -> list[np.ndarray]:
+    """Logits of every group's candidates.
+
+    Args:
+        model: a `CCFLLMForCTR`; switched to evaluation mode for the call, then back.
+        processor: its `CCFLLMProcessor`.
+        groups: samples that share a user and a history window.
+        max_tokens_per_batch: bound on rows * longest row of a batch, padding included.
+        progress: show a bar that counts labels on stderr.
+
+    Returns:
+        One float32 array of shape (number of candidates,) per group, in the order of `groups`. The
+        CF vectors are those of the last snapshot.
+    """
+    scores: dict[int, np.ndarray] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        with _labels_bar(groups, progress) as bar:
+            lengths = [processor.count_tokens(group) for group in groups]
+            for indices in token_batches(lengths, max_tokens_per_batch):
+                batch = [groups[index] for index in indices]
+                for index, logits in zip(
+                    indices, _score_batch(model, processor, batch), strict=True
+                ):
+                    scores[index] = logits
+                bar.update(sum(len(group.candidates) for group in batch))
+    finally:
+        model.train(was_training)
+    return [scores[index] for index in range(len(groups))]
+
+
+def _labels_bar(groups: Sequence[Group], progress: bool) -> "tqdm[Any]":
+    total = sum(len(group.candidates) for group in groups)
+    return tqdm(total=total, desc="scoring", unit=" labels", disable=not progress)
+
+
+def score_split(
+    model: Any,
+    processor: Any,
+    split: Dataset,
+    *,
+    history_window: tuple[int, int],
+    max_candidates: int = 32,
+    max_tokens_per_batch: int = 8192,
+    progress: bool = True,
+) -> np.ndarray:
+    """Logits of a prepared split's rows, in row order.
+
+    Args:
+        model: a `CCFLLMForCTR`.
+        processor: its `CCFLLMProcessor`.
+        split: rows with `user_id`, `item_id`, `label` and `history` (see `data.load_prepared`).
+        history_window: (H, S); with n earlier items the window starts at S * floor(max(0, n-H)/S).
+        max_candidates: candidates packed after one shared prefix.
+        max_tokens_per_batch: bound on rows * longest row of a batch, padding included.
+        progress: show a bar on stderr.
+
+    Returns:
+        Float32 array of shape (rows,).
+    """
+    groups = group_rows(split, history_window=history_window, max_candidates=max_candidates)
+    logits = np.full(len(split), np.nan, dtype=np.float32)
+    scores = score_groups(
+        model, processor, groups, max_tokens_per_batch=max_tokens_per_batch, progress=progress
+    )
+    for group, values in zip(groups, scores, strict=True):
+        logits[group.rows] = values
+    return logits

@@ -1,0 +1,76 @@
+"""The commands that need a model: `ccf-llm rank`, `explain` and `evaluate`."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ccf_llm_hf import cli
+from ccf_llm_hf.data import load_prepared
+from ccf_llm_hf.evaluation import auc
+from ccf_llm_hf.inference.history import stored_history
+
+
+def test_rank_and_explain_print_text_and_json(capsys, checkpoint):
+    argv = ["rank", str(checkpoint), "--history", "Toy Story (1995)", "--top-k", "2"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert len(out.strip().splitlines()) == 3
+    assert cli.main([*argv, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [item["title"] in out for item in document["items"]] == [True, True]
+    argv = ["explain", str(checkpoint), "--history", "1", "--item", "Heat (1995)", "--json"]
+    assert cli.main(argv) == 0
+    explained = json.loads(capsys.readouterr().out)
+    assert explained["item"]["item_id"] == "3"
+    assert explained["history"][0]["title"] == "Toy Story (1995)"
+
+
+def test_rank_takes_a_stored_users_history(capsys, checkpoint, prepared):
+    argv = ["rank", str(checkpoint), "--user", "a", "--data", str(prepared), "--json"]
+    assert cli.main([*argv, "--candidates", "1", "2"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["history"] == stored_history(prepared, "a")
+    assert len(document["history"]) > 2
+
+
+def test_evaluate_writes_scores_report_plot_and_card(
+    capsys, checkpoint, prepared, film_folder, tmp_path
+):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    out = tmp_path / "scores.parquet"
+    argv = ["evaluate", str(folder), "--data", str(prepared), "--out", str(out)]
+    argv += ["--compare", f"MF={film_folder}", "--average", "MF,CCF-LLM"]
+    argv += ["--metrics-out", str(tmp_path / "metrics.json"), "--plot", str(tmp_path / "plot.png")]
+    assert cli.main([*argv, "--card", str(folder)]) == 0
+    table = capsys.readouterr().out
+    assert "MF & CCF-LLM" in table
+    assert "item + user mean" in table
+
+    scores = pd.read_parquet(out)
+    split = load_prepared(prepared).splits["test"]
+    assert list(scores) == ["user_id", "item_id", "label", "score", "prob"]
+    assert scores["item_id"].tolist() == list(split["item_id"])
+    np.testing.assert_allclose(scores["prob"], 1 / (1 + np.exp(-scores["score"])), atol=1e-6)
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert report["methods"]["CCF-LLM"]["auc"] == pytest.approx(
+        auc(scores["label"], scores["score"])
+    )
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"| CCF-LLM | {report['methods']['CCF-LLM']['auc']:.4f} (" in card
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_scores_can_be_compared_with_later(capsys, checkpoint, prepared, tmp_path):
+    first = tmp_path / "first.parquet"
+    argv = ["evaluate", str(checkpoint), "--data", str(prepared), "--split", "validation"]
+    assert cli.main([*argv, "--out", str(first)]) == 0
+    capsys.readouterr()
+    again = [*argv, "--out", str(tmp_path / "second.parquet"), "--compare", f"first={first}"]
+    assert cli.main([*again, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["split"] == "validation"
+    assert report["differences"]["first"]["auc"] == 0.0

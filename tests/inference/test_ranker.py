@@ -1,0 +1,175 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.inference.ranker import CTRRanker
+
+
+@pytest.fixture(scope="module")
+def ranker(checkpoint):
+    return CTRRanker.from_pretrained(str(checkpoint))
+
+
+def direct_probability(ranker, user, history, item):
+    batch = ranker.processor(user=user, history=history, candidates=[item])
+    with torch.inference_mode():
+        return float(torch.sigmoid(ranker.model(**batch).logits[0, 0]))
+
+
+def test_predict_keeps_the_order_of_mixed_pairs(ranker):
+    pairs = [
+        {"user": "a", "history": ["2"], "item": "3"},
+        ("b", "1"),
+        {"user": "a", "history": ["Jumanji (1995)"], "item": "Sabrina (1995)"},
+        {"item": "A brand new film (2030)", "history": ["1", "2", "3", "4", "5"]},
+        ("b", 5),
+    ]
+    expected = [
+        direct_probability(ranker, "a", ["2"], "3"),
+        direct_probability(ranker, "b", [], "1"),
+        direct_probability(ranker, "a", ["2"], "4"),
+        direct_probability(ranker, None, ["1", "2", "3", "4", "5"], "A brand new film (2030)"),
+        direct_probability(ranker, "b", [], "5"),
+    ]
+    np.testing.assert_allclose(ranker.predict(pairs), expected, atol=1e-4)
+
+
+def test_predict_of_nothing_is_empty(ranker):
+    assert ranker.predict([]).shape == (0,)
+
+
+@pytest.mark.parametrize("pair", ["ab", ("a", "1", "2"), {"user": "a"}, {"item": "1", "usr": "a"}])
+def test_a_malformed_pair_is_named(ranker, pair):
+    with pytest.raises(InputError, match="pair 1"):
+        ranker.predict([("a", "1"), pair])
+
+
+def test_rank_sorts_given_candidates_as_predict_scores_them(ranker):
+    candidates = ["5", "Toy Story (1995)", "3", "Unheard of (2031)"]
+    ranked = ranker.rank(user="a", history=["2"], candidates=candidates, top_k=3)
+    scores = ranker.predict([{"user": "a", "history": ["2"], "item": c} for c in candidates])
+    order = np.argsort(-scores)[:3]
+    titles = ["GoldenEye (1995)", "Toy Story (1995)", "Heat (1995)", "Unheard of (2031)"]
+    assert [item.title for item in ranked] == [titles[index] for index in order]
+    np.testing.assert_allclose([item.probability for item in ranked], scores[order], atol=1e-4)
+    for item in ranked:
+        assert item.probability == pytest.approx(1 / (1 + np.exp(-item.logit)), abs=1e-5)
+        assert item.text_share + item.cf_share == pytest.approx(1.0)
+        assert 0 < item.text_share < 1
+
+
+def test_new_and_unfitted_items_are_not_known(ranker):
+    ranked = ranker.rank(history=["2"], candidates=["1", "6", "Unheard of (2031)"])
+    by_title = {item.title: item for item in ranked}
+    assert by_title["Toy Story (1995)"].known
+    assert not by_title["Never rated (1995)"].known
+    assert by_title["Never rated (1995)"].item_id == "6"
+    assert by_title["Unheard of (2031)"].item_id is None
+
+
+def test_catalog_is_preselected_by_item_bias_for_a_new_user(ranker):
+    # Biases: film 2 has 2.0, film 3 has 1.0, film 1 has .5; film 2 was seen.
+    ranked = ranker.rank(history=["Jumanji (1995)"], preselect=2)
+    assert {item.item_id for item in ranked} == {"3", "1"}
+
+
+def test_without_item_biases_a_new_user_needs_candidates(ranker, monkeypatch):
+    table = ranker.model.model.cf
+    monkeypatch.setitem(table._buffers, "default_user", torch.zeros_like(table.default_user))
+    with pytest.raises(InputError, match="no item biases"):
+        ranker.rank(history=["1"])
+
+
+def test_catalog_is_preselected_by_the_users_own_vector(ranker):
+    table = ranker.model.model.cf
+    vectors = table.item_vectors[0].clone()
+    vectors[5] = table.default_item[0]  # the item without a vector
+    scores = (table.user_vectors[0, 1] * vectors).sum(-1)
+    best = {str(int(row) + 1) for row in scores.topk(3).indices}
+    assert {item.item_id for item in ranker.rank(user="b", preselect=3)} == best
+
+
+def test_a_batch_equals_single_calls(ranker):
+    batch = ranker.rank(user=["a", None], history=[["2"], ["1", "3"]], top_k=2)
+    single = [
+        ranker.rank(user="a", history=["2"], top_k=2),
+        ranker.rank(history=["1", "3"], top_k=2),
+    ]
+    for ours, theirs in zip(batch, single, strict=True):
+        assert [item.item_id for item in ours] == [item.item_id for item in theirs]
+        np.testing.assert_allclose(
+            [item.logit for item in ours], [item.logit for item in theirs], atol=1e-4
+        )
+
+
+def test_batch_lists_of_unequal_length_are_refused(ranker):
+    with pytest.raises(InputError, match="2 users, 1 histories"):
+        ranker.rank(user=["a", "b"], history=[["1"]])
+
+
+def test_many_candidates_are_cut_without_changing_scores(ranker, checkpoint):
+    small = CTRRanker(ranker.model, ranker.processor, max_candidates=2, max_tokens_per_batch=1)
+    ours = small.rank(user="a", history=["2"], candidates=["1", "3", "4", "5", "6"])
+    theirs = ranker.rank(user="a", history=["2"], candidates=["1", "3", "4", "5", "6"])
+    assert [item.item_id for item in ours] == [item.item_id for item in theirs]
+
+
+def test_a_title_that_is_also_an_id_can_be_meant_as_a_title(ranker):
+    ranked = ranker.rank(history=["2"], candidates=[{"title": "3"}, "3"])
+    assert {(item.item_id, item.title) for item in ranked} == {(None, "3"), ("3", "Heat (1995)")}
+
+
+def test_temperature_shapes_probabilities_only(ranker):
+    before = ranker.rank(user="a", candidates=["1"])[0]
+    ranker.model.config.logit_temperature = 2.0
+    try:
+        after = ranker.rank(user="a", candidates=["1"])[0]
+    finally:
+        ranker.model.config.logit_temperature = 1.0
+    assert after.logit == pytest.approx(before.logit)
+    assert after.probability == pytest.approx(1 / (1 + np.exp(-before.logit / 2)), abs=1e-5)
+
+
+def test_explain_shows_the_prompt_and_the_gate(ranker):
+    explanation = ranker.explain(
+        user="a", history=["1", "2", "3", "4", "5"], item="Unheard of (2031)"
+    )
+    # Window (3, 2): with five earlier items it starts at the third.
+    assert [share.item_id for share in explanation.history] == ["3", "4", "5"]
+    assert "[user: a]" in explanation.prompt
+    assert "Liked:[item: Heat (1995)][item: Sabrina (1995)]" in explanation.prompt
+    assert "Unheard of (2031)[item: Unheard of (2031)]" in explanation.prompt
+    assert explanation.user_known
+    assert not explanation.item.known
+    gate = ranker.model.item_gates(torch.tensor([2, 3, 4])).mean(-1)
+    np.testing.assert_allclose([share.text_share for share in explanation.history], gate, atol=1e-5)
+    assert explanation.probability == pytest.approx(
+        direct_probability(ranker, "a", ["1", "2", "3", "4", "5"], "Unheard of (2031)"), abs=1e-4
+    )
+    assert json.loads(json.dumps(dataclasses.asdict(explanation)))["item"]["item_id"] is None
+    assert "Heat (1995)" in explanation.as_text()
+
+
+def test_explained_cf_logit_of_a_new_user_is_bias_and_offset(ranker):
+    explanation = ranker.explain(history=["2"], item="3")
+    assert explanation.cf_logit == pytest.approx(1.0 + 0.25)
+    assert not explanation.user_known
+    assert "[user: new]" in explanation.prompt
+
+
+def test_text_only_ranks_given_candidates_and_asks_for_them(text_only_checkpoint):
+    ranker = CTRRanker.from_pretrained(str(text_only_checkpoint))
+    ranked = ranker.rank(history=["1"], candidates=["2", "Unheard of (2031)"])
+    assert {item.text_share for item in ranked} == {1.0}
+    with pytest.raises(InputError, match="give candidates"):
+        ranker.rank(history=["1"])
+
+
+def test_a_missing_checkpoint_is_one_clear_sentence(tmp_path):
+    with pytest.raises(InputError, match="nowhere cannot be loaded") as caught:
+        CTRRanker.from_pretrained(str(tmp_path / "nowhere"))
+    assert "\n" not in str(caught.value)

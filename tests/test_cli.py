@@ -1,0 +1,197 @@
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from ccf_llm_hf import cli
+from ccf_llm_hf.errors import InputError
+
+
+def run(capsys, *argv):
+    """Exit code, stdout and stderr of one command."""
+    try:
+        code = cli.main(list(argv))
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def assert_one_clear_line(result, *fragments):
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    lines = err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    for fragment in fragments:
+        assert fragment in lines[0]
+
+
+def test_overview_names_every_command(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name:<10}{command.summary}" in out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_shows_flags_and_the_example(capsys, name):
+    code, out, _ = run(capsys, name, "--help")
+    assert code == 0
+    assert f"example:\n  ccf-llm {name} " in out
+    assert "--json" in out
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_example_parses(name):
+    _, arguments, _ = cli._parse(shlex.split(cli.COMMANDS[name].example)[1:])
+    assert arguments.json is False
+
+
+def test_settings_come_from_the_config_dataclass(capsys):
+    from ccf_llm_hf.data.prepare import PrepareConfig
+
+    help_text = run(capsys, "prepare", "--help")[1]
+    assert "--positive-threshold" in help_text
+    assert PrepareConfig.__dataclass_fields__["name"].metadata["help"] in help_text
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        ([], ["command"]),
+        (["frobnicate"], ["frobnicate", "ccf-llm --help"]),
+        (["prepare", "ml-1m", "--out", "x", "--frob"], ["--frob", "ccf-llm prepare --help"]),
+        (["prepare", "netflix", "--out", "x"], ["netflix", "ml-1m"]),
+        (["prepare", "ml-1m"], ["--out"]),
+        (["train", "missing.yaml"], ["missing.yaml does not exist", "demo.yaml"]),
+        (["fit-cf", "mf", "--data", "missing", "--out", "x"], ["missing", "ccf-llm prepare"]),
+        (
+            ["evaluate", "org/model", "--data", "missing", "--out", "x"],
+            ["--data missing is not a folder", "ccf-llm prepare"],
+        ),
+        (
+            ["evaluate", "org/model", "--data", ".", "--split", "tset", "--out", "x"],
+            ["--split", "'tset'", "validation"],
+        ),
+        (
+            ["evaluate", "org/model", "--data", ".", "--out", "x", "--compare", "mf.parquet"],
+            ["--compare mf.parquet is not NAME=PATH"],
+        ),
+        (
+            ["evaluate", "org/model", "--data", ".", "--out", "x", "--compare", "mf=no.parquet"],
+            ["no.parquet does not exist"],
+        ),
+        (["rank", "no/such/folder", "--user", "1"], ["no/such/folder is not a folder"]),
+        (["rank", "typo", "--user", "1"], ["typo is not a folder"]),
+        (["rank", "org/model"], ["--history", "--user"]),
+        (["rank", "org/model", "--data", "."], ["add --user"]),
+        (["rank", "org/model", "--user", "1", "--top-k", "ten"], ["--top-k", "'ten'"]),
+        (["explain", "org/model", "--history", "1"], ["--item"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, fragments):
+    assert_one_clear_line(run(capsys, *argv), *fragments)
+
+
+def test_an_input_error_inside_a_command_is_one_line(capsys, tmp_path):
+    result = run(capsys, "rank", str(tmp_path), "--user", "1", "--data", str(tmp_path))
+    assert_one_clear_line(result, str(tmp_path), "not a prepared folder")
+
+
+def test_other_exceptions_keep_their_traceback(monkeypatch):
+    def broken(arguments, rest):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setitem(cli.COMMANDS, "rank", cli.COMMANDS["rank"]._replace(run=broken))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["rank", "org/model", "--user", "1"])
+
+
+def test_train_passes_overrides_on_writes_cards_and_keeps_stdout_clean(
+    capsys, monkeypatch, tmp_path
+):
+    from ccf_llm_hf.hub import model_card
+    from ccf_llm_hf.training import run as run_module
+
+    seen, cards = [], []
+    result = {"checkpoint": str(tmp_path / "full"), "checkpoint_slim": str(tmp_path / "slim")}
+
+    def fake(argv):
+        seen.extend(argv)
+        print("a library that prints")
+        (tmp_path / "training.json").write_text('{"recipe": {"data_dir": "the/data"}}')
+        return result
+
+    monkeypatch.setattr(run_module, "run_recipe", fake)
+    monkeypatch.setattr(model_card, "describe_run", lambda *arguments: cards.append(arguments))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seed: 1\n")
+    code, out, err = run(capsys, "train", str(recipe), "--seed", "3", "--json")
+    assert code == 0
+    assert json.loads(out) == result
+    assert "a library that prints" in err
+    assert seen == ["--config", str(recipe), "--seed", "3"]
+    assert cards == [(str(tmp_path / name), "the/data") for name in ("full", "slim")]
+
+
+def test_prepare_prints_json_and_writes_the_folder(capsys, tmp_path):
+    table = tmp_path / "ratings.csv"
+    rows = [f"u{n % 4},i{n % 7},Film {n % 7},{n % 5 + 1},{1000 + n}" for n in range(60)]
+    table.write_text("\n".join(["user_id,item_id,title,rating,timestamp", *rows]) + "\n")
+    argv = ["prepare", "table", "--interactions", str(table), "--rating-column", "rating"]
+    code, out, _ = run(capsys, *argv, "--out", str(tmp_path / "data"), "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert document["protocol"]["splits"]["train"]["rows"] == 48
+    assert (tmp_path / "data" / "protocol.json").is_file()
+
+
+def test_module_runs_as_a_script():
+    finished = subprocess.run(
+        [sys.executable, "-m", "ccf_llm_hf.cli", "train", "missing.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 2
+    assert finished.stderr.strip().splitlines()[-1].startswith("error: recipe missing.yaml")
+
+
+def test_config_arguments_cover_the_field_types():
+    from dataclasses import dataclass, field
+    from typing import Literal
+
+    from ccf_llm_hf.cli_arguments import (
+        CommandParser,
+        add_config_arguments,
+        config_from_arguments,
+    )
+
+    @dataclass
+    class Settings:
+        rate: float = field(default=0.5, metadata={"help": "100% a rate"})
+        steps: int | None = field(default=None, metadata={"help": "how many"})
+        biases: bool = field(default=True, metadata={"help": "use biases"})
+        kind: Literal["one", "two"] = field(default="one", metadata={"help": "which"})
+        sizes: list[int] = field(default_factory=lambda: [1, 2], metadata={"help": "sizes"})
+
+    parser = CommandParser(prog="x")
+    add_config_arguments(parser, Settings)
+    assert "100% a rate (default: 0.5)" in parser.format_help()
+    assert config_from_arguments(Settings, parser.parse_args([])) == Settings()
+    words = shlex.split("--rate 1e-3 --steps 4 --no-biases --kind two --sizes 3 4 5")
+    config = config_from_arguments(Settings, parser.parse_args(words))
+    assert config == Settings(0.001, 4, False, "two", [3, 4, 5])
+    with pytest.raises(InputError, match="--kind"):
+        parser.parse_args(["--kind", "three"])
+
+
+def test_a_mistyped_local_path_is_not_looked_up_on_the_hub(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    result = run(capsys, "rank", "runs/typo", "--user", "1")
+    assert_one_clear_line(result, "runs/typo is not a folder")
