@@ -143,7 +143,7 @@ def copy_code(folder: Path) -> None:
 def backbone_fingerprint(backbone: nn.Module) -> str:
     """Sha256 (hex) over names, shapes and a strided sample of up to 1024 values of each parameter.
 
-    Values are rounded to bfloat16 first, so that loading the same weights in another precision
+    Values are rounded to bfloat16 first, so that loading the same weights in float32 or bfloat16
     gives the same fingerprint. Quantized or otherwise altered weights give another (our choice).
     """
     digest = hashlib.sha256()

@@ -109,11 +109,13 @@ class CheckpointMixin(PreTrainedModel):
         else:
             settings.setdefault("num_items", len(titles))
         embedding: Any = causal.get_input_embeddings()
-        words = embedding.weight.detach()
+        count = embedding.weight.shape[0]
+        with torch.no_grad():  # through the module: Gemma's scales its rows
+            words = embedding(torch.arange(0, count, max(1, count // 4096)))
         config = CCFLLMConfig(
             text_config=text_config,
             num_title_tokens=sum(map(len, titles)),
-            slot_scale=float(words[:: max(1, len(words) // 4096)].float().pow(2).mean().sqrt()),
+            slot_scale=float(words.float().pow(2).mean().sqrt()),
             backbone_name=backbone_name or backbone,
             backbone_revision=revision,
             checkpoint_form="slim",
@@ -163,8 +165,13 @@ class CheckpointMixin(PreTrainedModel):
                 adapter); default the form that the model was loaded in.
 
         Raises:
-            ValueError: for `slim`, when the adapter was merged by a full checkpoint.
+            ValueError: for `slim`, when the adapter was merged by a full checkpoint; with
+                `push_to_hub`, which has a method of its own.
         """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("save_pretrained does not upload: call push_to_hub(repo_id).")
+        if not kwargs.get("is_main_process", True):
+            return
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         loaded_form, snapshots = self.config.checkpoint_form, self.config.num_snapshots
@@ -181,11 +188,18 @@ class CheckpointMixin(PreTrainedModel):
             self.config.checkpoint_form, self.config.num_snapshots = loaded_form, snapshots
         copy_code(folder)
 
+    def trained_adapter(self) -> Adapter:
+        """LoRA that PEFT injected into the backbone; its settings must be in `config.lora`."""
+        adapter = injected_adapter(self.language_model)
+        if adapter and not self.config.lora:
+            raise ValueError("LoRA was injected but config.lora is None: record r and lora_alpha.")
+        return adapter
+
     def full_state(self) -> dict[str, Tensor]:
         """Self-contained state: backbone with LoRA merged, one snapshot of the CF table."""
         cf, fusion = self.checkpoint_tensors()
         state = plain_state(self.language_model)
-        if adapter := injected_adapter(self.language_model):
+        if adapter := self.trained_adapter():
             merge_adapter(self.language_model, state, adapter, adapter_scale(self.config.lora))
         return {
             **{f"model.language_model.{name}": value for name, value in state.items()},
@@ -195,7 +209,7 @@ class CheckpointMixin(PreTrainedModel):
 
     def save_slim(self, folder: Path) -> None:
         """Write everything but the backbone; tens of MB instead of GB."""
-        adapter = injected_adapter(self.language_model) or self._adapter
+        adapter = self.trained_adapter() or self._adapter
         if self.config.lora and not adapter:
             raise ValueError(
                 "LoRA is merged into this model's weights, so it has no slim form: "
@@ -235,14 +249,14 @@ class CheckpointMixin(PreTrainedModel):
         cls,
         pretrained_model_name_or_path: str | Path,
         *args: Any,
-        backbone: str | PreTrainedModel | None = None,
+        backbone: str | Path | PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load a full or slim checkpoint from a folder or a Hub repo.
 
         Args:
             backbone: for a slim checkpoint, a folder, Hub id or loaded causal language model to use
-                instead of the recorded one.
+                instead of the recorded one. A loaded one is copied, since LoRA is merged into it.
 
         Raises:
             OSError: naming a damaged, missing or mismatched file.
@@ -256,16 +270,14 @@ class CheckpointMixin(PreTrainedModel):
         check_catalog(path, hub, config.ids_fingerprint)
         if config.checkpoint_form == "full":
             return cls._load_full(path, *args, config=config, **kwargs)
-        rest = {key: value for key, value in kwargs.items() if key not in HUB_ARGUMENTS}
-        for name in (
-            "trust_remote_code",
-            "code_revision",
-            "adapter_kwargs",
-            "_from_auto",
-            "_commit_hash",
-        ):
-            rest.pop(name, None)
-        return cls._load_slim(path, config, hub, backbone, rest)
+        wants_info = kwargs.pop("output_loading_info", False)
+        for_backbone = {
+            key: value
+            for key, value in kwargs.items()
+            if key not in (*AUTO_ARGUMENTS, "revision", "subfolder", "force_download")
+        }
+        model = cls._load_slim(path, config, hub, backbone, for_backbone)
+        return (model, {"missing_keys": set()}) if wants_info else model  # type: ignore[return-value]
 
     @classmethod
     def _load_full(cls, path: str, *args: Any, **kwargs: Any) -> Any:
@@ -287,7 +299,7 @@ class CheckpointMixin(PreTrainedModel):
         path: str,
         config: CCFLLMConfig,
         hub: dict[str, Any],
-        backbone: str | PreTrainedModel | None,
+        backbone: str | Path | PreTrainedModel | None,
         options: dict[str, Any],
     ) -> Self:
         fusion, _ = read_tensors(str(find_file(path, FUSION_FILE, hub)))
@@ -332,22 +344,21 @@ def try_header(file: Path) -> None:
 
 
 def load_backbone(
-    config: CCFLLMConfig, backbone: str | PreTrainedModel | None, options: dict[str, Any]
+    config: CCFLLMConfig, backbone: str | Path | PreTrainedModel | None, options: dict[str, Any]
 ) -> PreTrainedModel:
     """The causal language model of a slim checkpoint, with its fingerprint checked."""
-    name = backbone or config.backbone_name
-    if isinstance(name, str):
+    if isinstance(backbone, PreTrainedModel):
+        causal = copy.deepcopy(backbone)
+    else:
+        name = str(backbone or config.backbone_name)
         if backbone is None and backbone_resolver is not None:
             name = backbone_resolver(name)
         options.setdefault("dtype", config.dtype or torch.float32)
         revision = config.backbone_revision if backbone is None else None
-        causal: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, **options
-        )
-    else:
-        causal = name
-    found = backbone_fingerprint(causal.get_decoder())
-    if config.backbone_fingerprint and found != config.backbone_fingerprint:
+        causal = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options)
+    if causal.dtype == torch.float16 or not config.backbone_fingerprint:
+        return causal  # float16 rounds otherwise than the fingerprint does
+    if backbone_fingerprint(causal.get_decoder()) != config.backbone_fingerprint:
         message = (
             f"The weights of backbone {config.backbone_name!r} are not those that this checkpoint "
             "was trained on (a quantized copy, perhaps)"

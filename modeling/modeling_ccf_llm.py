@@ -132,7 +132,11 @@ class CCFLLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _no_split_modules: list[str] = []  # noqa: RUF012
-    _keep_in_fp32_modules_strict = ["cf"]  # noqa: RUF012
+    # Tables and scales, but no flag or time: the option would cast those to float too.
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012
+        *("user_vectors", "item_vectors", "default_user", "default_item"),
+        *("offset", "user_scale", "item_scale"),
+    ]
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
     @torch.no_grad()
@@ -207,13 +211,13 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         """c': aligned CF vectors of items, the cold-item vector where there is none."""
         vectors, known = self.cf.scaled("item", items, snapshots)
         cold = self.config.slot_scale * self.cold_item
-        return torch.where(known.unsqueeze(-1), self.item_alignment(vectors), cold)
+        return torch.where(known.unsqueeze(-1), self.item_alignment(vectors.to(cold.dtype)), cold)
 
     def user_slots_embeddings(self, users: Tensor, snapshots: Tensor) -> Tensor:
         """A user slot is the aligned CF vector alone: users have no text (our choice)."""
         vectors, known = self.cf.scaled("user", users, snapshots)
         cold = self.config.slot_scale * self.cold_user
-        return torch.where(known.unsqueeze(-1), self.user_alignment(vectors), cold)
+        return torch.where(known.unsqueeze(-1), self.user_alignment(vectors.to(cold.dtype)), cold)
 
     def fuse(self, text: Tensor, aligned: Tensor) -> Tensor:
         """e: the embedding of an item slot, from s and c', both `(n, hidden_size)`."""
@@ -252,8 +256,9 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         """Where slots stand; raises when tokens and slots disagree or the arm has no slots."""
         for kind, slots in (("item", item_slots), ("user", user_slots)):
             token = getattr(self.config, f"{kind}_slot_token_id")
-            if not torch.equal(input_ids == token, slots >= 0):
-                found, filled = int((input_ids == token).sum()), int((slots >= 0).sum())
+            tokens = input_ids == (-1 if token is None else token)
+            if not torch.equal(tokens, slots >= 0):
+                found, filled = int(tokens.sum()), int((slots >= 0).sum())
                 raise ValueError(
                     f"The prompt has {found} {kind} slot tokens but {filled} {kind} slots to fill: "
                     "build the batch with the processor saved beside this model."
@@ -392,7 +397,8 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         logits = logits.masked_fill(~candidate_mask, 0.0)
         loss = None if labels is None else self.bce(logits, labels, num_items_in_batch)
         output = CTROutput(loss=loss, logits=logits)
-        return output if return_dict is not False else output.to_tuple()
+        as_output = self.config.return_dict if return_dict is None else return_dict
+        return output if as_output else output.to_tuple()
 
     @staticmethod
     def bce(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
@@ -404,15 +410,29 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         return total / (num_items if num_items is not None else valid.sum().clamp(min=1))
 
     @torch.no_grad()
-    def item_gates(self, items: Tensor, snapshot: int = -1) -> Tensor:
-        """Share taken from text per dimension, `(n,)` -> `(n, hidden_size)`; it depends on the item
-        alone. Arms without a gate give their constant: 1 text only, 0 CF only, 0.5 sum."""
+    def item_gates(
+        self,
+        items: Tensor,
+        snapshot: int = -1,
+        new_titles: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Share taken from text per dimension, `(n,)` -> `(n, hidden_size)`.
+
+        It depends on the item alone. Arms without a gate give their constant: 1 text only, 0 CF
+        only, 0.5 sum.
+
+        Args:
+            items: catalog rows; rows past the catalog count on through `new_titles`.
+            snapshot: CF snapshot; default the last.
+            new_titles: token ids of new items' titles, flat, and their lengths (the processor's
+                `new_title_ids` and `new_title_lengths`).
+        """
         fusion, width = self.config.fusion, self.config.text_config.hidden_size
         if self.model.gate is None:
             share = {"text_only": 1.0, "sum": 0.5}.get(fusion, 0.0)
             return torch.full((len(items), width), share, device=items.device)
         snapshots = torch.full_like(items, snapshot) % self.model.cf.offset.shape[0]
-        text = self.model.text_embeddings(items, None).to(self.model.cold_item.dtype)
+        text = self.model.text_embeddings(items, new_titles).to(self.model.cold_item.dtype)
         gate = self.model.gate(text, self.model.aligned_items(items, snapshots))
         return gate.expand(-1, width)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
@@ -30,7 +31,9 @@ ITEM_FORMATS = ("title_slot", "slot", "title")
 PROCESSOR_FILE = "processor_config.json"
 
 # Templates are data (our choice of words); `{user}` and `{item}` mark where slots or titles go. A
-# title needs separators that a slot can do without, so each has its own template.
+# title needs separators that a slot can do without, so each format has its own. A hybrid candidate
+# block ends at its slot: read there, the slot reaches the answer through the residual stream, which
+# is learned far sooner than a path through attention to a later token.
 TEMPLATES: dict[str, dict[str, str]] = {
     "shared_prefix": {
         "prefix": (
@@ -38,15 +41,19 @@ TEMPLATES: dict[str, dict[str, str]] = {
         ),
         "history_slot": "{item}",
         "history_title": "\n{item}",
-        "candidate_slot": "{item}?",
-        "candidate_title": "\nNext: {item}?",
+        "history_title_slot": "\n{item}",
+        "candidate_slot": "{item}",
+        "candidate_title": "\n{item}?",
+        "candidate_title_slot": "\n{item}",
     },
     "question_last": {
         "prefix": "#Question: A user{user} has given high ratings to the following items:",
+        **dict.fromkeys(("history_title", "history_title_slot"), " {item},"),
         "history_slot": "{item}",
-        "history_title": " {item},",
-        "candidate_slot": ' Will the user enjoy {item}? Answer with "Yes" or "No".\n#Answer:',
-        "candidate_title": ' Will the user enjoy {item}? Answer with "Yes" or "No".\n#Answer:',
+        **dict.fromkeys(
+            ("candidate_slot", "candidate_title", "candidate_title_slot"),
+            ' Will the user enjoy {item}? Answer with "Yes" or "No".\n#Answer:',
+        ),
     },
 }
 
@@ -254,7 +261,7 @@ class CCFLLMProcessor(ProcessorMixin):
     def _item(self, kind: str, row: int, title: str) -> Span:
         """One rendered item; `row` is its slot index (catalog row, or past it when new)."""
         form = self.history_format if kind == "history" else self.candidate_format
-        template = self.templates[f"{kind}_{'slot' if form == 'slot' else 'title'}"]
+        template = self.templates[f"{kind}_{form}"]
         before, _, after = template.partition("{item}")
         words = before + title + ("" if form == "title_slot" else after)
         span = Span()
@@ -265,13 +272,16 @@ class CCFLLMProcessor(ProcessorMixin):
         return span
 
     def count_tokens(self, group: Any) -> int:
-        """Tokens that a group (`history`, `candidates`) takes in the shared-prefix layout; in the
-        question-last layout, tokens of all its rows together."""
+        """Tokens that a group (`history`, `candidates`, `history_lengths`) takes in the
+        shared-prefix layout; in the question-last layout, tokens of all its rows together."""
         new = NewTitles(len(self.item_ids))
-        history = sum(len(self._item("history", *self._slot(i, new)).ids) for i in group.history)
+        ends = [len(self._prefix(0).ids)]
+        for item in group.history:
+            ends.append(ends[-1] + len(self._item("history", *self._slot(item, new)).ids))
         blocks = [len(self._item("candidate", *self._slot(i, new)).ids) for i in group.candidates]
-        shared = len(self._prefix(0).ids) + history
-        return sum(blocks) + shared * (1 if self.layout == "shared_prefix" else len(blocks))
+        if self.layout == "shared_prefix":
+            return sum(blocks) + ends[-1]
+        return sum(blocks) + sum(ends[length] for length in group.history_lengths)
 
     def _slot(self, item: Item, new: NewTitles) -> tuple[int, str]:
         row, title = self.resolve_item(item)
@@ -327,14 +337,21 @@ class CCFLLMProcessor(ProcessorMixin):
             for name, value in fields.items()
         }
         for name, values in columns.items():
+            if not isinstance(values, (list, tuple, Tensor)):
+                raise ValueError(f"{name} must be a list with one entry for each of {size} users.")
             if len(values) != size:
                 raise ValueError(f"{name} has {len(values)} entries but candidates has {size}.")
+        if labels is not None and any(value is None for value in columns["labels"]):
+            raise ValueError("labels must be given for every user of the batch or for none.")
         pack = Pack(len(self.item_ids), snapshots=snapshot is not None)
         for index in range(size):
             self._write_sample(pack, {name: values[index] for name, values in columns.items()})
         return BatchFeature(pack.tensors(self._tokens))
 
     def _write_sample(self, pack: Pack, sample: dict[str, Any]) -> None:
+        for name in ("history", "candidates"):
+            if isinstance(sample[name], (str, dict)):
+                raise ValueError(f"{name} must be a list of items, not the item {sample[name]!r}.")
         history, candidates = list(sample["history"] or []), list(sample["candidates"])
         lengths, labels = sample["history_lengths"], sample["labels"]
         if lengths is None:
@@ -366,6 +383,8 @@ class CCFLLMProcessor(ProcessorMixin):
         self, save_directory: str | Path, **kwargs: Any
     ) -> list[str]:
         """Write tokenizer, settings, catalog and the code; returns the files written."""
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("save_pretrained does not upload: call push_to_hub(repo_id).")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         files = list(self.tokenizer.save_pretrained(folder))

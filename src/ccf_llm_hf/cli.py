@@ -113,6 +113,12 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default: test)")
     parser.add_argument("--out", required=True, help="parquet file to write the scores to")
     parser.add_argument(
+        "--sample-rows",
+        type=int,
+        default=0,
+        help="score a seeded sample of whole users with about this many rows; 0: the whole split",
+    )
+    parser.add_argument(
         "--compare",
         nargs="+",
         default=[],
@@ -153,9 +159,11 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     from ccf_llm_hf.data.prepared import load_prepared
     from ccf_llm_hf.evaluation import evaluate_scores, format_report, plot_calibration
     from ccf_llm_hf.inference.checkpoint import load_checkpoint
-    from ccf_llm_hf.inference.score_table import score_table, write_scores
+    from ccf_llm_hf.inference.score_table import sample_users, score_table, write_scores
 
     split = load_prepared(data).splits[arguments.split]
+    if arguments.sample_rows:
+        split = sample_users(split, arguments.sample_rows)
     compare = {name: load_scores(path, data, arguments.split) for name, path in paths.items()}
     model, processor = load_checkpoint(arguments.checkpoint, backbone=arguments.backbone)
     scores = score_table(
@@ -163,7 +171,13 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     )
     write_scores(scores, arguments.out)
     report = evaluate_scores(
-        scores, data, arguments.split, compare, name=arguments.name, averages=averages
+        scores,
+        data,
+        arguments.split,
+        compare,
+        name=arguments.name,
+        averages=averages,
+        sample=bool(arguments.sample_rows),
     )
     if arguments.metrics_out:
         _write_text(arguments.metrics_out, json.dumps(report, indent=2) + "\n")

@@ -4,6 +4,6 @@
 class InputError(ValueError):
     """Bad input from the user.
 
-    The message is one sentence that names the input, the place and the mend. The command line prints
-    it and exits with code 2.
+    The message is one sentence that names the input, the place and the mend. The command line
+    prints it and exits with code 2.
     """

@@ -78,7 +78,8 @@ def test_slices_are_cut_by_what_train_holds(report: dict, folder: Path) -> None:
 
 def test_differences_are_paired(report: dict) -> None:
     twice = report["differences"]["twice"]
-    assert twice == {"auc": 0.0, "auc_ci": [0.0, 0.0], "uauc": 0.0, "uauc_ci": [0.0, 0.0]}
+    zeros = {"auc": 0.0, "auc_ci": [0.0, 0.0], "uauc": 0.0, "uauc_ci": [0.0, 0.0]}
+    assert twice == zeros | {"rows": report["rows"]}
     control = report["differences"]["item mean"]
     methods = report["methods"]
     assert control["auc"] == pytest.approx(methods["model"]["auc"] - methods["item mean"]["auc"])
@@ -140,3 +141,21 @@ def test_score_files_are_checked(tmp_path: Path, scores: pd.DataFrame) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"broken\.parquet are missing or no parquet"):
         read_scores(tmp_path / "broken.parquet")
+
+
+def test_a_method_that_covers_some_rows_is_compared_on_those(tmp_path):
+    once = make_rows().drop_duplicates(["user_id", "item_id"], ignore_index=True)
+    data = write_prepared(tmp_path / "data", once)
+    rows = read_rows(data, "test")
+    scores = rows.assign(score=np.linspace(-1, 1, len(rows)), prob=0.5)
+    part = rows["user_id"].isin(rows["user_id"].unique()[:5])
+    report = evaluate_scores(scores, data, compare={"part": scores[part]}, resamples=20)
+    assert report["methods"]["part"]["rows"] == part.sum() < report["methods"]["model"]["rows"]
+    assert report["differences"]["part"]["rows"] == part.sum()
+    assert report["differences"]["part"]["auc"] in (0.0, None)
+    assert f"on {part.sum():,} of these rows" in format_report(report)
+    alone = evaluate_scores(scores[part], data, sample=True, resamples=20)
+    assert alone["rows"] == part.sum()
+    assert alone["methods"]["model"]["auc"] == report["methods"]["part"]["auc"]
+    with pytest.raises(InputError, match="rows have none"):
+        evaluate_scores(scores[part], data, resamples=20)

@@ -3,20 +3,12 @@ import pytest
 import torch
 
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
-from ccf_llm_hf.inference.scoring import score_split, token_batches
+from ccf_llm_hf.inference.scoring import score_split
 
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
     return load_checkpoint(str(checkpoint))
-
-
-def test_token_batches_hold_the_budget_and_every_index_once():
-    lengths = [7, 50, 3, 9, 120, 9]
-    batches = token_batches(lengths, max_tokens=100)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    assert batches[0] == [4]  # longer than the budget: alone, not dropped
-    assert all(len(batch) * max(lengths[index] for index in batch) <= 100 for batch in batches[1:])
 
 
 def test_split_scores_equal_each_row_scored_alone(loaded, split):

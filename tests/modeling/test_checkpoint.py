@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import BACKBONES, BuildModel, inject_lora
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -19,7 +20,6 @@ from transformers import (
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
 from ccf_llm_hf.modeling.configuration_ccf_llm import FUSION_ARMS
-from conftest import BACKBONES, BuildModel, inject_lora
 
 CALL = {
     "user": "u0",

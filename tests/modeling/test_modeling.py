@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tiny import BACKBONES, BuildModel
 
 from ccf_llm_hf import CCFLLMConfig, CCFLLMForCTR, CCFLLMProcessor
 from ccf_llm_hf.cf.embeddings import CFEmbeddings
 from ccf_llm_hf.modeling.configuration_ccf_llm import FUSION_ARMS
-from conftest import BACKBONES, BuildModel
 
 HISTORY = ["i1", "i2", "i7", "i0", "i6"]
 CANDIDATES = ["i0", "i3", "i7", "i4", "A new film (2024)", "i5"]

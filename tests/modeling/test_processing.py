@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny import TITLES
 from transformers import PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMProcessor
 from ccf_llm_hf.modeling.layout_ccf_llm import window_start
-from conftest import TITLES
 
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 ITEMS = [f"i{row}" for row in range(len(TITLES))]

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ccf_llm_hf.data.grouping import cut_by_budget
 from ccf_llm_hf.training.collator import (
     GroupDataset,
     PackingCollator,
     TokenBudgetBatchSampler,
     balance,
-    cut_by_budget,
 )
 
 SIZES = st.lists(st.tuples(st.integers(5, 300), st.integers(1, 32)), min_size=1, max_size=60)

@@ -37,8 +37,8 @@ def test_yaml_becomes_typed_stages(content, tmp_path):
 
 
 def test_flags_override_the_file(content, tmp_path):
-    recipe = parse_recipe([*write(tmp_path, content), "--seed", "7", "--cf_residual", "true"])
-    assert (recipe.seed, recipe.cf_residual) == (7, True)
+    recipe = parse_recipe([*write(tmp_path, content), "--seed", "7", "--precision", "auto"])
+    assert (recipe.seed, recipe.precision) == (7, "auto")
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_arms_without_gate_have_no_gate_statistics(stage_run):
 
 @pytest.mark.parametrize("fusion", ["scalar_gate", "sum", "concat", "cf_only"])
 def test_every_fusion_arm_trains(stage_run, fusion):
-    trainer = make_trainer(stage_run(fusion=fusion, top={"cf_residual": fusion == "sum"}))
+    trainer = make_trainer(stage_run(fusion=fusion, cf_residual=fusion == "sum"))
     before = weights(trainer.model)
     history = trainer.train_or_resume()
     assert any(not torch.equal(v, before[n]) for n, v in weights(trainer.model).items())

@@ -86,3 +86,27 @@ def sample_group(groups: list[Group], max_labels: int, order: Sequence[int]) -> 
         chosen.append(groups[index])
         labels += len(groups[index].rows)
     return chosen
+
+
+def cut_by_budget(
+    indices: Sequence[int], lengths: Sequence[int], max_tokens: int
+) -> list[list[int]]:
+    """Cut groups into the fewest batches whose padded size stays within a token budget.
+
+    Padded size is rows times the longest row. Longest groups come first, so that neighbors are
+    alike in length, padding is small, and memory peaks at once. A group longer than the budget is
+    a batch by itself.
+
+    Args:
+        indices: which groups.
+        lengths: tokens of every group; `indices` point into it.
+        max_tokens: the budget.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and longest * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

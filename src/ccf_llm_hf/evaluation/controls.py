@@ -46,7 +46,7 @@ def score_average(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
         (scores["score"] - scores["score"].mean()) / (scores["score"].std(ddof=0) or 1.0)
         for scores in (first, second)
     ]
-    prob = (first["prob"] + second["prob"]) / 2
+    prob = (first["prob"] + second["prob"]) / 2  # NaN where either has no score
     return pd.DataFrame({"score": (parts[0] + parts[1]) / 2, "prob": prob})
 
 

@@ -62,17 +62,21 @@ def evaluate_scores(
     *,
     name: str = "model",
     averages: Sequence[tuple[str, str]] = (),
+    sample: bool = False,
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Report on a method's scores of a whole split, beside the controls and other methods.
+    """Report on a method's scores of a split, beside the controls and other methods.
 
     Args:
         scores: user_id, item_id, score (any monotone scale) and, if known, prob and label.
         data_dir: folder written by `ccf-llm prepare`; the means of train are computed from it.
         split: train, validation or test.
-        compare: name to scores of other methods (see `cf.load_scores`).
+        compare: name to scores of other methods (see `cf.load_scores`). One that covers only some
+            rows is measured, and compared, on those; its `rows` says how many.
         name: of the evaluated method.
+        sample: the scores cover a sample of the split; the report is of those rows alone. Without
+            it, a row without a score is an error.
         averages: pairs of names whose scores are averaged as further methods.
         resamples: of the user-level bootstrap.
         seed: of the bootstrap.
@@ -89,6 +93,9 @@ def evaluate_scores(
     rows, train = read_rows(data_dir, split), read_rows(data_dir, "train")
     if rows.empty:
         raise InputError(f"{data_dir}: the {split} split has no rows to evaluate")
+    if sample:
+        rows = rows[aligned(scores, rows, name, partial=True)["score"].notna()]
+        rows = rows.reset_index(drop=True)
     methods = _methods(scores, rows, train, dict(compare or {}), name, averages)
     data = _Split(rows, methods, UserBootstrap(rows["user_id"], resamples, seed))
     masks = _slice_masks(rows, train)
@@ -129,7 +136,8 @@ def _methods(
     taken = {name, *controls} & set(compare) or {name} & set(controls)
     if taken:
         raise InputError(f"two methods are named {taken.pop()!r}; give the comparison another name")
-    methods = {key: aligned(table, rows, key) for key, table in ({name: scores} | compare).items()}
+    methods = {name: aligned(scores, rows, name)}
+    methods |= {key: aligned(table, rows, key, partial=True) for key, table in compare.items()}
     methods |= controls
     for pair in averages:
         unknown = [part for part in pair if part not in methods]
@@ -159,7 +167,9 @@ def _slice(data: _Split, part: str, mask: np.ndarray) -> dict[str, Any]:
 
 
 def _measure(data: _Split, method: str, mask: np.ndarray | None = None) -> dict[str, Any]:
-    chosen = np.ones(len(data.rows), dtype=bool) if mask is None else mask
+    chosen = data.methods[method]["score"].notna().to_numpy()
+    if mask is not None:
+        chosen = chosen & mask
     rows, scores = data.rows[chosen], data.methods[method][chosen]
     labels, users = rows["label"], rows["user_id"]
     everything = data.rows["label"], data.methods[method]["score"]
@@ -181,12 +191,16 @@ def _measure(data: _Split, method: str, mask: np.ndarray | None = None) -> dict[
 def _difference(data: _Split, name: str, other: str) -> dict[str, Any]:
     labels, users = data.rows["label"], data.rows["user_id"]
     first, second = data.methods[name]["score"], data.methods[other]["score"]
-    resampled = data.bootstrap
+    both = second.notna().to_numpy()
+    a, b, y, u = first[both], second[both], labels[both], users[both]
+    aucs = [data.bootstrap.auc(labels, scores, both) for scores in (first, second)]
+    uaucs = [data.bootstrap.uauc(labels, scores, both) for scores in (first, second)]
     return {
-        "auc": auc(labels, first) - auc(labels, second),
-        "auc_ci": interval(resampled.auc(labels, first) - resampled.auc(labels, second)),
-        "uauc": uauc(labels, first, users) - uauc(labels, second, users),
-        "uauc_ci": interval(resampled.uauc(labels, first) - resampled.uauc(labels, second)),
+        "auc": auc(y, a) - auc(y, b),
+        "auc_ci": interval(aucs[0] - aucs[1]),
+        "uauc": uauc(y, a, u) - uauc(y, b, u),
+        "uauc_ci": interval(uaucs[0] - uaucs[1]),
+        "rows": int(both.sum()),
     }
 
 

@@ -28,11 +28,13 @@ def read_scores(path: str | Path) -> pd.DataFrame:
     return scores
 
 
-def aligned(scores: pd.DataFrame, rows: pd.DataFrame, name: str) -> pd.DataFrame:
+def aligned(
+    scores: pd.DataFrame, rows: pd.DataFrame, name: str, partial: bool = False
+) -> pd.DataFrame:
     """`score` and `prob` (NaN if not known) for each of `rows`, in their order.
 
     Scores in the order of the split are taken as they are; in another order they are matched by
-    user and item.
+    user and item. With `partial`, rows without a score stay NaN.
 
     Raises:
         InputError: a row has no score or several, labels differ, or a score is NaN.
@@ -40,12 +42,13 @@ def aligned(scores: pd.DataFrame, rows: pd.DataFrame, name: str) -> pd.DataFrame
     _check_columns(scores, f"of {name!r}")
     scores = scores.reset_index(drop=True).astype({"user_id": str, "item_id": str})
     if len(scores) != len(rows) or not _same_pairs(scores, rows):
-        scores = _matched(scores, rows, name)
-    if "label" in scores and not np.array_equal(scores["label"], rows["label"]):
+        scores = _matched(scores, rows, name, partial)
+    scored = scores["score"].notna().to_numpy() | (not partial)
+    if "label" in scores and not np.array_equal(scores["label"][scored], rows["label"][scored]):
         raise InputError(
             f"scores of {name!r}: labels differ from the split's; score this data again"
         )
-    if scores["score"].isna().any():
+    if scores["score"][scored].isna().any():
         row = int(scores["score"].isna().to_numpy().argmax())
         raise InputError(f"scores of {name!r}: row {row} is NaN; every row needs a number")
     return pd.DataFrame(
@@ -66,7 +69,7 @@ def _same_pairs(scores: pd.DataFrame, rows: pd.DataFrame) -> bool:
     )
 
 
-def _matched(scores: pd.DataFrame, rows: pd.DataFrame, name: str) -> pd.DataFrame:
+def _matched(scores: pd.DataFrame, rows: pd.DataFrame, name: str, partial: bool) -> pd.DataFrame:
     keys = ["user_id", "item_id"]
     if scores.duplicated(keys).any() or rows.duplicated(keys).any():
         raise InputError(
@@ -74,7 +77,7 @@ def _matched(scores: pd.DataFrame, rows: pd.DataFrame, name: str) -> pd.DataFram
         )
     merged = rows[keys].merge(scores, on=keys, how="left", validate="1:1", indicator=True)
     lost = merged[merged["_merge"] == "left_only"]
-    if len(lost):
+    if len(lost) == len(rows) or (len(lost) and not partial):
         raise InputError(
             f"scores of {name!r}: {len(lost)} of {len(rows)} rows have none, first user "
             f"{lost['user_id'].iloc[0]!r} with item {lost['item_id'].iloc[0]!r}; score this split"

@@ -45,7 +45,9 @@ def _table(title: str, methods: dict[str, dict[str, Any]], width: int) -> list[s
             _number(values["logloss"]),
             _number(values["ece"]),
         ]
-        lines.append(_line(name, cells, width))
+        whole = values["rows"] == max(other["rows"] for other in methods.values())
+        note = "" if whole else f"  on {values['rows']:,} of these rows"
+        lines.append(_line(name, cells, width) + note)
     users = next(iter(methods.values()))["uauc_users"]
     return [*lines, f"  UAUC over {users:,} users with both classes"]
 

@@ -83,17 +83,12 @@ def _text_shares(
     new = list(dict.fromkeys(title for row, title in resolved if row is None))
     rows = [past + new.index(title) if row is None else row for row, title in resolved]
     index = torch.tensor(rows, dtype=torch.long, device=model.device)
-    body = model.model
-    if body.gate is None:
-        return model.item_gates(index).mean(dim=-1).tolist()
     words = [processor._tokens(title) if title else [] for title in new]
     new_titles = (
         torch.tensor([token for ids in words for token in ids], device=model.device).long(),
         torch.tensor([len(ids) for ids in words], device=model.device).long(),
     )
-    last = torch.full_like(index, len(body.cf.offset) - 1)
-    text = body.text_embeddings(index, new_titles).to(body.cold_item.dtype)
-    return body.gate(text, body.aligned_items(index, last)).mean(dim=-1).tolist()
+    return model.item_gates(index, new_titles=new_titles).mean(dim=-1).tolist()
 
 
 def render_prompt(processor: Any, group: Group) -> str:

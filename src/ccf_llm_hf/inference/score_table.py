@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pandas as pd
 import torch
 
@@ -36,6 +37,18 @@ def score_table(
             "prob": model.probabilities(torch.as_tensor(logits)).numpy(),
         }
     )
+
+
+def sample_users(split: datasets.Dataset, rows: int, seed: int = 0) -> datasets.Dataset:
+    """Whole users in seeded order until `rows` rows are reached.
+
+    Whole users, because per-user metrics need all rows of a user.
+    """
+    owners = np.asarray(split["user_id"])
+    users = np.random.default_rng(seed).permutation(np.unique(owners))
+    counts = pd.Series(owners).value_counts()[users].cumsum()
+    chosen = users[: int(np.searchsorted(counts, rows)) + 1]
+    return split.select(np.flatnonzero(np.isin(owners, chosen)))
 
 
 def write_scores(scores: pd.DataFrame, path: str | Path) -> Path:

@@ -8,28 +8,7 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ccf_llm_hf.data.grouping import Group, group_rows
-
-
-def token_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Index batches, longest rows first, whose padded size stays within a budget (our choice).
-
-    Args:
-        lengths: tokens of each row.
-        max_tokens: bound on rows * longest row of a batch; a longer row makes a batch of its own.
-
-    Returns:
-        Lists of indices into `lengths`; every index occurs once.
-    """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        # Longest first: the first row of a batch is its padded length, and memory peaks at once.
-        fits = batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens
-        if fits:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
+from ccf_llm_hf.data.grouping import Group, cut_by_budget, group_rows
 
 
 def processor_inputs(groups: Sequence[Group]) -> dict[str, Any]:
@@ -78,7 +57,7 @@ def score_groups(
     try:
         with _labels_bar(groups, progress) as bar:
             lengths = [processor.count_tokens(group) for group in groups]
-            for indices in token_batches(lengths, max_tokens_per_batch):
+            for indices in cut_by_budget(range(len(groups)), lengths, max_tokens_per_batch):
                 batch = [groups[index] for index in indices]
                 for index, logits in zip(
                     indices, _score_batch(model, processor, batch), strict=True

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ccf_llm_hf.data.grouping import Group
+from ccf_llm_hf.data.grouping import Group, cut_by_budget
 
 IGNORED_LABEL = -100
 
@@ -51,24 +51,6 @@ class PackingCollator:
             return_tensors="pt",
         )
         return dict(batch)
-
-
-def cut_by_budget(
-    indices: Sequence[int], lengths: Sequence[int], tokens_per_batch: int
-) -> list[list[int]]:
-    """Cut groups into the fewest batches whose padded size stays within the budget.
-
-    Padded size is rows times the longest row. Longest groups come first, so neighbors are alike in
-    length and padding is small. A group longer than the budget is a batch by itself.
-    """
-    batches: list[list[int]] = []
-    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        longest = lengths[batches[-1][0]] if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= tokens_per_batch:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
 
 
 def balance(indices: Sequence[int], lengths: Sequence[int], parts: int) -> list[list[int]]:

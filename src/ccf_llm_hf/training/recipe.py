@@ -20,6 +20,7 @@ from ccf_llm_hf.modeling.configuration_ccf_llm import FUSION_ARMS, SCORE_HEADS
 from ccf_llm_hf.modeling.processing_ccf_llm import ITEM_FORMATS, LAYOUTS
 
 TRAINABLE_PARTS = ("fusion", "lora")
+PRECISIONS = ("fp32", "bf16", "auto")
 
 
 @dataclass
@@ -29,6 +30,9 @@ class StageConfig:
 
     name: str = field(default="", metadata={"help": "Folder name of the stage."})
     fusion: str = field(default="gate", metadata={"help": f"Fusion arm, one of {FUSION_ARMS}."})
+    cf_residual: bool = field(
+        default=False, metadata={"help": "Add a learned scale times the CF model's own logit."}
+    )
     train: list[str] = field(
         default_factory=lambda: ["fusion"],
         metadata={"help": "Parts that learn: fusion (alignment, gate, cold vectors), lora."},
@@ -123,6 +127,10 @@ class StageConfig:
             if getattr(self, key) <= 0:
                 raise InputError(f"{place}: `{key}` must be above 0; got {getattr(self, key)}")
 
+    def reads_cf(self) -> bool:
+        """Whether the stage reads the CF table."""
+        return self.cf_residual or self.fusion != "text_only"
+
     def prompt_settings(self) -> dict[str, Any]:
         """Settings for `CCFLLMProcessor.from_catalog`; what is left empty stays out, except that a
         text-only prompt has titles and concat has titles followed by slots."""
@@ -158,9 +166,6 @@ class Recipe:
         default="", metadata={"help": "Pinned revision of a Hub backbone."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of initialization, sampling and order."})
-    cf_residual: bool = field(
-        default=False, metadata={"help": "Add a learned scale times the CF model's own logit."}
-    )
     score_head: str = field(
         default="yes_minus_no", metadata={"help": f"Score read-out, one of {SCORE_HEADS}."}
     )
@@ -175,8 +180,12 @@ class Recipe:
         default=1024,
         metadata={"help": "Padded tokens of one forward pass; sets the gradient accumulation."},
     )
-    bf16: bool = field(
-        default=False, metadata={"help": "bfloat16 autocast (GPU; very slow on most CPUs)."}
+    precision: str = field(
+        default="fp32",
+        metadata={
+            "help": "fp32; bf16 (autocast: on most CPUs far slower); or auto: bf16 where the "
+            "hardware multiplies it natively. Scores outside training are always fp32."
+        },
     )
     offline: bool = field(default=False, metadata={"help": "Never look for a backbone online."})
     rerun_changed: bool = field(
@@ -194,6 +203,7 @@ class Recipe:
             raise InputError("recipe: `stages` must be a list of at least one stage")
         self.stages = [_as_stage(stage, number) for number, stage in enumerate(self.stages, 1)]
         _one_of("recipe", "score_head", self.score_head, SCORE_HEADS)
+        _one_of("recipe", "precision", self.precision, PRECISIONS)
         for key, file in (("data_dir", "protocol.json"), ("cf_dir", "cf_embeddings.safetensors")):
             self._check_folder(key, file)
         if not self.output_dir:
@@ -202,7 +212,7 @@ class Recipe:
 
     def needs_cf(self) -> bool:
         """Whether any stage reads the CF table."""
-        return self.cf_residual or any(stage.fusion != "text_only" for stage in self.stages)
+        return any(stage.reads_cf() for stage in self.stages)
 
     def _check_folder(self, key: str, file: str) -> None:
         folder = getattr(self, key)
@@ -224,7 +234,7 @@ class Recipe:
                     f"stage {stage.name!r}: `init_from` {source!r} is neither an earlier stage "
                     "nor a folder"
                 )
-            if stage.fusion == "text_only" and "fusion" in stage.train and not self.cf_residual:
+            if stage.fusion == "text_only" and "fusion" in stage.train and not stage.cf_residual:
                 raise InputError(
                     f"stage {stage.name!r}: text_only has no fusion parameters; set train: [lora]"
                 )

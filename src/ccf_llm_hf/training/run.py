@@ -24,6 +24,7 @@ from ccf_llm_hf.training.stage import (
     write_folder,
     write_json,
 )
+from ccf_llm_hf.training.trainer import uses_bf16
 
 PACKAGES = ("ccf-llm-hf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
@@ -100,7 +101,7 @@ def export(
         "recipe": dataclasses.asdict(recipe),
         "inputs": inputs.digest,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "hardware": hardware(),
+        "hardware": hardware(recipe.precision),
         "stages": records,
     }
     write_folder(output / "checkpoint", write_full)
@@ -115,14 +116,15 @@ def export(
     write_json(output / "training.json", report)
 
 
-def hardware() -> dict[str, Any]:
-    """The machine that trained."""
+def hardware(precision: str) -> dict[str, Any]:
+    """The machine that trained, and whether it did so in bfloat16."""
     accelerator = torch.accelerator.current_accelerator()
     return {
         "processes": PartialState().num_processes,
         "accelerator": accelerator.type if accelerator else None,
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "bf16_autocast": uses_bf16(precision),
         "processor": platform.machine(),
         "python": platform.python_version(),
     }

@@ -34,10 +34,9 @@ SHARED_SETTINGS = (
     "backbone",
     "backbone_revision",
     "seed",
-    "cf_residual",
     "score_head",
     "use_cf_snapshots",
-    "bf16",
+    "precision",
 )
 
 
@@ -180,7 +179,7 @@ class StageRun:
             cf=self.inputs.cf,
             item_title_ids=processor.item_title_ids(),
             fusion=self.stage.fusion,
-            cf_residual=self.recipe.cf_residual,
+            cf_residual=self.stage.cf_residual,
             score_head=self.recipe.score_head,
             yes_token_id=yes,
             no_token_id=no,
@@ -226,7 +225,7 @@ class StageRun:
         """Training groups; rows see the CF snapshot of their time."""
         split = self.inputs.data.splits["train"]
         snapshots = None
-        if self.inputs.cf is not None and self.recipe.use_cf_snapshots and self._reads_cf():
+        if self.inputs.cf is not None and self.recipe.use_cf_snapshots and self.stage.reads_cf():
             snapshots = self.inputs.cf.snapshot_for(np.asarray(split["timestamp"])).tolist()
         groups = self._groups(split, processor, snapshots)
         order = torch.randperm(
@@ -238,9 +237,6 @@ class StageRun:
         """Validation groups, all or those of a seeded sample of users, on the last CF snapshot."""
         groups = self._groups(self.inputs.data.splits["validation"], processor, None)
         return sample_users(groups, self.stage.eval_max_labels, self.recipe.seed)
-
-    def _reads_cf(self) -> bool:
-        return self.recipe.cf_residual or self.stage.fusion != "text_only"
 
     def _groups(
         self, split: Dataset, processor: CCFLLMProcessor, snapshots: list[int] | None

@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
-from ccf_llm_hf.data.grouping import Group
+from ccf_llm_hf.data.grouping import Group, cut_by_budget
 from ccf_llm_hf.evaluation.metrics import auc, fit_temperature, uauc
 from ccf_llm_hf.training.collator import (
     IGNORED_LABEL,
@@ -27,7 +27,6 @@ from ccf_llm_hf.training.collator import (
     GroupDataset,
     PackingCollator,
     TokenBudgetBatchSampler,
-    cut_by_budget,
 )
 from ccf_llm_hf.training.recipe import Recipe, StageConfig
 
@@ -53,6 +52,16 @@ class Scores:
             "uauc": float(uauc(self.labels, self.logits, self.users)),
             "loss": float(loss.mean()),
         }
+
+
+def uses_bf16(precision: str) -> bool:
+    """Whether to train under bfloat16 autocast; `auto` says so where the hardware has it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def training_arguments(
@@ -86,7 +95,7 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         seed=recipe.seed,
-        bf16=recipe.bf16,
+        bf16=uses_bf16(recipe.precision),
         # Without this, torchrun on a machine with no accelerator ends up as unrelated processes.
         use_cpu=not torch.accelerator.is_available(),
         # Cold vectors take part only in batches that have a cold user or item.
