@@ -63,6 +63,7 @@ class CheckpointMixin(PreTrainedModel):
     _no_split_modules: Any
     fusion_parameters: Callable[[], list[tuple[str, nn.Parameter]]]
     lora_parameters: Callable[[], list[tuple[str, nn.Parameter]]]
+    head_parameters: Callable[[], list[tuple[str, nn.Parameter]]]
 
     @property
     def language_model(self) -> nn.Module:
@@ -233,7 +234,7 @@ class CheckpointMixin(PreTrainedModel):
 
     def load_trained_weights(self, folder: str | Path) -> None:
         """Copy a slim checkpoint's fusion weights and adapter into this live model."""
-        trained = {name for name, _ in self.fusion_parameters()}
+        trained = {name for name, _ in self.fusion_parameters() + self.head_parameters()}
         tensors, _ = read_tensors(str(Path(folder) / FUSION_FILE))
         self.load_state_dict({k: v for k, v in tensors.items() if k in trained}, strict=False)
         if self.lora_parameters():

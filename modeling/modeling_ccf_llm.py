@@ -159,6 +159,7 @@ class CCFLLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CCFLLMForCTR):
             init.zeros_(module.answer_weight)
             init.ones_(module.residual_scale)
+            init.constant_(module.answer_scale, 0.1)
 
 
 class CCFLLMModel(CCFLLMPreTrainedModel):
@@ -332,9 +333,11 @@ class CTROutput(ModelOutput):
 
 
 class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
-    """Will the user like the candidate? `logit = h_last . (w_Yes - w_No)`, trained with BCE.
+    """Will the user like the candidate? `logit = scale * h_last . (w_Yes - w_No)`, trained with BCE.
 
-    Only these two rows of the language-model head are kept and multiplied.
+    Only these two rows of the language-model head are kept and multiplied. The learned scale starts
+    at 0.1 (our choice): what a fresh fusion makes the backbone say is noise with a standard deviation
+    of about 2, which would drown the CF residual and the first thousands of labels.
     """
 
     accepts_loss_kwargs = True
@@ -343,6 +346,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         super().__init__(config)
         self.model = CCFLLMModel(config)
         self.answer_weight = nn.Parameter(torch.zeros(2, config.text_config.hidden_size))
+        self.answer_scale = nn.Parameter(torch.ones(()))
         self.residual_scale = nn.Parameter(torch.ones(()))
         self._adapter: Adapter = {}
         self.post_init()
@@ -381,7 +385,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         hidden = self.model(**inputs).last_hidden_state[answer_rows, answer_positions]
         answers = self.answer_weight.to(hidden.dtype)
         direction = answers[0] if self.config.score_head == "yes_only" else answers[0] - answers[1]
-        logits = (hidden @ direction).float()
+        logits = self.answer_scale * (hidden @ direction).float()
         if self.config.cf_residual:
             snapshots = inputs.get("snapshots")
             last = self.model.cf.offset.shape[0] - 1
@@ -445,13 +449,18 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
 
     def fusion_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Named parameters of ALG, gate, cold vectors and, with `cf_residual`, its scale."""
-        skip = {"answer_weight"} if self.config.cf_residual else {"answer_weight", "residual_scale"}
+        """Named parameters of ALG, gate and cold vectors."""
         return [
             (name, p)
             for name, p in self.named_parameters()
-            if not name.startswith("model.language_model.") and name not in skip
+            if name.startswith("model.") and not name.startswith("model.language_model.")
         ]
+
+    def head_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Named scalars of the score, which every stage trains: the scale of the answer and, with
+        `cf_residual`, that of the CF logit."""
+        scales = [("answer_scale", self.answer_scale)]
+        return scales + [("residual_scale", self.residual_scale)] * self.config.cf_residual
 
 
 CCFLLMConfig.register_for_auto_class()

@@ -248,3 +248,42 @@ def test_a_merged_model_has_no_slim_form(build: BuildModel, tmp_path: Path) -> N
     folder = save(model, processor, tmp_path / "full", "full")
     with pytest.raises(ValueError, match="LoRA is merged"):
         AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "slim", form="slim")
+
+
+@pytest.mark.parametrize("form", ["full", "slim"])
+def test_checkpoints_load_in_bfloat16_and_keep_the_tables_exact(
+    build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path, form: str
+) -> None:
+    model, processor = build(lora=True, cf_residual=True)
+    folder = save(model, processor, tmp_path, form)
+    place = options(form, backbone_folder())
+    loaded = AutoModel.from_pretrained(folder, dtype=torch.bfloat16, **place)
+    assert loaded.model.cf.item_known.dtype == torch.bool
+    assert torch.equal(loaded.model.cf.item_vectors[0], model.model.cf.item_vectors[-1])
+    assert torch.equal(loaded.model.cf.snapshot_times, model.model.cf.snapshot_times[-1:])
+    torch.testing.assert_close(
+        logits(loaded, processor), logits(model, processor), atol=0.2, rtol=0.1
+    )
+
+
+def test_a_given_backbone_is_left_as_it_was(
+    build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, processor = build(lora=True)
+    folder = save(model, processor, tmp_path, "slim")
+    causal = AutoModelForCausalLM.from_pretrained(backbone_folder())
+    first = AutoModel.from_pretrained(folder, backbone=causal)
+    second = AutoModel.from_pretrained(folder, backbone=causal)
+    torch.testing.assert_close(logits(first, processor), logits(second, processor))
+
+
+def test_a_slim_checkpoint_tells_its_loading_info(
+    build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, processor = build()
+    folder = save(model, processor, tmp_path, "slim")
+    loaded, info = AutoModel.from_pretrained(
+        folder, backbone=backbone_folder(), output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    torch.testing.assert_close(logits(loaded, processor), logits(model, processor))

@@ -189,6 +189,15 @@ def test_text_only_refuses_slots(build: BuildModel) -> None:
         build("text_only")[0](**processor(user="u0", history=[], candidates=["i0"]))
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_fresh_slots_have_the_scale_of_token_embeddings(build: BuildModel, backbone: str) -> None:
+    model, _ = build("cf_only", backbone=backbone)
+    words = model.get_input_embeddings()(torch.arange(300))
+    slots = model.model.aligned_items(torch.arange(6), torch.ones(6, dtype=torch.long))
+    ratio = slots.pow(2).mean().sqrt() / words.pow(2).mean().sqrt()
+    assert 0.2 < ratio < 2
+
+
 def test_yes_only_head_reads_one_row(build: BuildModel) -> None:
     model, processor = build(score_head="yes_only")
     before = packed_logits(model, processor)

@@ -136,6 +136,10 @@ def test_integer_ids_are_ids(tokenizer: PreTrainedTokenizerFast) -> None:
             {"candidates": [["i0"], ["i1"]], "user": ["u0"]},
             "user has 1 entries but candidates has 2",
         ),
+        ({"candidates": [["i0"], ["i1"]], "user": "u0"}, "user must be a list"),
+        ({"candidates": [["i0"], ["i1"]], "history": ["i1", "i2"]}, "history must be a list of"),
+        ({"candidates": "i0"}, "candidates must be a list of items"),
+        ({"candidates": [["i0"], ["i1"]], "labels": [[1], None]}, "for every user of the batch"),
         ({"candidates": ["i0"], "truncation": True}, r"\['truncation'\] are unknown"),
     ],
 )

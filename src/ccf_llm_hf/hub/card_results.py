@@ -38,21 +38,22 @@ def results_markdown(report: Report) -> str:
         f"Split `{report['split']}`: {_counts(report)}, {rate} positive. "
         f"Intervals are {level}, from {resamples:,} resamples of users.",
         "",
-        *_methods_table(report["methods"]),
+        *methods_table(report["methods"]),
         "",
         f"`{report['name']}` minus the other method, paired over the same resamples:",
         "",
-        *_differences_table(report["differences"]),
+        *differences_table(report["differences"]),
     ]
     for name, part in report["slices"].items():
         lines += ["", f"**{name}**: {part['definition']} ({_counts(part)})"]
-        lines += ["", *_methods_table(part["methods"])] if part["methods"] else []
+        lines += ["", *methods_table(part["methods"])] if part["methods"] else []
     lines += ["", "Definitions:", ""]
     lines += [f"- {name}: {text}" for name, text in report["definitions"].items()]
     return "\n".join(lines)
 
 
-def _methods_table(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def methods_table(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines of a Markdown table: every method with its metrics and intervals."""
     lines = [
         "| method | AUC | UAUC | WUAUC | log loss | ECE |",
         "| --- | --- | --- | ---: | ---: | ---: |",
@@ -60,11 +61,14 @@ def _methods_table(methods: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, values in methods.items():
         ranking = [_with_interval(values[key], values[f"{key}_ci"]) for key in ("auc", "uauc")]
         rest = [_number(values[key]) for key in ("wuauc", "logloss", "ece")]
-        lines.append(f"| {' | '.join([name, *ranking, *rest])} |")
+        whole = values["rows"] == max(other["rows"] for other in methods.values())
+        label = name if whole else f"{name} (on {values['rows']:,} of the rows)"
+        lines.append(f"| {' | '.join([label, *ranking, *rest])} |")
     return lines
 
 
-def _differences_table(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def differences_table(differences: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines of a Markdown table: paired differences with their intervals."""
     lines = ["| against | AUC | UAUC |", "| --- | --- | --- |"]
     for name, values in differences.items():
         cells = [_with_interval(values[key], values[f"{key}_ci"], "+") for key in ("auc", "uauc")]

@@ -234,7 +234,7 @@ class Recipe:
                     f"stage {stage.name!r}: `init_from` {source!r} is neither an earlier stage "
                     "nor a folder"
                 )
-            if stage.fusion == "text_only" and "fusion" in stage.train and not stage.cf_residual:
+            if stage.fusion == "text_only" and "fusion" in stage.train:
                 raise InputError(
                     f"stage {stage.name!r}: text_only has no fusion parameters; set train: [lora]"
                 )

@@ -194,6 +194,8 @@ class StageRun:
         ):
             for _, parameter in parameters:
                 parameter.requires_grad_(part in self.stage.train)
+        for _, parameter in model.head_parameters():
+            parameter.requires_grad_(True)
         return model
 
     def _start(self, model: CCFLLMForCTR) -> None:

@@ -192,6 +192,7 @@ class CCFLLMTrainer(Trainer):
             groups = []
             for named, rate in (
                 (self.model.fusion_parameters(), self.stage.fusion_learning_rate),
+                (self.model.head_parameters(), self.stage.fusion_learning_rate),
                 (self.model.lora_parameters(), self.stage.lora_learning_rate),
             ):
                 trained = [(name, p) for name, p in named if p.requires_grad]
