@@ -333,11 +333,11 @@ class CTROutput(ModelOutput):
 
 
 class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
-    """Will the user like the candidate? `logit = scale * h_last . (w_Yes - w_No)`, trained with BCE.
+    """Will the user like the candidate? `logit = scale * h_last . (w_Yes - w_No)`, by BCE.
 
-    Only these two rows of the language-model head are kept and multiplied. The learned scale starts
-    at 0.1 (our choice): what a fresh fusion makes the backbone say is noise with a standard deviation
-    of about 2, which would drown the CF residual and the first thousands of labels.
+    Only these two rows of the language-model head are kept and multiplied. The learned scale
+    starts at 0.1 (our choice): what a fresh fusion makes the backbone say is noise with a standard
+    deviation of about 2, which would drown the CF residual and the first thousands of labels.
     """
 
     accepts_loss_kwargs = True
