@@ -18,7 +18,7 @@ ccf-llm train examples/configs/demo.yaml \
 
 step "4/6 score a sample of test users with the text-only stage, as a control"
 ccf-llm evaluate "$out/stages/text/checkpoint" --data "$out/data" --split test \
-  --sample-rows 1500 --name "text only" --out "$out/text_scores.parquet"
+  --sample-rows 1000 --name "text only" --out "$out/text_scores.parquet"
 
 step "5/6 evaluate on the whole test split"
 ccf-llm evaluate "$out/checkpoint" --data "$out/data" --split test --out "$out/scores.parquet" \
