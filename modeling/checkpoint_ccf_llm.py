@@ -30,6 +30,7 @@ CODE_FILES = (
     "configuration_ccf_llm.py",
     "layout_ccf_llm.py",
     "checkpoint_ccf_llm.py",
+    "cf_table_ccf_llm.py",
     "packing_ccf_llm.py",
     "processing_ccf_llm.py",
     "loading_ccf_llm.py",

@@ -1,0 +1,70 @@
+"""The frozen tables of the CF model, as the fusion reads them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint_ccf_llm import CF_TENSORS
+from .configuration_ccf_llm import CCFLLMConfig
+
+
+class CFTable(nn.Module):
+    """Frozen CF vectors of users and items, in one or more snapshots in time.
+
+    Vectors enter ALG at unit RMS per dimension; `*_scale` holds that RMS per snapshot, because
+    snapshots of one CF model differ in scale.
+    """
+
+    offset: Tensor
+
+    def __init__(self, config: CCFLLMConfig) -> None:
+        super().__init__()
+        snapshots, dim = config.num_snapshots, config.cf_dim
+        users, items = config.num_users, config.num_items
+        self.register_buffer("user_vectors", torch.zeros(snapshots, users, dim))
+        self.register_buffer("item_vectors", torch.zeros(snapshots, items, dim))
+        self.register_buffer("user_known", torch.zeros(snapshots, users, dtype=torch.bool))
+        self.register_buffer("item_known", torch.zeros(snapshots, items, dtype=torch.bool))
+        self.register_buffer("default_user", torch.zeros(snapshots, dim))
+        self.register_buffer("default_item", torch.zeros(snapshots, dim))
+        self.register_buffer("offset", torch.zeros(snapshots))
+        self.register_buffer("snapshot_times", torch.zeros(snapshots, dtype=torch.long))
+        self.register_buffer("user_scale", torch.ones(snapshots, dim))
+        self.register_buffer("item_scale", torch.ones(snapshots, dim))
+
+    def fill(self, cf: Any) -> None:
+        """Take the tensors of a `CFEmbeddings` and measure their scales."""
+        for name in CF_TENSORS:
+            buffer = getattr(self, name)
+            buffer.copy_(torch.as_tensor(getattr(cf, name)).to(buffer.dtype))
+        for side in ("user", "item"):
+            known = getattr(self, f"{side}_known").unsqueeze(-1).float()
+            square = (getattr(self, f"{side}_vectors").pow(2) * known).sum(1)
+            rms = (square / known.sum(1).clamp(min=1)).sqrt()
+            getattr(self, f"{side}_scale").copy_(torch.where(rms > 1e-8, rms, 1.0))
+
+    def lookup(self, side: str, rows: Tensor, snapshots: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw vectors `(..., cf_dim)` and whether each is known; rows past the table are not."""
+        vectors, known = getattr(self, f"{side}_vectors"), getattr(self, f"{side}_known")
+        default = getattr(self, f"default_{side}")[snapshots]
+        size = vectors.shape[1]
+        if size == 0:
+            return default, torch.zeros_like(rows, dtype=torch.bool)
+        inside = rows.clamp(max=size - 1)
+        seen = known[snapshots, inside] & (rows < size)
+        return torch.where(seen.unsqueeze(-1), vectors[snapshots, inside], default), seen
+
+    def scaled(self, side: str, rows: Tensor, snapshots: Tensor) -> tuple[Tensor, Tensor]:
+        """As `lookup`, at the scale that ALG takes."""
+        vectors, seen = self.lookup(side, rows, snapshots)
+        return vectors / getattr(self, f"{side}_scale")[snapshots], seen
+
+    def logits(self, users: Tensor, items: Tensor, snapshots: Tensor) -> Tensor:
+        """The CF model's own logits; unknown users and items stand at their defaults."""
+        user, _ = self.lookup("user", users, snapshots)
+        item, _ = self.lookup("item", items, snapshots)
+        return (user * item).sum(-1) + self.offset[snapshots]
+
+
+__all__ = ["CFTable"]
