@@ -399,6 +399,10 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
             if name.startswith("model.") and not name.startswith("model.language_model.")
         ]
 
+    def gate_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Named parameters of the gate, a part of the fusion parameters; empty without a gate."""
+        return [(name, p) for name, p in self.fusion_parameters() if name.startswith("model.gate.")]
+
     def head_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Named scalars of the score, which every stage trains: the scale of the answer and, with
         `cf_residual`, that of the CF logit."""

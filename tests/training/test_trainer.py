@@ -152,8 +152,11 @@ def test_each_part_has_its_own_learning_rate_and_decay(stage_run):
         for group in trainer.optimizer.param_groups
         for parameter in group["params"]
     }
-    for name, parameter in trainer.model.fusion_parameters():
-        assert places.pop(id(parameter)) == (1e-2, 0.1 if parameter.ndim > 1 else 0.0), name
+    gate = {name for name, _ in trainer.model.gate_parameters()}
+    assert gate
+    for name, parameter in trainer.model.fusion_parameters() + trainer.model.head_parameters():
+        rate = trainer.stage.gate_learning_rate if name in gate else 1e-2
+        assert places.pop(id(parameter)) == (rate, 0.1 if parameter.ndim > 1 else 0.0), name
     for name, parameter in trainer.model.lora_parameters():
         assert places.pop(id(parameter)) == (1e-4, 0.1), name
     assert not places
@@ -163,7 +166,8 @@ def test_only_the_chosen_parts_change(stage_run):
     trainer = make_trainer(stage_run(train=["fusion"]))
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
-    fusion = {name for name, _ in trainer.model.fusion_parameters()}
+    trained = trainer.model.fusion_parameters() + trainer.model.head_parameters()
+    fusion = {name for name, _ in trained}
     changed = {
         name
         for name, value in trainer.model.state_dict().items()

@@ -69,6 +69,13 @@ class StageConfig:
     fusion_learning_rate: float = field(
         default=2e-3, metadata={"help": "Peak learning rate of the fusion parameters."}
     )
+    gate_learning_rate: float = field(
+        default=2e-4,
+        metadata={
+            "help": "Peak learning rate of the gate. It sums over twice the hidden size, so the "
+            "fusion's rate would drive it to 0 or 1 within a few steps."
+        },
+    )
     lora_learning_rate: float = field(
         default=5e-4, metadata={"help": "Peak learning rate of the LoRA parameters."}
     )

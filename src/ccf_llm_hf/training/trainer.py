@@ -187,12 +187,15 @@ class CCFLLMTrainer(Trainer):
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with a learning rate for fusion and one for LoRA; biases and norms do not decay."""
+        """AdamW with learning rates for fusion, gate and LoRA; biases and norms do not decay."""
         if self.optimizer is None:
             groups = []
+            gate = self.model.gate_parameters()
+            gate_names = {name for name, _ in gate}
+            rest = [part for part in self.model.fusion_parameters() if part[0] not in gate_names]
             for named, rate in (
-                (self.model.fusion_parameters(), self.stage.fusion_learning_rate),
-                (self.model.head_parameters(), self.stage.fusion_learning_rate),
+                (rest + self.model.head_parameters(), self.stage.fusion_learning_rate),
+                (gate, self.stage.gate_learning_rate),
                 (self.model.lora_parameters(), self.stage.lora_learning_rate),
             ):
                 trained = [(name, p) for name, p in named if p.requires_grad]
