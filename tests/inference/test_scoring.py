@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
+from ccf_llm_hf.inference.score_table import sample_users
 from ccf_llm_hf.inference.scoring import score_split
 
 
@@ -39,3 +40,12 @@ def test_training_mode_is_restored(loaded, split):
     score_split(model, processor, split, history_window=(3, 2), progress=False)
     assert model.training
     model.eval()
+
+
+def test_a_sample_holds_whole_users(split):
+    part = sample_users(split, rows=1)
+    owners = set(part["user_id"])
+    assert len(owners) == 1
+    assert len(part) == sum(user in owners for user in split["user_id"])
+    assert len(sample_users(split, rows=10**6)) == len(split)
+    assert list(sample_users(split, rows=1)["item_id"]) == list(part["item_id"])

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.training.stage import StageRun
-from ccf_llm_hf.training.trainer import CCFLLMTrainer, gate_statistics, last_checkpoint
+from ccf_llm_hf.training.trainer import CCFLLMTrainer, gate_statistics, last_checkpoint, uses_bf16
 
 JOINT: dict[str, Any] = {"train": ["fusion", "lora"], "eval_every_labels": 64}
 
@@ -200,3 +200,11 @@ def test_every_fusion_arm_trains(stage_run, fusion):
     history = trainer.train_or_resume()
     assert any(not torch.equal(v, before[n]) for n, v in weights(trainer.model).items())
     assert json.dumps(history)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_precision_follows_the_hardware(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    assert uses_bf16("auto") is native
+    assert uses_bf16("bf16") and not uses_bf16("fp32")
