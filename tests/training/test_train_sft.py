@@ -65,5 +65,6 @@ def test_adapter_of_the_sft_trainer_starts_a_stage(
     yes, no = processor.answer_token_ids()
     with torch.no_grad():
         last = causal(batch["input_ids"]).logits[0, -1]
-        torch.testing.assert_close(model(**batch).logits[0, 0], last[yes] - last[no])
+        expected = model.answer_scale * (last[yes] - last[no])
+        torch.testing.assert_close(model(**batch).logits[0, 0], expected)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "sft")) <= processor.item_slot_token_id

@@ -38,7 +38,8 @@ class InterruptAt(TrainerCallback):
 
 
 def test_accumulation_gives_the_weights_of_one_large_batch(stage_run):
-    config = {**JOINT, "labels_per_step": 64}
+    # Validated once, at the end: an earlier best checkpoint would be loaded instead.
+    config = {**JOINT, "labels_per_step": 64, "eval_every_labels": 0}
     large = make_trainer(stage_run("large", top={"tokens_per_batch": 100_000}, **config))
     small = make_trainer(stage_run("small", top={"tokens_per_batch": 128}, **config))
     assert large.batch_sampler.accumulation == 1
