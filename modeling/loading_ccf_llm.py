@@ -356,7 +356,13 @@ def load_backbone(
             name = backbone_resolver(name)
         options.setdefault("dtype", config.dtype or torch.float32)
         revision = config.backbone_revision if backbone is None else None
-        causal = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options)
+        try:
+            causal = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options)
+        except OSError as error:
+            raise OSError(
+                f"backbone {name!r} of this slim checkpoint cannot be loaded: give a copy of it "
+                f"with backbone=FOLDER, or load the full checkpoint ({error})."
+            ) from error
     if causal.dtype == torch.float16 or not config.backbone_fingerprint:
         return causal  # float16 rounds otherwise than the fingerprint does
     if backbone_fingerprint(causal.get_decoder()) != config.backbone_fingerprint:

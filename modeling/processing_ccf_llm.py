@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoTokenizer,
+    BatchFeature,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 from transformers.utils import logging
 
 from .checkpoint_ccf_llm import (
@@ -78,6 +84,17 @@ def check_catalog(path: str, hub: dict[str, Any], fingerprint: str) -> None:
             f"{items} or {users} is not the catalog that this checkpoint was saved with: "
             "restore the files of one checkpoint."
         )
+
+
+def load_tokenizer(path: str, hub: dict[str, Any], trusted: bool) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer.
+
+    A tokenizer.json is read as it is: the Auto class would look at config.json, whose model type is
+    this code's, and ask once more whether to trust it.
+    """
+    if find_file(path, "tokenizer.json", hub, required=False):
+        return PreTrainedTokenizerFast.from_pretrained(path, **hub)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted, **hub)
 
 
 class CCFLLMProcessor(ProcessorMixin):
@@ -431,7 +448,7 @@ class CCFLLMProcessor(ProcessorMixin):
         settings = json.loads(Path(str(settings_file)).read_text(encoding="utf-8"))
         catalog = read_ids(str(catalog_file))
         processor = cls(
-            AutoTokenizer.from_pretrained(path, **hub),
+            load_tokenizer(path, hub, bool(kwargs.get("trust_remote_code"))),
             [row["id"] for row in catalog],
             [str(row.get("title") or "") for row in catalog],
             [row["id"] for row in read_ids(str(users_file))],

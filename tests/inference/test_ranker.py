@@ -173,3 +173,18 @@ def test_a_missing_checkpoint_is_one_clear_sentence(tmp_path):
     with pytest.raises(InputError, match="nowhere cannot be loaded") as caught:
         CTRRanker.from_pretrained(str(tmp_path / "nowhere"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"history": "Toy Story (1995)"}, "history is the single item"),
+        ({"history": ["Heat (1995)", " "]}, "history: item 1 is empty"),
+        ({"history": [None]}, "history: item 0 is empty"),
+        ({"candidates": []}, "candidates is empty"),
+        ({"candidates": [""]}, "candidates: item 0 is empty"),
+    ],
+)
+def test_blank_items_and_bare_strings_are_refused(ranker, call, message):
+    with pytest.raises(InputError, match=message):
+        ranker.rank(**call)

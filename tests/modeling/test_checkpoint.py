@@ -129,6 +129,7 @@ def test_loads_where_the_package_is_not_installed(
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
+    assert "Do you wish to run" not in run.stdout + run.stderr, "trust was given once already"
     found = torch.tensor(json.loads(run.stdout.split("LOGITS ")[1]))
     torch.testing.assert_close(found, logits(model, processor), atol=1e-5, rtol=0)
 
@@ -241,6 +242,13 @@ def test_another_backbone_is_refused_unless_named(
         AutoModel.from_pretrained(folder)
     with pytest.warns(UserWarning, match="attached because backbone= names it"):
         AutoModel.from_pretrained(folder, backbone=str(tmp_path / "other"))
+
+
+def test_a_missing_backbone_is_named_with_the_mend(build: BuildModel, tmp_path: Path) -> None:
+    model, processor = build()
+    folder = save(model, processor, tmp_path, "slim")
+    with pytest.raises(OSError, match=r"nowhere.*backbone=FOLDER"):
+        AutoModel.from_pretrained(folder, backbone=str(tmp_path / "nowhere"))
 
 
 def test_a_merged_model_has_no_slim_form(build: BuildModel, tmp_path: Path) -> None:

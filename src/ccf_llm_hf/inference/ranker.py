@@ -179,7 +179,7 @@ class CTRRanker:
             history: liked items, oldest first.
             item: the candidate.
         """
-        request = _Request(user, list(history or []), [item])
+        request = _Request(user, _items(history, "history"), _items([item], "item"))
         (group,) = self._groups([request])
         logit = float(self._score([request], progress=False)[0][0])
         shares = item_shares(self.model, self.processor, [*group.history, item])
@@ -285,10 +285,29 @@ def _read_pair(pair: Pair, place: int) -> tuple[User, list[Item], Item]:
             raise InputError(
                 f"pair {place} has the keys {sorted(pair)}: give item, and user or history if known"
             )
-        return pair.get("user"), list(pair.get("history") or []), pair["item"]
+        history = _items(pair.get("history"), f"history of pair {place}")
+        return pair.get("user"), history, *_items([pair["item"]], f"pair {place}")
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
-        return pair[0], [], pair[1]
+        return pair[0], [], *_items([pair[1]], f"pair {place}")
     raise InputError(f"pair {place} is {pair!r}: give (user, item) or a dict with item")
+
+
+def _items(values: Sequence[Item] | None, name: str) -> list[Item]:
+    """A list of items, none of them blank."""
+    if isinstance(values, (str, dict)):
+        raise InputError(f"{name} is the single item {values!r}: give a list of items")
+    items = list(values if values is not None else [])
+    for place, item in enumerate(items):
+        if item is None or (isinstance(item, str) and not item.strip()):
+            raise InputError(f"{name}: item {place} is empty: give an id or a title")
+    return items
+
+
+def _candidates(values: Sequence[Item] | None) -> list[Item] | None:
+    """Given candidates, at least one; None stands for the catalog."""
+    if values is not None and len(values) == 0:
+        raise InputError("candidates is empty: give at least one item, or leave it out")
+    return None if values is None else _items(values, "candidates")
 
 
 def _as_batch(
@@ -298,14 +317,16 @@ def _as_batch(
     nested = bool(history) and isinstance(history[0], (list, tuple))  # type: ignore[index]
     batched = isinstance(user, (list, tuple)) or nested
     if not batched:
-        return [user], [list(history or [])], [list(candidates) if candidates else None], False
+        return [user], [_items(history, "history")], [_candidates(candidates)], False
     size = len(user) if isinstance(user, (list, tuple)) else len(history or [])
     users = list(user) if isinstance(user, (list, tuple)) else [user] * size
-    histories = [list(past or []) for past in history] if history else [[] for _ in range(size)]
+    histories: list[list[Item]] = [[] for _ in range(size)]
+    if history:
+        histories = [_items(past, f"history {place}") for place, past in enumerate(history)]
     if candidates is not None and candidates and isinstance(candidates[0], (list, tuple)):
-        lists: list[list[Item] | None] = [list(items) for items in candidates]
+        lists = [_candidates(items) for items in candidates]
     else:
-        lists = [list(candidates) if candidates else None for _ in range(size)]
+        lists = [_candidates(candidates) for _ in range(size)]
     if not (len(users) == len(histories) == len(lists)):
         raise InputError(
             f"the batch has {len(users)} users, {len(histories)} histories and {len(lists)} "

@@ -64,6 +64,12 @@ def uses_bf16(precision: str) -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
+def warmup_steps(warmup: float, steps: int) -> int:
+    """Steps of warmup, rounded down: the first warmup step has a learning rate of 0, so a run of a
+    few steps would learn nothing."""
+    return int(warmup if warmup >= 1 else warmup * steps)
+
+
 def training_arguments(
     recipe: Recipe, stage: StageConfig, output_dir: Path, accumulation: int, steps_per_epoch: int
 ) -> TrainingArguments:
@@ -78,7 +84,7 @@ def training_arguments(
         gradient_accumulation_steps=accumulation,
         average_tokens_across_devices=True,
         learning_rate=stage.fusion_learning_rate,
-        warmup_steps=stage.warmup,
+        warmup_steps=warmup_steps(stage.warmup, math.ceil(steps_per_epoch * stage.epochs)),
         lr_scheduler_type=stage.scheduler,
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
