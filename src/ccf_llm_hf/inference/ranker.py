@@ -286,9 +286,9 @@ def _read_pair(pair: Pair, place: int) -> tuple[User, list[Item], Item]:
                 f"pair {place} has the keys {sorted(pair)}: give item, and user or history if known"
             )
         history = _items(pair.get("history"), f"history of pair {place}")
-        return pair.get("user"), history, *_items([pair["item"]], f"pair {place}")
+        return pair.get("user"), history, _items([pair["item"]], f"pair {place}")[0]
     if isinstance(pair, (tuple, list)) and len(pair) == 2:
-        return pair[0], [], *_items([pair[1]], f"pair {place}")
+        return pair[0], [], _items([pair[1]], f"pair {place}")[0]
     raise InputError(f"pair {place} is {pair!r}: give (user, item) or a dict with item")
 
 
