@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("checkpoint", help="checkpoint folder, full or slim")
     parser.add_argument("--data", required=True, help="prepared data folder")
     parser.add_argument("--rows", type=int, default=500, help="test rows to compare")
-    parser.add_argument("--train-rows", type=int, default=192, help="training rows to time")
+    parser.add_argument("--train-rows", type=int, default=96, help="training rows to time")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each way")
     parser.add_argument("--out", default="benchmarks/results/packing.json", help="results file")
     options = parser.parse_args()

@@ -38,8 +38,8 @@ PROCESSOR_FILE = "processor_config.json"
 
 # Templates are data (our choice of words); `{user}` and `{item}` mark where slots or titles go. A
 # title needs separators that a slot can do without, so each format has its own. A hybrid candidate
-# block ends at its slot: read there, the slot reaches the answer through the residual stream, which
-# is learned far sooner than a path through attention to a later token.
+# block ends at its slot: read there, the slot reaches the answer through the residual stream too,
+# not only through attention from a later token.
 TEMPLATES: dict[str, dict[str, str]] = {
     "shared_prefix": {
         "prefix": (
