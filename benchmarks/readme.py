@@ -36,12 +36,12 @@ def demo_section(metrics: dict[str, Any], training: dict[str, Any]) -> list[str]
     """The demo's table, its paired differences, and how it was made."""
     hardware, stages = training["hardware"], training["stages"]
     labels = sum(stage["train_labels"] for stage in stages.values())
-    precision = "bfloat16 autocast" if hardware["bf16_autocast"] else "fp32"
+    precision = "bfloat16" if hardware["bf16_backbone"] else "fp32"
     return [
         f"MovieLens-1M, the published protocol's test split: {metrics['rows']:,} rows, "
         f"{metrics['users']:,} users. One run of `make demo`: seed {training['recipe']['seed']}, "
         f"{labels:,} training labels over {len(stages)} stages, {training['minutes']:.0f} minutes "
-        f"of training on {hardware['cpus']} CPU cores in {precision} "
+        f"of training on {hardware['cpus']} CPU cores, backbone in {precision} "
         f"(torch {training['versions']['torch']}, transformers "
         f"{training['versions']['transformers']}). In brackets: 95 % intervals over users.",
         "",

@@ -32,6 +32,7 @@ CODE_FILES = (
     "checkpoint_ccf_llm.py",
     "cf_table_ccf_llm.py",
     "packing_ccf_llm.py",
+    "tiles_ccf_llm.py",
     "processing_ccf_llm.py",
     "loading_ccf_llm.py",
     "modeling_ccf_llm.py",

@@ -1,16 +1,40 @@
 """The prompt layout as pure tensor functions: who sees whom, and where a history window starts.
 
-Many candidates of one user share one row: the prefix and the history stand there once, then one
-short block per candidate. Three integers per token describe the row:
+A batch is one flat row of tokens without padding. The instruction stands there once, for everybody;
+then each user's sequence: prefix and history once, and one short block per candidate. Three
+integers per token describe the row:
 
-- `sequence_ids`: which packed sequence the token belongs to; -1 is padding;
-- `block_ids`: 0 for prefix and history, k >= 1 for the k-th candidate block of the row;
+- `sequence_ids`: which sequence the token belongs to; `SHARED` is the instruction;
+- `block_ids`: 0 for prefix and history, k >= 1 for the k-th candidate block of the sequence;
 - `history_depths`: 0 in the prefix, i in the i-th history item; in a candidate block the number of
   history items that precede its interaction in time.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+SHARED = -1
+
+
+@dataclass
+class Layout:
+    """The three integers and the position id of each token, all of one shape."""
+
+    sequence_ids: Tensor
+    block_ids: Tensor
+    history_depths: Tensor
+    position_ids: Tensor
+
+    def at(self, columns: Tensor) -> "Layout":
+        """The layout of chosen tokens of a `(length,)` layout, in the shape of `columns`."""
+        return Layout(
+            self.sequence_ids[columns],
+            self.block_ids[columns],
+            self.history_depths[columns],
+            self.position_ids[columns],
+        )
 
 
 def window_start(num_earlier: int, history_window: tuple[int, int]) -> int:
@@ -23,34 +47,52 @@ def window_start(num_earlier: int, history_window: tuple[int, int]) -> int:
     return stride * (max(0, num_earlier - length) // stride)
 
 
-def block_mask(sequence_ids: Tensor, block_ids: Tensor, history_depths: Tensor) -> Tensor:
+def visible(
+    query: Layout, key: Layout, query_columns: Tensor, key_columns: Tensor, window: int | None
+) -> Tensor:
     """Who may attend to whom.
 
-    A token sees earlier tokens of its own block, and those prefix and history tokens of its
-    sequence that are no deeper in history than itself; never another candidate, never a later
-    history item.
+    A token sees the instruction, earlier tokens of its own block, and those prefix and history
+    tokens of its sequence that are no deeper in history than itself; never another candidate, never
+    a later history item, never another sequence.
 
     Args:
-        sequence_ids, block_ids, history_depths: `(rows, length)` int.
+        query, key: layouts `(..., queries)` and `(..., keys)`.
+        query_columns, key_columns: their columns in the row, of the same shapes.
+        window: sliding window of the layer, counted in *positions*, or None.
 
     Returns:
-        `(rows, 1, length, length)` bool, True where the query (dim 2) sees the key (dim 3). Every
-        token sees itself, so no softmax runs over nothing.
+        `(..., queries, keys)` bool. Every token sees itself, so no softmax runs over nothing.
     """
-    length = sequence_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=sequence_ids.device).tril()
-    same_sequence = sequence_ids[:, :, None] == sequence_ids[:, None, :]
-    same_block = block_ids[:, :, None] == block_ids[:, None, :]
-    context_key = (block_ids == 0)[:, None, :]
-    early_enough = history_depths[:, None, :] <= history_depths[:, :, None]
-    visible = causal & same_sequence & (same_block | (context_key & early_enough))
-    return visible[:, None]
+
+    def pair(name: str) -> tuple[Tensor, Tensor]:
+        return getattr(query, name).unsqueeze(-1), getattr(key, name).unsqueeze(-2)
+
+    (q_sequence, k_sequence), (q_block, k_block) = pair("sequence_ids"), pair("block_ids")
+    q_depth, k_depth = pair("history_depths")
+    own = (q_sequence == k_sequence) & (
+        (q_block == k_block) | ((k_block == 0) & (k_depth <= q_depth))
+    )
+    seen = (own | (k_sequence == SHARED)) & (
+        key_columns.unsqueeze(-2) <= query_columns.unsqueeze(-1)
+    )
+    if window is not None:
+        q_position, k_position = pair("position_ids")
+        seen &= q_position - k_position < window
+    return seen
 
 
-def sliding_window(mask: Tensor, position_ids: Tensor, window: int) -> Tensor:
-    """Narrow `mask` `(rows, 1, length, length)` to keys less than `window` *positions* back."""
-    distance = position_ids[:, None, :, None] - position_ids[:, None, None, :]
-    return mask & (distance < window)
+def block_mask(layout: Layout, cached: int = 0, window: int | None = None) -> Tensor:
+    """`visible` for a whole row: `(1, 1, length - cached, length)` bool, True where seen.
+
+    Args:
+        layout: of the whole row, `(length,)`.
+        cached: leading tokens whose keys are in the cache already, so that they ask nothing.
+        window: see `visible`.
+    """
+    columns = torch.arange(len(layout.sequence_ids), device=layout.sequence_ids.device)
+    asking = columns[cached:]
+    return visible(layout.at(asking), layout, asking, columns, window)[None, None]
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,4 +100,4 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-__all__ = ["additive", "block_mask", "sliding_window", "window_start"]
+__all__ = ["SHARED", "Layout", "additive", "block_mask", "visible", "window_start"]

@@ -37,6 +37,7 @@ from .checkpoint_ccf_llm import (
 )
 from .configuration_ccf_llm import AUTO_MAP, CCFLLMConfig, ids_fingerprint
 from .processing_ccf_llm import check_catalog
+from .tiles_ccf_llm import use_tiles
 
 # An installed ccf_llm_hf puts a function here that finds a backbone's local copy by its name.
 backbone_resolver: Callable[[str], str] | None = None
@@ -137,6 +138,7 @@ class CheckpointMixin(PreTrainedModel):
     def attach_backbone(self, causal: PreTrainedModel) -> None:
         """Put a causal language model's body under the fusion and keep two rows of its head."""
         self.model.language_model = causal.get_decoder()
+        use_tiles(self.model.language_model)
         head = causal.get_output_embeddings().weight.detach()
         with torch.no_grad():
             self.answer_weight.copy_(head[[self.config.yes_token_id, self.config.no_token_id]])

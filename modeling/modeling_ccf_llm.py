@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
@@ -25,9 +25,10 @@ from transformers.utils import ModelOutput
 from .cf_table_ccf_llm import CFTable
 from .checkpoint_ccf_llm import Adapter
 from .configuration_ccf_llm import CCFLLMConfig
-from .layout_ccf_llm import additive, block_mask, sliding_window
+from .layout_ccf_llm import Layout, additive, block_mask
 from .loading_ccf_llm import CheckpointMixin
 from .packing_ccf_llm import IGNORED_LABEL
+from .tiles_ccf_llm import TILED_ATTENTION, make_tiles, use_tiles
 
 
 def unit_rms(x: Tensor) -> Tensor:
@@ -118,6 +119,8 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         self.language_model = (
             AutoModel.from_config(config.text_config) if config.checkpoint_form == "full" else None
         )
+        if self.language_model is not None:
+            use_tiles(self.language_model)
         self.cf = CFTable(config)
         self.item_alignment = AlignmentNetwork(config)
         self.user_alignment = AlignmentNetwork(config)
@@ -181,18 +184,23 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         snapshots: Tensor,
         new_titles: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """Put fused vectors where the prompt has slots; `(rows, length, hidden_size)`."""
+        """Put fused vectors where the prompt has slots; `(1, length, hidden_size)`.
+
+        `snapshots` holds each token's CF snapshot. An item is fused once for all its slots.
+        """
         row, column = (item_slots >= 0).nonzero(as_tuple=True)
         if len(row):
             pairs, place = torch.unique(
-                torch.stack([item_slots[row, column], snapshots[row]]), dim=1, return_inverse=True
+                torch.stack([item_slots[row, column], snapshots[row, column]]),
+                dim=1,
+                return_inverse=True,
             )
             text = self.text_embeddings(pairs[0], new_titles).to(self.cold_item.dtype)
             fused = self.fuse(text, self.aligned_items(pairs[0], pairs[1]))
             embeddings = embeddings.index_put((row, column), fused[place].to(embeddings.dtype))
         row, column = (user_slots >= 0).nonzero(as_tuple=True)
         if len(row):
-            users = self.user_slots_embeddings(user_slots[row, column], snapshots[row])
+            users = self.user_slots_embeddings(user_slots[row, column], snapshots[row, column])
             embeddings = embeddings.index_put((row, column), users.to(embeddings.dtype))
         return embeddings
 
@@ -215,9 +223,16 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
             )
         return slots
 
-    def attention_masks(self, mask: Tensor, position_ids: Tensor, dtype: torch.dtype) -> Any:
-        """The block mask in the form the backbone takes; sliding windows count in positions."""
+    def attention_inputs(self, layout: Layout, cached: int, dtype: torch.dtype) -> dict[str, Any]:
+        """Who sees whom, in the form that the backbone's attention takes: tiles, or a mask.
+
+        Sliding windows count in positions, so that packing does not narrow them.
+        """
         text = self.config.text_config
+        if self.language_model.config._attn_implementation == TILED_ATTENTION:
+            # Any four-dimensional mask keeps transformers from making one over the whole row.
+            unused = torch.zeros(1, 1, 1, 1, dtype=dtype, device=layout.block_ids.device)
+            return {"attention_mask": unused, "tiles": make_tiles(layout, cached)}
         window = getattr(text, "sliding_window", None)
         kinds = set(getattr(text, "layer_types", None) or [])
         if (
@@ -225,46 +240,68 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
             or kinds == {"full_attention"}
             or getattr(text, "use_sliding_window", 1) is False
         ):
-            return additive(mask, dtype)
-        narrow = additive(sliding_window(mask, position_ids, window), dtype)
+            return {"attention_mask": additive(block_mask(layout, cached), dtype)}
+        narrow = additive(block_mask(layout, cached, window), dtype)
         if not kinds:
-            return narrow
-        return {"full_attention": additive(mask, dtype), "sliding_attention": narrow}
+            return {"attention_mask": narrow}
+        full = additive(block_mask(layout, cached), dtype)
+        return {"attention_mask": {"full_attention": full, "sliding_attention": narrow}}
 
     def forward(
         self,
         input_ids: Tensor,
+        item_slots: Tensor,
+        user_slots: Tensor,
         position_ids: Tensor,
         sequence_ids: Tensor,
         block_ids: Tensor,
         history_depths: Tensor,
-        item_slots: Tensor,
-        user_slots: Tensor,
         snapshots: Tensor | None = None,
         new_title_ids: Tensor | None = None,
         new_title_lengths: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """Hidden states `(rows, length, hidden_size)` of packed rows, made by the processor."""
+        """Hidden states `(1, new tokens, hidden_size)` of a row made by the processor.
+
+        Args:
+            input_ids, item_slots, user_slots: `(1, new tokens)`.
+            position_ids, sequence_ids, block_ids, history_depths: `(1, cached + new tokens)`.
+            snapshots: `(num_sequences,)`; default the last for all.
+            new_title_ids, new_title_lengths: titles of items past the catalog.
+            past_key_values: cache of the row's leading tokens; the new tokens are added to it.
+        """
+        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if input_ids.shape != (1, position_ids.shape[1] - cached):
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}, not one row of "
+                f"{position_ids.shape[1]} - {cached} cached tokens: build it with the processor."
+            )
         slots = self.check_slots(input_ids, item_slots, user_slots)
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(slots, 0))
-        if snapshots is None:
-            snapshots = input_ids.new_full((input_ids.shape[0],), -1)
-        snapshots = snapshots % self.cf.offset.shape[0]
         new = None
         if new_title_ids is not None:
             assert new_title_lengths is not None  # the processor writes both or neither
             new = (new_title_ids, new_title_lengths)
-        embeddings = self.fill_slots(embeddings, item_slots, user_slots, snapshots, new)
-        mask = block_mask(sequence_ids, block_ids, history_depths)
+        when = self.token_snapshots(sequence_ids[:, cached:], snapshots)
+        embeddings = self.fill_slots(embeddings, item_slots, user_slots, when, new)
+        layout = Layout(sequence_ids[0], block_ids[0], history_depths[0], position_ids[0])
         outputs = self.language_model(
             inputs_embeds=embeddings,
-            attention_mask=self.attention_masks(mask, position_ids, embeddings.dtype),
-            position_ids=position_ids,
-            use_cache=False,
+            position_ids=position_ids[:, cached:],
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+            **self.attention_inputs(layout, cached, embeddings.dtype),
             **kwargs,
         )
         return BaseModelOutput(last_hidden_state=outputs.last_hidden_state)
+
+    def token_snapshots(self, sequence_ids: Tensor, snapshots: Tensor | None) -> Tensor:
+        """CF snapshot of every token, from those of the sequences, `(num_sequences,)`."""
+        last = self.cf.offset.shape[0] - 1
+        if snapshots is None:
+            return torch.full_like(sequence_ids, last)
+        return snapshots[sequence_ids] % (last + 1)
 
 
 @dataclass
@@ -305,7 +342,6 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
 
     def forward(
         self,
-        answer_rows: Tensor,
         answer_positions: Tensor,
         candidate_items: Tensor,
         candidate_mask: Tensor,
@@ -318,25 +354,21 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         """Score the candidates of a batch made by [`CCFLLMProcessor`].
 
         Args:
-            answer_rows, answer_positions: `(batch, num_candidates)`, where each answer is read.
+            answer_positions: `(batch, num_candidates)`, the new token that each answer is read at.
             candidate_items, candidate_users: CF table rows, for `cf_residual`.
             candidate_mask: `(batch, num_candidates)` bool, False where padded.
             labels: `(batch, num_candidates)` 0/1, -100 where padded.
             num_items_in_batch: labels of the whole optimizer step; the loss is then the sum over
                 this batch divided by it, else the mean.
         """
-        hidden = self.model(**inputs).last_hidden_state[answer_rows, answer_positions]
-        answers = self.answer_weight.to(hidden.dtype)
+        states = self.model(**inputs).last_hidden_state[0]
+        hidden = states[answer_positions].float()
+        answers = self.answer_weight.float()
         direction = answers[0] if self.config.score_head == "yes_only" else answers[0] - answers[1]
-        logits = self.answer_scale * (hidden @ direction).float()
+        logits = self.answer_scale * (hidden @ direction)
         if self.config.cf_residual:
-            snapshots = inputs.get("snapshots")
-            last = self.model.cf.offset.shape[0] - 1
-            when = (
-                snapshots[answer_rows] % (last + 1)
-                if snapshots is not None
-                else answer_rows * 0 + last
-            )
+            sequences = inputs["sequence_ids"][0, -len(states) :][answer_positions]
+            when = self.model.token_snapshots(sequences, inputs.get("snapshots"))
             users = candidate_users[:, None].expand_as(candidate_items)
             logits = logits + self.residual_scale * self.model.cf.logits(
                 users, candidate_items, when

@@ -1,10 +1,12 @@
-"""Runs of tokens, rows of runs, batches of rows: the bookkeeping behind the processor."""
+"""Runs of tokens, and the flat row that they make: the bookkeeping behind the processor."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .layout_ccf_llm import SHARED
 
 NO_SLOT = -1
 IGNORED_LABEL = -100.0
@@ -36,24 +38,26 @@ class NewTitles:
         return self.rows.setdefault(title, self.num_items + len(self.rows))
 
 
-TOKEN_FIELDS = {  # name -> padding value
-    "input_ids": 0,
-    "position_ids": 0,
-    "sequence_ids": -1,
-    "block_ids": 0,
-    "history_depths": 0,
-    "item_slots": NO_SLOT,
-    "user_slots": NO_SLOT,
-}
+TOKEN_FIELDS = (
+    "input_ids",
+    "item_slots",
+    "user_slots",
+    "position_ids",
+    "sequence_ids",
+    "block_ids",
+    "history_depths",
+)
 
 
 class Pack:
-    """Collects rows of tokens and, per sample, where its candidates' answers are read."""
+    """One flat row of tokens and, per sample, where its candidates' answers are read."""
 
-    def __init__(self, num_items: int, snapshots: bool) -> None:
+    def __init__(self, shared: list[int], num_items: int, snapshots: bool) -> None:
         self.new = NewTitles(num_items)
-        self.rows: list[dict[str, list[int]]] = []
-        self.answers: list[list[tuple[int, int, int]]] = []  # per sample: (row, position, item)
+        self.row: dict[str, list[int]] = {name: [] for name in TOKEN_FIELDS}
+        self.num_shared, self.num_sequences = len(shared), 0
+        self._extend(Span().add(shared), SHARED, start=0, block=0, depth=0)
+        self.answers: list[list[tuple[int, int]]] = []  # per sample: (position, item)
         self.users: list[int] = []
         self.labels: list[list[float]] = []
         self.snapshots: list[int] | None = [] if snapshots else None
@@ -67,45 +71,41 @@ class Pack:
         if labels is not None:
             self.labels.append([float(label) for label in labels])
 
-    def add_row(
+    def add_sequence(
         self, prefix: Span, history: list[Span], blocks: list[tuple[int, Span]], lengths: list[int]
     ) -> None:
-        row: dict[str, list[int]] = {name: [] for name in TOKEN_FIELDS}
-        ends = [len(prefix.ids)]  # ends[i]: position after the i-th history item
-        self._extend(row, prefix, start=0, block=0, depth=0)
+        """Prefix and history once, then a block per candidate, which sees `lengths` items."""
+        sequence = self.num_sequences
+        self._extend(prefix, sequence, start=self.num_shared, block=0, depth=0)
+        ends = [self.num_shared + len(prefix.ids)]  # ends[i]: position after i history items
         for depth, span in enumerate(history, start=1):
-            self._extend(row, span, start=ends[-1], block=0, depth=depth)
+            self._extend(span, sequence, start=ends[-1], block=0, depth=depth)
             ends.append(ends[-1] + len(span.ids))
         for block, ((item, span), length) in enumerate(zip(blocks, lengths, strict=True), start=1):
-            self._extend(row, span, start=ends[length], block=block, depth=length)
-            self.answers[-1].append((len(self.rows), len(row["input_ids"]) - 1, item))
-        self.rows.append(row)
+            self._extend(span, sequence, start=ends[length], block=block, depth=length)
+            self.answers[-1].append((len(self.row["input_ids"]) - 1, item))
+        self.num_sequences += 1
         if self.snapshots is not None:
             self.snapshots.append(self.snapshot)
 
-    @staticmethod
-    def _extend(row: dict[str, list[int]], span: Span, start: int, block: int, depth: int) -> None:
-        count = len(span.ids)
+    def _extend(self, span: Span, sequence: int, start: int, block: int, depth: int) -> None:
+        count, row = len(span.ids), self.row
         row["input_ids"] += span.ids
-        row["position_ids"] += range(start, start + count)
-        row["sequence_ids"] += [0] * count
-        row["block_ids"] += [block] * count
-        row["history_depths"] += [depth] * count
         row["item_slots"] += span.items
         row["user_slots"] += span.users
+        row["position_ids"] += range(start, start + count)
+        row["sequence_ids"] += [sequence] * count
+        row["block_ids"] += [block] * count
+        row["history_depths"] += [depth] * count
 
     def tensors(self, tokenize: Callable[[str], list[int]]) -> dict[str, Tensor]:
         """The batch; `tokenize` writes the titles of new items."""
-        length = max(len(row["input_ids"]) for row in self.rows)
-        batch = {
-            name: torch.tensor([row[name] + [pad] * (length - len(row[name])) for row in self.rows])
-            for name, pad in TOKEN_FIELDS.items()
-        }
+        batch = {name: torch.tensor([values]) for name, values in self.row.items()}
         width = max(len(answers) for answers in self.answers)
-        for field, name in enumerate(("answer_rows", "answer_positions", "candidate_items")):
+        for field, name in enumerate(("answer_positions", "candidate_items")):
             batch[name] = torch.tensor(
                 [
-                    [a[field] for a in answers] + [0] * (width - len(answers))
+                    [answer[field] for answer in answers] + [0] * (width - len(answers))
                     for answers in self.answers
                 ]
             )

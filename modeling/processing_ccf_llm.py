@@ -39,18 +39,20 @@ PROCESSOR_FILE = "processor_config.json"
 # Templates are data (our choice of words); `{user}` and `{item}` mark where slots or titles go. A
 # title needs separators that a slot can do without, so each format has its own. A hybrid candidate
 # block ends at its slot: read there, the slot reaches the answer through the residual stream too,
-# not only through attention from a later token.
+# not only through attention from a later token. What a prefix says before its user slot is the same
+# for everybody and stands in a batch once, so the slot comes late.
 TEMPLATES: dict[str, dict[str, str]] = {
     "shared_prefix": {
         "prefix": (
-            "Given what user{user} liked, will they like the next one? Answer Yes or No.\nLiked:"
+            "Will the user like the next one, given what they liked? Answer Yes or No.\n"
+            "User{user} liked:"
         ),
         "history_slot": "{item}",
         "history_title": "\n{item}",
         "history_title_slot": "\n{item}",
         "candidate_slot": "{item}",
         "candidate_title": "\n{item}?",
-        "candidate_title_slot": "\n{item}",
+        "candidate_title_slot": " {item}",
     },
     "question_last": {
         "prefix": "#Question: A user{user} has given high ratings to the following items:",
@@ -209,7 +211,6 @@ class CCFLLMProcessor(ProcessorMixin):
         """Names of the tensors that every call returns."""
         return [
             *TOKEN_FIELDS,
-            "answer_rows",
             "answer_positions",
             "candidate_items",
             "candidate_mask",
@@ -267,12 +268,18 @@ class CCFLLMProcessor(ProcessorMixin):
             )["input_ids"]
         return self._pieces[text]
 
+    def instruction(self) -> list[int]:
+        """Tokens that all prompts begin with: the prefix up to its user slot, or all of it."""
+        before, _, after = self.templates["prefix"].partition("{user}")
+        words = before if self.uses_slots else before + after
+        return self._tokens(words) if words else []
+
     def _prefix(self, user: int) -> Span:
-        span = Span()
-        before, slot, after = self.templates["prefix"].partition("{user}")
-        span.add(self._tokens(before) if before else [])
-        if slot and self.uses_slots:
-            span.add([self.user_slot_token_id], user=user)
+        """What follows the instruction: the user slot and the rest of the prefix."""
+        _, slot, after = self.templates["prefix"].partition("{user}")
+        if not slot or not self.uses_slots:
+            return Span()
+        span = Span().add([self.user_slot_token_id], user=user)
         return span.add(self._tokens(after) if after else [])
 
     def _item(self, kind: str, row: int, title: str) -> Span:
@@ -289,8 +296,9 @@ class CCFLLMProcessor(ProcessorMixin):
         return span
 
     def count_tokens(self, group: Any) -> int:
-        """Tokens that a group (`history`, `candidates`, `history_lengths`) takes in the
-        shared-prefix layout; in the question-last layout, tokens of all its rows together."""
+        """Tokens that a group (`history`, `candidates`, `history_lengths`) adds to a batch, that
+        is, without the instruction, which a batch has once. A history is repeated for every
+        candidate in the question-last layout."""
         new = NewTitles(len(self.item_ids))
         ends = [len(self._prefix(0).ids)]
         for item in group.history:
@@ -327,7 +335,7 @@ class CCFLLMProcessor(ProcessorMixin):
             snapshot: CF snapshot(s); default the model's last.
 
         Returns:
-            Tensors `(rows, length)` per token, and `answer_rows`, `answer_positions`,
+            Tensors `(1, length)` per token, all users in one row, and `answer_positions`,
             `candidate_items`, `candidate_mask`, `labels` `(batch, num_candidates)`.
 
         Raises:
@@ -360,7 +368,7 @@ class CCFLLMProcessor(ProcessorMixin):
                 raise ValueError(f"{name} has {len(values)} entries but candidates has {size}.")
         if labels is not None and any(value is None for value in columns["labels"]):
             raise ValueError("labels must be given for every user of the batch or for none.")
-        pack = Pack(len(self.item_ids), snapshots=snapshot is not None)
+        pack = Pack(self.instruction(), len(self.item_ids), snapshots=snapshot is not None)
         for index in range(size):
             self._write_sample(pack, {name: values[index] for name, values in columns.items()})
         return BatchFeature(pack.tensors(self._tokens))
@@ -390,10 +398,10 @@ class CCFLLMProcessor(ProcessorMixin):
             blocks.append((slot[0], self._item("candidate", *slot)))
         pack.start_sample(user, sample["snapshot"])
         if self.layout == "shared_prefix":
-            pack.add_row(prefix, shown, blocks, lengths)
+            pack.add_sequence(prefix, shown, blocks, lengths)
         else:
             for block, length in zip(blocks, lengths, strict=True):
-                pack.add_row(prefix, shown[:length], [block], [length])
+                pack.add_sequence(prefix, shown[:length], [block], [length])
         pack.end_sample(labels)
 
     def save_pretrained(  # type: ignore[override]

@@ -145,8 +145,8 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-tokens-per-batch",
         type=int,
-        default=8192,
-        help="padded tokens scored at once; lower it when memory is short (default: 8192)",
+        default=2048,
+        help="tokens scored at once; lower it when memory is short (default: 2048)",
     )
 
 

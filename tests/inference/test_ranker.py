@@ -141,7 +141,7 @@ def test_explain_shows_the_prompt_and_the_gate(ranker):
     # Window (3, 2): with five earlier items it starts at the third.
     assert [share.item_id for share in explanation.history] == ["3", "4", "5"]
     assert "[user: a]" in explanation.prompt
-    assert "Liked:[item: Heat (1995)][item: Sabrina (1995)]" in explanation.prompt
+    assert "liked:[item: Heat (1995)][item: Sabrina (1995)]" in explanation.prompt
     assert "Unheard of (2031)[item: Unheard of (2031)]" in explanation.prompt
     assert explanation.user_known
     assert not explanation.item.known

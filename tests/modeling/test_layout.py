@@ -4,40 +4,43 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ccf_llm_hf.modeling.layout_ccf_llm import additive, block_mask, sliding_window, window_start
+from ccf_llm_hf.modeling.layout_ccf_llm import SHARED, Layout, additive, block_mask, window_start
 
 
-def row(*values: int) -> torch.Tensor:
-    return torch.tensor([values])
+def layout(sequences: list[int], blocks: list[int], depths: list[int], positions: list[int]):
+    return Layout(*map(torch.tensor, (sequences, blocks, depths, positions)))
 
 
-def test_candidate_sees_prefix_earlier_history_and_itself_only() -> None:
-    # tokens: prefix, history 1, history 2, candidate A (two tokens, sees 1 item), B (sees 2)
-    mask = block_mask(
-        row(0, 0, 0, 0, 0, 0, -1), row(0, 0, 0, 1, 1, 2, 0), row(0, 1, 2, 1, 1, 2, 0)
-    )[0, 0]
-    seen = [mask[query].nonzero().flatten().tolist() for query in range(7)]
-    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 3, 4], [0, 1, 2, 5], [6]]
+# Tokens: instruction; prefix, history 1 and 2, candidate A (two tokens, sees one item) and B (sees
+# two) of one user; prefix and candidate of another.
+ROW = layout(
+    [SHARED, 0, 0, 0, 0, 0, 0, 1, 1],
+    [0, 0, 0, 0, 1, 1, 2, 0, 1],
+    [0, 0, 1, 2, 1, 1, 2, 0, 0],
+    [0, 1, 2, 3, 3, 4, 4, 1, 2],
+)
+SEEN = [
+    *([0], [0, 1], [0, 1, 2], [0, 1, 2, 3]),
+    *([0, 1, 2, 4], [0, 1, 2, 4, 5], [0, 1, 2, 3, 6]),
+    *([0, 7], [0, 7, 8]),
+]
 
 
-def test_sequences_in_one_row_do_not_meet() -> None:
-    mask = block_mask(row(0, 0, 1, 1), row(0, 0, 0, 0), row(0, 0, 0, 0))[0, 0]
-    assert mask.tolist() == [
-        [True, False, False, False],
-        [True, True, False, False],
-        [False, False, True, False],
-        [False, False, True, True],
-    ]
+def seen_by(mask: torch.Tensor) -> list[list[int]]:
+    return [keys.nonzero().flatten().tolist() for keys in mask[0, 0]]
 
 
-def test_sliding_window_counts_positions_not_columns() -> None:
-    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
-    narrow = sliding_window(mask, row(0, 1, 1), window=1)
-    assert narrow[0, 0].tolist() == [
-        [True, False, False],
-        [False, True, False],
-        [False, True, True],
-    ]
+def test_a_token_sees_instruction_earlier_history_and_its_own_block_only() -> None:
+    assert seen_by(block_mask(ROW)) == SEEN
+
+
+def test_cached_tokens_ask_nothing() -> None:
+    assert seen_by(block_mask(ROW, cached=4)) == SEEN[4:]
+
+
+def test_sliding_windows_count_positions_not_columns() -> None:
+    # Candidate B stands six columns on but at position 4: it sees positions 3 and 4.
+    assert seen_by(block_mask(ROW, window=2))[6] == [3, 6]
 
 
 def test_additive_form() -> None:

@@ -32,15 +32,16 @@ def test_every_item_has_its_slot_and_every_candidate_its_answer(
     processor = make(tokenizer, layout=layout, history_format=form, candidate_format=form)
     batch = processor(user="u1", history=history, candidates=candidates)
     window = history[window_start(len(history), (20, 16)) :]
-    rows = 1 if layout == "shared_prefix" else len(candidates)
-    assert batch["input_ids"].shape[0] == rows
-    repeated = len(window) * rows + len(candidates)
+    sequences = 1 if layout == "shared_prefix" else len(candidates)
+    assert batch["input_ids"].shape[0] == 1
+    assert batch["sequence_ids"].max() + 1 == sequences
+    repeated = len(window) * sequences + len(candidates)
     assert (batch["item_slots"] >= 0).sum() == (0 if form == "title" else repeated)
-    assert (batch["user_slots"] >= 0).sum() == (0 if form == "title" else rows)
+    assert (batch["user_slots"] >= 0).sum() == (0 if form == "title" else sequences)
     slots = batch["input_ids"] == processor.item_slot_token_id
     assert torch.equal(slots, batch["item_slots"] >= 0)
-    last = batch["sequence_ids"][batch["answer_rows"], batch["answer_positions"]]
-    assert (last == 0).all(), "an answer is never read from padding"
+    blocks = batch["block_ids"][0, batch["answer_positions"]]
+    assert (blocks >= 1).all(), "an answer is read in a candidate's block"
 
 
 @FIXTURE
@@ -69,14 +70,15 @@ def test_packing_is_the_samples_alone(
 
 @FIXTURE
 @given(candidates=st.lists(items, min_size=1, max_size=6), history=st.lists(items, max_size=9))
-def test_count_tokens_is_the_row_length(
+def test_count_tokens_is_the_row_length_without_the_instruction(
     tokenizer: PreTrainedTokenizerFast, candidates: list, history: list
 ) -> None:
     for form in ("slot", "title_slot", "title"):
         processor = make(tokenizer, history_format=form, candidate_format=form)
         batch = processor(user="u0", history=history, candidates=candidates)
         group = SimpleNamespace(history=history, candidates=candidates)
-        assert processor.count_tokens(group) == batch["input_ids"].shape[1]
+        row = batch["input_ids"].shape[1]
+        assert processor.count_tokens(group) == row - len(processor.instruction())
 
 
 def test_titles_that_spell_tokens_or_templates_stay_text(

@@ -5,7 +5,7 @@ import torch
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.training.collator import PackingCollator
-from ccf_llm_hf.training.stage import inject_lora, sample_users
+from ccf_llm_hf.training.stage import inject_lora, sample_users, uses_bf16
 
 TEXT = {"fusion": "text_only", "train": ["lora"]}
 
@@ -122,3 +122,26 @@ def test_a_stage_leaves_a_checkpoint_that_scores_the_same(stage_run):
     }
     model = CCFLLMForCTR.from_pretrained(run.folder / "checkpoint")
     assert model.config.logit_temperature == record["validation"]["temperature"]
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_precision_follows_the_hardware(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    assert uses_bf16("auto") is native
+    assert uses_bf16("bf16") and not uses_bf16("fp32")
+
+
+def test_a_bf16_backbone_learns_in_fp32(stage_run):
+    run = stage_run(train=["fusion", "lora"])
+    run.recipe.precision = "bf16"
+    processor = run.processor()
+    model = run.model(processor)
+    kinds = {p.requires_grad: p.dtype for p in model.language_model.parameters()}
+    assert kinds == {False: torch.bfloat16, True: torch.float32}
+    assert {p.dtype for _, p in model.fusion_parameters()} == {torch.float32}
+    batch = PackingCollator(processor)(run.train_groups(processor)[:2])
+    output = model(**batch)
+    output.loss.backward()
+    assert output.logits.dtype == torch.float32
+    assert all(p.grad.abs().sum() > 0 for n, p in model.lora_parameters() if "lora_B" in n)

@@ -1,4 +1,4 @@
-"""Groups of samples that share one packed row: one user, one window start, one CF snapshot."""
+"""Groups of samples that share one packed sequence: one user, one window start, one CF snapshot."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def group_rows(
     split: datasets.Dataset,
     history_window: tuple[int, int],
     cf_snapshots: Sequence[int] | None = None,
-    max_candidates: int = 32,
+    max_candidates: int = 64,
 ) -> list[Group]:
     """Cut a split into groups; every row is in exactly one.
 
@@ -91,11 +91,10 @@ def sample_group(groups: list[Group], max_labels: int, order: Sequence[int]) -> 
 def cut_by_budget(
     indices: Sequence[int], lengths: Sequence[int], max_tokens: int
 ) -> list[list[int]]:
-    """Cut groups into the fewest batches whose padded size stays within a token budget.
+    """Cut groups into batches of at most `max_tokens` tokens.
 
-    Padded size is rows times the longest row. Longest groups come first, so that neighbors are
-    alike in length, padding is small, and memory peaks at once. A group longer than the budget is
-    a batch by itself.
+    Longest groups come first, so that neighbors are alike in length, which makes attention cheap,
+    and memory peaks at once. A group longer than the budget is a batch by itself.
 
     Args:
         indices: which groups.
@@ -103,10 +102,12 @@ def cut_by_budget(
         max_tokens: the budget.
     """
     batches: list[list[int]] = []
+    used = 0
     for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        longest = lengths[batches[-1][0]] if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= max_tokens:
+        if batches and used + lengths[index] <= max_tokens:
             batches[-1].append(index)
+            used += lengths[index]
         else:
             batches.append([index])
+            used = lengths[index]
     return batches

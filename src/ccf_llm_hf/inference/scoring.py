@@ -35,7 +35,7 @@ def score_groups(
     processor: Any,
     groups: Sequence[Group],
     *,
-    max_tokens_per_batch: int = 8192,
+    max_tokens_per_batch: int = 2048,
     progress: bool = True,
 ) -> list[np.ndarray]:
     """Logits of every group's candidates.
@@ -44,7 +44,7 @@ def score_groups(
         model: a `CCFLLMForCTR`; switched to evaluation mode for the call, then back.
         processor: its `CCFLLMProcessor`.
         groups: samples that share a user and a history window.
-        max_tokens_per_batch: bound on rows * longest row of a batch, padding included.
+        max_tokens_per_batch: tokens of a batch, at most (but for a single longer group).
         progress: show a bar that counts labels on stderr.
 
     Returns:
@@ -80,8 +80,8 @@ def score_split(
     split: Dataset,
     *,
     history_window: tuple[int, int],
-    max_candidates: int = 32,
-    max_tokens_per_batch: int = 8192,
+    max_candidates: int = 512,
+    max_tokens_per_batch: int = 2048,
     progress: bool = True,
 ) -> np.ndarray:
     """Logits of a prepared split's rows, in row order.
@@ -92,7 +92,7 @@ def score_split(
         split: rows with `user_id`, `item_id`, `label` and `history` (see `data.load_prepared`).
         history_window: (H, S); with n earlier items the window starts at S * floor(max(0, n-H)/S).
         max_candidates: candidates packed after one shared prefix.
-        max_tokens_per_batch: bound on rows * longest row of a batch, padding included.
+        max_tokens_per_batch: tokens of a batch, at most (but for a single longer group).
         progress: show a bar on stderr.
 
     Returns:

@@ -6,13 +6,14 @@ another budget or more ranks gives the same weights (our choice).
 """
 
 import dataclasses
+import heapq
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ccf_llm_hf.data.grouping import Group, cut_by_budget
+from ccf_llm_hf.data.grouping import Group
 
 IGNORED_LABEL = -100
 
@@ -35,7 +36,7 @@ class GroupDataset(Dataset[Group]):
 
 
 class PackingCollator:
-    """Groups to model inputs, by a `CCFLLMProcessor`, with labels and each row's CF snapshot."""
+    """Groups to model inputs, by a `CCFLLMProcessor`, with labels and each group's CF snapshot."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -54,39 +55,39 @@ class PackingCollator:
 
 
 def balance(indices: Sequence[int], lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Cut groups into at most `parts` batches whose largest padded size is as small as possible,
-    largest first; fewer than `parts` only when there are fewer groups."""
-    low = min(lengths[i] for i in indices)
-    high = max(lengths[i] for i in indices) * len(indices)
-    while low < high:
-        middle = (low + high) // 2
-        if len(cut_by_budget(indices, lengths, middle)) <= parts:
-            high = middle
-        else:
-            low = middle + 1
-    batches = cut_by_budget(indices, lengths, low)
+    """Cut groups into at most `parts` batches of similar numbers of tokens; fewer only when there
+    are fewer groups. The longest group left goes to the batch that has least so far."""
+    heap = [(0, part) for part in range(min(parts, len(indices)))]
+    batches: list[list[int]] = [[] for _ in heap]
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        tokens, part = heapq.heappop(heap)
+        batches[part].append(index)
+        heapq.heappush(heap, (tokens + lengths[index], part))
+    return batches
 
-    def size(batch: list[int]) -> tuple[bool, int]:
-        return len(batch) > 1, lengths[batch[0]] * len(batch)
 
-    while len(batches) < min(parts, len(indices)):
-        batches.sort(key=size)
-        largest = batches.pop()
-        batches += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
-    return sorted(batches, key=lambda batch: -lengths[batch[0]] * len(batch))
+def parts_within(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> int:
+    """The smallest number of balanced batches that each keep the budget, or hold one group."""
+    parts = max(1, -(-sum(lengths[i] for i in indices) // max_tokens))
+    while any(
+        len(batch) > 1 and sum(lengths[i] for i in batch) > max_tokens
+        for batch in balance(indices, lengths, parts)
+    ):
+        parts += 1
+    return parts
 
 
 class TokenBudgetBatchSampler(Sampler[list[int]]):
     """One rank's batches of one epoch: `accumulation` batches for every optimizer step.
 
     Every epoch shuffles the groups (seeded), cuts them into steps of about `labels_per_step` labels
-    and every step into `accumulation * world_size` batches of similar padded size.
+    and every step into `accumulation * world_size` batches of similar numbers of tokens.
 
     Args:
         lengths: tokens of every group.
         labels: number of labels of every group.
         labels_per_step: labels of one optimizer step, over all ranks.
-        tokens_per_batch: padded tokens of one batch, at most (but for a single longer group).
+        tokens_per_batch: tokens of one batch, at most (but for a single longer group).
         epochs: epochs that will be run; `accumulation` is what the largest step among them needs.
         seed: order of the groups; with the epoch it determines everything.
         rank, world_size: which share of every step to yield.
@@ -112,7 +113,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self.epoch = 0
         self.steps_per_epoch = min(max(1, round(sum(labels) / labels_per_step)), len(lengths))
         self.parts = max(
-            len(cut_by_budget(step, lengths, tokens_per_batch))
+            parts_within(step, lengths, tokens_per_batch)
             for epoch in range(max(1, epochs))
             for step in self.plan(epoch)
         )

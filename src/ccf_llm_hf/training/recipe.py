@@ -57,7 +57,7 @@ class StageConfig:
         metadata={"help": "[H, S]: at most H + S - 1 history items, in windows S apart."},
     )
     max_candidates: int = field(
-        default=32, metadata={"help": "Labels of one user packed behind one prefix, at most."}
+        default=64, metadata={"help": "Labels of one user packed behind one prefix, at most."}
     )
     max_train_labels: int = field(
         default=0, metadata={"help": "Train on a seeded sample of about this many labels; 0: all."}
@@ -185,13 +185,14 @@ class Recipe:
     )
     tokens_per_batch: int = field(
         default=1024,
-        metadata={"help": "Padded tokens of one forward pass; sets the gradient accumulation."},
+        metadata={"help": "Tokens of one forward pass; sets the gradient accumulation."},
     )
     precision: str = field(
         default="fp32",
         metadata={
-            "help": "fp32; bf16 (autocast: on most CPUs far slower); or auto: bf16 where the "
-            "hardware multiplies it natively. Scores outside training are always fp32."
+            "help": "Of the frozen backbone while training: fp32; bf16 (far slower on CPUs that do "
+            "not multiply it natively); or auto: bf16 where the hardware does. What learns, and "
+            "all scores outside training, are fp32."
         },
     )
     offline: bool = field(default=False, metadata={"help": "Never look for a backbone online."})

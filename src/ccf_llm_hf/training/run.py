@@ -21,10 +21,10 @@ from ccf_llm_hf.training.stage import (
     CHECKPOINT,
     RunInputs,
     StageRun,
+    uses_bf16,
     write_folder,
     write_json,
 )
-from ccf_llm_hf.training.trainer import uses_bf16
 
 PACKAGES = ("ccf-llm-hf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
@@ -124,7 +124,7 @@ def hardware(precision: str) -> dict[str, Any]:
         "accelerator": accelerator.type if accelerator else None,
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "bf16_autocast": uses_bf16(precision),
+        "bf16_backbone": uses_bf16(precision),
         "processor": platform.machine(),
         "python": platform.python_version(),
     }

@@ -187,6 +187,8 @@ class StageRun:
             user_slot_token_id=processor.user_slot_token_id,
         )
         self._start(model)
+        if uses_bf16(self.recipe.precision):
+            freeze_in_bf16(model)
         model.requires_grad_(False)
         for part, parameters in (
             ("fusion", model.fusion_parameters()),
@@ -269,6 +271,27 @@ def sample_users(groups: list[Group], max_labels: int, seed: int) -> list[Group]
         chosen.add(users[position])
         labels += sum(len(g.labels) for g in groups if g.user_id == users[position])
     return [group for group in groups if group.user_id in chosen]
+
+
+def uses_bf16(precision: str) -> bool:
+    """Whether to train on a bfloat16 backbone; `auto` says so where the hardware multiplies it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def freeze_in_bf16(model: CCFLLMForCTR) -> None:
+    """Round the backbone's own weights, which no stage trains, to bfloat16; what learns stays fp32.
+
+    Autocast would round them again in every forward pass.
+    """
+    learning = {id(parameter) for _, parameter in model.lora_parameters()}
+    for parameter in model.language_model.parameters():
+        if id(parameter) not in learning:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def inject_lora(model: CCFLLMForCTR, settings: dict[str, Any]) -> None:

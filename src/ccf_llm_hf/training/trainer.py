@@ -54,16 +54,6 @@ class Scores:
         }
 
 
-def uses_bf16(precision: str) -> bool:
-    """Whether to train under bfloat16 autocast; `auto` says so where the hardware has it."""
-    if precision != "auto":
-        return precision == "bf16"
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-
-
 def warmup_steps(warmup: float, steps: int) -> int:
     """Steps of warmup, rounded down: the first warmup step has a learning rate of 0, so a run of a
     few steps would learn nothing."""
@@ -101,7 +91,6 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         seed=recipe.seed,
-        bf16=uses_bf16(recipe.precision),
         # Without this, torchrun on a machine with no accelerator ends up as unrelated processes.
         use_cpu=not torch.accelerator.is_available(),
         # Cold vectors take part only in batches that have a cold user or item.
@@ -256,8 +245,7 @@ class CCFLLMTrainer(Trainer):
 
     def _score_batch(self, groups: Sequence[Group]) -> list[tuple[int, str, int, float]]:
         inputs = self._prepare_inputs(self.data_collator(groups))
-        with self.accelerator.autocast():
-            logits = self.model(**inputs).logits.float().cpu().tolist()
+        logits = self.model(**inputs).logits.cpu().tolist()
         return [
             (row, group.user_id, label, logit)
             for group, scores in zip(groups, logits, strict=True)

@@ -1,0 +1,214 @@
+"""Exact attention in tiles: work that grows with what each token sees, not with the row squared.
+
+A row of a thousand tokens holds some twenty users who do not see each other, so a dense mask throws
+nearly all of the attention away. Here a *tile* is a run of queries of one user with the keys that
+they may see: instruction, the user's prefix and history, and the queries' own blocks. Tiles of
+similar size are attended to in one call each; every linear layer still works on the whole row.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .layout_ccf_llm import SHARED, Layout, additive, visible
+
+TILED_ATTENTION = "ccf_llm_tiles"
+TILE_QUERIES = 96
+Tile = tuple[list[int], list[int]]  # columns of the queries, columns of the keys
+
+
+class TileBatch:
+    """Tiles of similar size: columns of their queries `(tiles, q)` and keys `(tiles, k)`.
+
+    Short tiles repeat their first query, whose extra answers nobody reads, and their first key,
+    which nobody sees twice.
+    """
+
+    def __init__(self, tiles: list[Tile], layout: Layout) -> None:
+        self.layout = layout
+        device = layout.sequence_ids.device
+        queries, keys = (max(len(tile[side]) for tile in tiles) for side in (0, 1))
+        padded = [[t[0] + t[0][:1] * (queries - len(t[0])) for t in tiles]]
+        padded += [[t[1] + t[1][:1] * (keys - len(t[1])) for t in tiles]]
+        self.queries, self.keys = (torch.tensor(columns, device=device) for columns in padded)
+        lengths = torch.tensor([len(tile[1]) for tile in tiles], device=device)
+        self.real_keys = torch.arange(keys, device=device) < lengths[:, None]
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive mask `(tiles, 1, q, k)`, made once for all layers with the same window."""
+        if (window, dtype) not in self._masks:
+            query, key = self.layout.at(self.queries), self.layout.at(self.keys)
+            seen = visible(query, key, self.queries, self.keys, window) & self.real_keys[:, None]
+            self._masks[window, dtype] = additive(seen[:, None], dtype)
+        return self._masks[window, dtype]
+
+
+@dataclass
+class Tiles:
+    """The tiles of one row. `places` `(new tokens,)` says where each token's answer stands when the
+    queries of all batches are written one after the other; `cached` tokens ask nothing."""
+
+    batches: list[TileBatch]
+    places: Tensor
+    cached: int
+
+
+def make_tiles(layout: Layout, cached: int = 0) -> Tiles:
+    """Cut a row into tiles.
+
+    Args:
+        layout: of the whole row, `(length,)`; sequences contiguous, the instruction first.
+        cached: leading tokens whose keys are in the cache already.
+    """
+    groups: list[list[Tile]] = []
+    for tile in sorted(_cut(layout, cached), key=_size, reverse=True):
+        if groups and _alike(groups[-1][0], tile):
+            groups[-1].append(tile)
+        else:
+            groups.append([tile])
+    batches = [TileBatch(group, layout) for group in groups]
+    places = torch.empty(len(layout.sequence_ids) - cached, dtype=torch.long)
+    start = 0
+    for group, batch in zip(groups, batches, strict=True):
+        width = batch.queries.shape[1]
+        for row, (queries, _) in enumerate(group):
+            first = start + row * width
+            places[torch.tensor(queries) - cached] = torch.arange(first, first + len(queries))
+        start += batch.queries.numel()
+    return Tiles(batches, places.to(layout.sequence_ids.device), cached)
+
+
+def _size(tile: Tile) -> tuple[int, int]:
+    return len(tile[1]), len(tile[0])
+
+
+def _alike(largest: Tile, tile: Tile) -> bool:
+    """Whether padding `tile` to the size of the batch's largest wastes little."""
+    (most_keys, most_queries), (keys, queries) = _size(largest), _size(tile)
+    return 3 * keys >= 2 * most_keys and most_queries <= 2 * queries <= 3 * most_queries
+
+
+def _cut(layout: Layout, cached: int) -> list[Tile]:
+    """Columns of queries and keys of every tile; each new token is a query once."""
+    tiles: list[Tile] = []
+    shared: list[int] = []
+    for sequence, runs in groupby(_runs(layout), key=lambda run: run[0]):
+        context: list[int] = []
+        queries: list[int] = []
+        keys: list[int] = []
+        for _, block, columns in runs:
+            if block == 0:
+                context += columns
+            elif queries and len(queries) + len(columns) > TILE_QUERIES:
+                tiles.append((queries, [*shared, *context, *keys]))
+                queries, keys = [], []
+            if block:
+                keys += columns
+            queries += [column for column in columns if column >= cached]
+        if queries:
+            tiles.append((queries, [*shared, *context, *keys]))
+        if sequence == SHARED:
+            shared = context
+    return tiles
+
+
+def _runs(layout: Layout) -> list[tuple[int, int, list[int]]]:
+    """(sequence, block, columns) of every run of tokens of one block, in the order of the row."""
+    kinds = torch.stack([layout.sequence_ids, layout.block_ids])
+    kinds, counts = torch.unique_consecutive(kinds, dim=1, return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    return [
+        (sequence, block, list(range(end - count, end)))
+        for (sequence, block), count, end in zip(
+            kinds.T.tolist(), counts.tolist(), ends, strict=True
+        )
+    ]
+
+
+def tiled_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    tiles: Tiles | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over `tiles`, as transformers calls it.
+
+    Args:
+        query: `(1, heads, new tokens, head_dim)`.
+        key, value: `(1, key-value heads, length, head_dim)`, cached tokens first.
+        attention_mask: used only without tiles, when the backbone is called on its own: then this
+            is plain sdpa.
+
+    Returns:
+        `(1, new tokens, heads, head_dim)`, and no attention weights.
+    """
+    if tiles is None:
+        return sdpa_attention_forward(
+            *(module, query, key, value, attention_mask),
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+    dtype = query.dtype
+    # On a CPU the backward pass of attention in half precision takes several times as long.
+    working = torch.float32 if query.device.type == "cpu" else dtype
+    query, key, value = (states[0].transpose(0, 1).to(working) for states in (query, key, value))
+    answers = []
+    for batch in tiles.batches:
+        asking, seen = batch.queries - tiles.cached, batch.keys
+        attended = F.scaled_dot_product_attention(
+            _take(query, asking),
+            _take(key, seen),
+            _take(value, seen),
+            attn_mask=batch.mask(sliding_window, working),
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        answers.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(answers).index_select(0, tiles.places)[None].to(dtype), None
+
+
+def _take(states: Tensor, columns: Tensor) -> Tensor:
+    """`(length, heads, dim)` at `(tiles, n)` columns: `(tiles, heads, n, dim)`.
+
+    By index_select, whose backward pass is ten times as fast on a CPU as that of indexing.
+    """
+    taken = states.index_select(0, columns.flatten())
+    return taken.unflatten(0, columns.shape).transpose(1, 2)
+
+
+def use_tiles(backbone: PreTrainedModel) -> None:
+    """Let a backbone whose attention is sdpa, transformers' default, attend in tiles.
+
+    Another choice, such as eager, stays, and then takes a dense mask. So does a backbone that caps
+    its attention logits, which sdpa cannot do.
+    """
+    config = backbone.config
+    if (
+        config._attn_implementation == "sdpa"
+        and backbone._supports_attention_backend
+        and not getattr(config, "attn_logit_softcapping", None)
+    ):
+        backbone.set_attn_implementation(TILED_ATTENTION)
+
+
+AttentionInterface.register(TILED_ATTENTION, tiled_attention)
+AttentionMaskInterface.register(TILED_ATTENTION, sdpa_mask)
+
+__all__ = ["TILED_ATTENTION", "Tiles", "make_tiles", "tiled_attention", "use_tiles"]
