@@ -112,10 +112,15 @@ def test_batch_lists_of_unequal_length_are_refused(ranker):
 
 
 def test_many_candidates_are_cut_without_changing_scores(ranker, checkpoint):
-    small = CTRRanker(ranker.model, ranker.processor, max_candidates=2, max_tokens_per_batch=1)
-    ours = small.rank(user="a", history=["2"], candidates=["1", "3", "4", "5", "6"])
-    theirs = ranker.rank(user="a", history=["2"], candidates=["1", "3", "4", "5", "6"])
-    assert [item.item_id for item in ours] == [item.item_id for item in theirs]
+    candidates = ["1", "3", "4", {"title": "A new one"}, "6"]
+    theirs = ranker.rank(user="a", history=["2"], candidates=candidates)
+    for budget in (1, 2, 40):
+        small = CTRRanker(ranker.model, ranker.processor, max_tokens_per_batch=budget)
+        ours = small.rank(user="a", history=["2"], candidates=candidates)
+        assert [item.title for item in ours] == [item.title for item in theirs]
+        np.testing.assert_allclose(
+            [item.logit for item in ours], [item.logit for item in theirs], atol=1e-4
+        )
 
 
 def test_a_title_that_is_also_an_id_can_be_meant_as_a_title(ranker):

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from tiny import BACKBONES
 
+from ccf_llm_hf.data.grouping import Group
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.inference.score_table import sample_users
-from ccf_llm_hf.inference.scoring import score_split
+from ccf_llm_hf.inference.scoring import score_groups, score_split
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,34 @@ def test_batching_changes_no_score(loaded, split):
     whole = score_split(model, processor, split, **common)
     cut = score_split(model, processor, split, max_candidates=1, max_tokens_per_batch=1, **common)
     np.testing.assert_allclose(whole, cut, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["slot", "title_slot"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_cached_history_changes_no_score(build, backbone, attn, form):
+    model, processor = build(backbone=backbone, attn=attn, lora=True, cf_residual=True)
+    processor.candidate_format = form
+    candidates = ["i0", "i3", {"title": "A new film"}, "i4", "i5", "i1"]
+    group = Group("u0", ["i1", "i2", "i7"], candidates, [0, 1, 2, 3, 3, 3])
+    (whole,) = score_groups(model, processor, [group], progress=False)
+    for budget in (1, 3, 30):
+        (parts,) = score_groups(
+            model, processor, [group], max_tokens_per_batch=budget, progress=False
+        )
+        np.testing.assert_allclose(whole, parts, atol=1e-4)
+
+
+def test_question_last_scores_one_candidate_a_time(build):
+    model, processor = build(layout="question_last")
+    group = Group("u0", ["i1", "i2"], ["i0", "i3", "i4"], [2, 0, 1])
+    other = Group("u1", [], ["i5"], [0])
+    scores = score_groups(model, processor, [group, other], progress=False)
+    assert [len(part) for part in scores] == [3, 1]
+    for item, length, logit in zip(group.candidates, group.history_lengths, scores[0], strict=True):
+        batch = processor(user="u0", history=group.history[:length], candidates=[item])
+        with torch.inference_mode():
+            assert logit == pytest.approx(float(model(**batch).logits[0, 0]), abs=1e-4)
 
 
 def test_training_mode_is_restored(loaded, split):

@@ -58,8 +58,8 @@ class CTRRanker:
     Args:
         model: a `CCFLLMForCTR`.
         processor: its `CCFLLMProcessor`.
-        max_candidates: candidates packed behind one history; the history is computed once for them.
-        max_tokens_per_batch: padded tokens of one forward pass.
+        max_tokens_per_batch: tokens of one forward pass. Users share a pass as long as they fit;
+            a longer candidate list is scored in parts on the history's cached keys and values.
     """
 
     def __init__(
@@ -67,12 +67,10 @@ class CTRRanker:
         model: CCFLLMForCTR,
         processor: CCFLLMProcessor,
         *,
-        max_candidates: int = 128,
-        max_tokens_per_batch: int = 8192,
+        max_tokens_per_batch: int = 2048,
     ) -> None:
         self.model = model.eval()
         self.processor = processor
-        self.max_candidates = max_candidates
         self.max_tokens_per_batch = max_tokens_per_batch
 
     @classmethod
@@ -195,40 +193,30 @@ class CTRRanker:
         )
 
     def _groups(self, requests: Sequence[_Request]) -> list[Group]:
-        """Requests as packed groups, a long candidate list cut into several."""
+        """Requests as groups, with the window of their history that the model reads."""
         groups = []
         for request in requests:
             start = window_start(len(request.history), self.processor.history_window)
             history = request.history[start:]
-            for first in range(0, len(request.candidates), self.max_candidates):
-                candidates = request.candidates[first : first + self.max_candidates]
-                groups.append(
-                    Group(
-                        user_id="" if request.user is None else str(request.user),
-                        history=history,
-                        candidates=candidates,
-                        history_lengths=[len(history)] * len(candidates),
-                    )
+            groups.append(
+                Group(
+                    user_id="" if request.user is None else str(request.user),
+                    history=history,
+                    candidates=request.candidates,
+                    history_lengths=[len(history)] * len(request.candidates),
                 )
+            )
         return groups
 
     def _score(self, requests: Sequence[_Request], progress: bool) -> list[np.ndarray]:
         """Logits per request, in the order of its candidates."""
-        scores = iter(
-            score_groups(
-                self.model,
-                self.processor,
-                self._groups(requests),
-                max_tokens_per_batch=self.max_tokens_per_batch,
-                progress=progress,
-            )
+        return score_groups(
+            self.model,
+            self.processor,
+            self._groups(requests),
+            max_tokens_per_batch=self.max_tokens_per_batch,
+            progress=progress,
         )
-        return [
-            np.concatenate(
-                [next(scores) for _ in range(0, len(request.candidates), self.max_candidates)]
-            )
-            for request in requests
-        ]
 
     def _probability(self, logits: np.ndarray) -> np.ndarray:
         return self.model.probabilities(torch.as_tensor(logits)).numpy()

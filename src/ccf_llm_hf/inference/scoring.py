@@ -7,8 +7,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
+from transformers import DynamicCache
 
 from ccf_llm_hf.data.grouping import Group, cut_by_budget, group_rows
+
+CONTENT = ("input_ids", "item_slots", "user_slots")
+LAYOUT = ("position_ids", "sequence_ids", "block_ids", "history_depths")
+NEW_TITLES = ("new_title_ids", "new_title_lengths")
 
 
 def processor_inputs(groups: Sequence[Group]) -> dict[str, Any]:
@@ -22,11 +27,47 @@ def processor_inputs(groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def _score_batch(model: Any, processor: Any, groups: Sequence[Group]) -> list[np.ndarray]:
+def _score_batch(
+    model: Any, processor: Any, groups: Sequence[Group], max_tokens: int
+) -> list[np.ndarray]:
     batch = processor(**processor_inputs(groups))
     batch = {key: value.to(model.device) for key, value in batch.items()}
+    if len(groups) == 1 and batch["input_ids"].shape[1] > max_tokens:
+        return [_score_long_row(model, batch, max_tokens)]
     logits = model(**batch).logits.float().cpu().numpy()
     return [row[: len(group.candidates)] for row, group in zip(logits, groups, strict=True)]
+
+
+def _score_long_row(model: Any, batch: dict[str, torch.Tensor], max_tokens: int) -> np.ndarray:
+    """Logits of one user's candidates, some at a time: the instruction, prefix and history go
+    through the backbone once, and their keys and values are kept for all candidates."""
+    context = int((batch["block_ids"][0] == 0).sum())
+    answers = batch["answer_positions"][0]
+    extra = {name: batch[name] for name in NEW_TITLES if name in batch}
+    cache = DynamicCache()
+    row = {name: batch[name] for name in CONTENT + LAYOUT}
+    model.model(**{k: v[:, :context] for k, v in row.items()}, **extra, past_key_values=cache)
+    logits = []
+    first, start = 0, context
+    while first < len(answers):
+        within = torch.searchsorted(answers, start + max_tokens - 1, right=True)
+        last = max(first + 1, int(within))  # a block longer than the budget goes alone
+        end = int(answers[last - 1]) + 1
+        some = slice(first, last)
+        output = model(
+            **{name: row[name][:, start:end] for name in CONTENT},
+            **{n: torch.cat([row[n][:, :context], row[n][:, start:end]], 1) for n in LAYOUT},
+            **extra,
+            answer_positions=(answers[some] - start)[None],
+            candidate_items=batch["candidate_items"][:, some],
+            candidate_mask=batch["candidate_mask"][:, some],
+            candidate_users=batch["candidate_users"],
+            past_key_values=cache,
+        )
+        logits.append(output.logits[0].float().cpu().numpy())
+        cache.crop(start - end)
+        first, start = last, end
+    return np.concatenate(logits)
 
 
 @torch.inference_mode()
@@ -44,29 +85,46 @@ def score_groups(
         model: a `CCFLLMForCTR`; switched to evaluation mode for the call, then back.
         processor: its `CCFLLMProcessor`.
         groups: samples that share a user and a history window.
-        max_tokens_per_batch: tokens of a batch, at most (but for a single longer group).
+        max_tokens_per_batch: tokens of a batch, at most. A group longer than that goes through in
+            parts: its history once, then its candidates on the history's cached keys and values.
         progress: show a bar that counts labels on stderr.
 
     Returns:
         One float32 array of shape (number of candidates,) per group, in the order of `groups`. The
         CF vectors are those of the last snapshot.
     """
+    if processor.layout == "question_last":  # shares no history, so that candidates go singly
+        parts = [part for group in groups for part in _singles(group)]
+        places = np.cumsum([len(group.candidates) for group in groups])[:-1]
+    else:
+        parts, places = list(groups), None
     scores: dict[int, np.ndarray] = {}
     was_training = model.training
     model.eval()
     try:
         with _labels_bar(groups, progress) as bar:
-            lengths = [processor.count_tokens(group) for group in groups]
-            for indices in cut_by_budget(range(len(groups)), lengths, max_tokens_per_batch):
-                batch = [groups[index] for index in indices]
+            lengths = [processor.count_tokens(part) for part in parts]
+            for indices in cut_by_budget(range(len(parts)), lengths, max_tokens_per_batch):
+                batch = [parts[index] for index in indices]
                 for index, logits in zip(
-                    indices, _score_batch(model, processor, batch), strict=True
+                    indices,
+                    _score_batch(model, processor, batch, max_tokens_per_batch),
+                    strict=True,
                 ):
                     scores[index] = logits
-                bar.update(sum(len(group.candidates) for group in batch))
+                bar.update(sum(len(part.candidates) for part in batch))
     finally:
         model.train(was_training)
-    return [scores[index] for index in range(len(groups))]
+    ordered = [scores[index] for index in range(len(parts))]
+    return ordered if places is None else np.split(np.concatenate(ordered), places)
+
+
+def _singles(group: Group) -> list[Group]:
+    """One group per candidate, each with the history that the candidate may see."""
+    return [
+        Group(group.user_id, group.history[:length], [item], [length])
+        for item, length in zip(group.candidates, group.history_lengths, strict=True)
+    ]
 
 
 def _labels_bar(groups: Sequence[Group], progress: bool) -> "tqdm[Any]":
