@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import peft
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -71,10 +72,16 @@ class Baseline:
         self.causal = AutoModelForCausalLM.from_pretrained(
             backbone, dtype=torch.float32, attn_implementation="sdpa"
         ).requires_grad_(False)
+        self.dtype = torch.float32
         if lora:
-            import peft
-
             peft.inject_adapter_in_model(peft.LoraConfig(**lora), self.causal)
+
+    def freeze_in_bf16(self) -> None:
+        """Round the decoder layers' frozen weights, as `training.stage.freeze_in_bf16` does."""
+        self.dtype = torch.bfloat16
+        for name, parameter in self.causal.get_decoder().layers.named_parameters():
+            if ".lora_" not in name:
+                parameter.data = parameter.data.to(self.dtype)
 
     def batches(self, samples: Sequence[Sample], way: Way) -> Iterator[list[Sample]]:
         """Cut rows into batches of at most `way.tokens` padded tokens."""
@@ -105,14 +112,15 @@ class Baseline:
         when = (snapshots % len(fusion.cf.offset))[:, None].expand_as(ids)
         embeddings = self.causal.get_input_embeddings()(ids)
         embeddings = fusion.fill_slots(embeddings, items, users, when, None)
-        output = self.causal(
-            inputs_embeds=embeddings,
+        hidden = self.causal.get_decoder()(
+            inputs_embeds=embeddings.to(self.dtype),
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
             use_cache=False,
-            logits_to_keep=0 if way.all_logits else 1,
-        )
-        last = output.logits[:, -1]
+        ).last_hidden_state
+        head = self.causal.get_output_embeddings()
+        vocabulary = head((hidden if way.all_logits else hidden[:, -1:]).to(head.weight.dtype))
+        last = vocabulary[:, -1]
         config = self.model.config
         return last[:, config.yes_token_id] - last[:, config.no_token_id]
 

@@ -1,0 +1,214 @@
+"""Scoring and ranking speed: the packed test split, and a user's candidates, against the baseline.
+
+    python benchmarks/scoring.py
+
+fp32, in turns, in one process. The fair baseline scores a seeded sample of the test rows and of the
+candidates, since all of them would take it half an hour; speeds are per row. Also measured: the
+backbone's linear layers in dynamic int8, with what that costs in AUC. Writes
+`benchmarks/results/scoring.json` and `scoring.png` (latency against number of candidates).
+"""
+
+import time
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from baseline import FAIR, Baseline, write_samples
+from workload import (
+    FORMATS,
+    WINDOW,
+    Workload,
+    alternate,
+    arguments,
+    limit,
+    line,
+    spread,
+    target,
+    timed,
+    write_results,
+)
+
+from ccf_llm_hf.data.grouping import Group, group_rows
+from ccf_llm_hf.evaluation.metrics import auc
+from ccf_llm_hf.inference.ranker import CTRRanker
+from ccf_llm_hf.inference.scoring import score_split
+
+PEERS = {
+    "layout": "question_last",
+    "history_format": "title",
+    "candidate_format": "title_slot",
+    "history_window": (10, 1),
+}
+LATENCY = {"slot": 1.0, "title_slot": 2.5}  # seconds for 100 candidates, at most
+SIZES = (1, 10, 30, 100, 300, 1000)
+
+
+def split_speed(work: Workload, sample: int, repeats: int) -> tuple[dict[str, Any], list[dict]]:
+    """Rows per second over the test split; the baseline on `sample` of its rows."""
+    test = work.data.splits["test"]
+    rows = np.random.default_rng(0).choice(len(test), sample, replace=False)
+    peers = work.processor(**PEERS)
+    groups = group_rows(test.select(sorted(rows)), (10, 1), max_candidates=1)
+    samples = write_samples(peers, groups)
+    model = work.model(peers).eval()
+    baseline = Baseline(model, work.backbone)
+    processors = {form: work.processor(candidate_format=form) for form in FORMATS}
+    ways = {
+        form: lambda p=processor: score_split(model, p, test, history_window=WINDOW, progress=False)
+        for form, processor in processors.items()
+    }
+    baseline.score(samples[:4], FAIR)
+    seconds = alternate(ways | {"baseline": lambda: baseline.score(samples, FAIR)}, repeats)
+    counts = dict.fromkeys(ways, len(test)) | {"baseline": sample}
+    rates = {n: spread([counts[n] / taken for taken in runs]) for n, runs in seconds.items()}
+    summary = [
+        target(
+            f"test split scored, {text}, against question last, ten titles",
+            12,
+            rates[form]["median"] / rates["baseline"]["median"],
+        )
+        for form, text in FORMATS.items()
+    ]
+    return {"rows_per_second": rates, "baseline_rows": sample}, summary
+
+
+def liked(work: Workload) -> tuple[str, list[str]]:
+    """A test user with a full history window, and that history."""
+    rows = work.data.splits["test"].to_pandas()
+    row = rows[rows["history"].map(len) >= WINDOW[0]].iloc[0]
+    return row["user_id"], list(row["history"])
+
+
+def rank_seconds(ranker: CTRRanker, user: str, past: list[str], items: list[str]) -> float:
+    """Seconds of one `rank` call."""
+    return timed(lambda: ranker.rank(user=user, history=past, candidates=items, top_k=10))
+
+
+def latency(work: Workload, calls: int) -> tuple[dict[str, Any], list[dict]]:
+    """Seconds to rank one user's candidates, and that `rank` agrees with `predict`."""
+    user, past = liked(work)
+    catalog = [item for item in work.cf.item_ids if item not in set(past)]
+    hundred = np.random.default_rng(1).choice(catalog, 100, replace=False).tolist()
+    peers = work.processor(**PEERS)
+    model = work.model(peers).eval()
+    baseline = Baseline(model, work.backbone)
+    few = Group(user, past[-10:], hundred[:20], [min(10, len(past))] * 20, [0] * 20)
+    results: dict[str, Any] = {"baseline_candidates": 20, "rank": {}, "by_candidates": {}}
+    summary: list[dict] = []
+    slow = spread(
+        [5 * timed(lambda: baseline.score(write_samples(peers, [few]), FAIR)) for _ in "12"]
+    )
+    results["baseline_100"] = slow
+    for form, text in FORMATS.items():
+        ranker = CTRRanker(model, work.processor(candidate_format=form))
+        rank_seconds(ranker, user, past, hundred)
+        taken = [rank_seconds(ranker, user, past, hundred) for _ in range(calls)]
+        results["rank"][form] = spread(taken) | {"p95": float(np.quantile(taken, 0.95))}
+        p50 = results["rank"][form]["median"]
+        summary += [
+            limit(f"rank 100 candidates, {text}, p50", LATENCY[form], p50, "s"),
+            target(f"rank 100 candidates, {text}, against the baseline", 10, slow["median"] / p50),
+            line(
+                f"rank equals predict, {text}",
+                "at most 1e-4",
+                *agreement(ranker, user, past, hundred),
+            ),
+        ]
+        points = {}
+        for size in SIZES:
+            items = (catalog * 2)[:size]
+            points[size] = min(rank_seconds(ranker, user, past, items) for _ in "12")
+        results["by_candidates"][form] = points
+        users = [user] * 8
+        together = timed(
+            lambda r=ranker, u=users: r.rank(user=u, history=[past] * 8, candidates=hundred)
+        )
+        results["rank"][form]["per_user_in_a_batch_of_8"] = together / 8
+    results["by_candidates"]["baseline"] = {n: slow["median"] / 100 * n for n in SIZES if n <= 300}
+    return results, summary
+
+
+def agreement(ranker: CTRRanker, user: str, past: list[str], items: list[str]) -> Any:
+    """Largest difference between `rank` and `predict`, its unit, and the verdict."""
+    ranked = ranker.rank(user=user, history=past, candidates=items, top_k=len(items))
+    found = {item.item_id: item.probability for item in ranked}
+    pairs = [{"user": user, "history": past, "item": item} for item in items]
+    alone = [float(ranker.predict([pair])[0]) for pair in pairs[:10]]
+    worst = max(abs(found[item] - p) for item, p in zip(items, alone, strict=False))
+    return worst, "probability", worst <= 1e-4
+
+
+def int8(work: Workload, checkpoint: str, rows: int) -> dict[str, Any]:
+    """Dynamic int8 and bfloat16 backbones beside fp32: rows per second and AUC on test rows."""
+    from ccf_llm_hf.inference.checkpoint import load_checkpoint
+    from ccf_llm_hf.inference.score_table import sample_users
+
+    part = sample_users(work.data.splits["test"], rows)
+    labels = np.array(part["label"])
+    report: dict[str, Any] = {"rows": len(part)}
+    for kind in ("fp32", "bf16", "int8"):
+        model, processor = load_checkpoint(checkpoint, backbone=work.backbone)
+        if kind == "bf16":
+            model.language_model.to(torch.bfloat16)
+        if kind == "int8":
+            model.model.language_model = torch.ao.quantization.quantize_dynamic(
+                model.language_model, {torch.nn.Linear}, dtype=torch.qint8
+            )
+        window = processor.history_window
+        score_split(model, processor, part.select(range(20)), history_window=window, progress=False)
+        started = time.perf_counter()
+        scores = score_split(model, processor, part, history_window=window, progress=False)
+        seconds = time.perf_counter() - started
+        report[kind] = {
+            "rows_per_second": round(len(part) / seconds, 1),
+            "auc": float(auc(labels, scores)),
+        }
+        print(f"  {kind}: {report[kind]}", flush=True)
+    return report
+
+
+def plot(points: dict[str, dict[int, float]], path: str) -> None:
+    """Latency against the number of candidates."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    names = FORMATS | {"baseline": "question last, ten titles (fair baseline)"}
+    for name, label in names.items():
+        axes.plot(list(points[name]), list(points[name].values()), marker="o", label=label)
+    axes.axhline(1, color="gray", linewidth=0.8, linestyle=":")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="candidates",
+        ylabel="seconds to rank them for one user",
+        title="SmolLM2-135M, fp32",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = arguments(__doc__, "scoring.json")
+    parser.add_argument("--checkpoint", default="runs/demo/checkpoint-slim", help="for int8")
+    parser.add_argument("--sample", type=int, default=300, help="test rows the baseline scores")
+    parser.add_argument("--repeats", type=int, default=2, help="turns over the test split")
+    parser.add_argument("--calls", type=int, default=15, help="rank calls of each kind")
+    options = parser.parse_args()
+    work = Workload.load(options.data, options.cf)
+    split, summary = split_speed(work, options.sample, options.repeats)
+    ranking, more = latency(work, options.calls)
+    plot(ranking["by_candidates"], options.out.replace(".json", ".png"))
+    precision = int8(work, options.checkpoint, 1500)
+    results = {
+        "precision": "fp32",
+        "test_split": split,
+        "ranking": ranking,
+        "backbone_precision": precision,
+        "summary": summary + more,
+    }
+    write_results(options.out, results)
+
+
+if __name__ == "__main__":
+    main()
