@@ -8,8 +8,9 @@ backbone: `{"layers.0.self_attn.q_proj.lora_A.weight": tensor, ...}`.
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,7 @@ CODE_FILES = (
     "cf_table_ccf_llm.py",
     "packing_ccf_llm.py",
     "tiles_ccf_llm.py",
+    "pipeline_ccf_llm.py",
     "processing_ccf_llm.py",
     "loading_ccf_llm.py",
     "modeling_ccf_llm.py",
@@ -58,6 +60,26 @@ HUB_ARGUMENTS = (
 )
 
 Adapter = dict[str, Tensor]
+
+
+class Publishable:
+    """`push_to_hub` of model and processor."""
+
+    # An installed ccf_llm_hf puts a function here that checks files before it sends them.
+    publisher: ClassVar[Callable[..., Any] | None] = None
+
+    def _push_to_hub(self, repo_id: str, *args: Any, **options: Any) -> Any:
+        """Upload to a Hub repository, in one commit.
+
+        With ccf_llm_hf installed, the files are checked for secrets and local paths before, and
+        the options are those of its `hub.push.push_object`; else they are transformers' own.
+        """
+        if Publishable.publisher is None:
+            return super().push_to_hub(repo_id, *args, **options)  # type: ignore[misc]
+        return Publishable.publisher(self, repo_id, *args, **options)
+
+    # To type checkers, transformers' own is no plain method, and can be overridden by none.
+    push_to_hub: Any = _push_to_hub
 
 
 def read_ids(file: str | Path) -> list[dict[str, Any]]:

@@ -51,6 +51,9 @@ class CCFLLMConfig(PreTrainedConfig):
 
     model_type = "ccf_llm"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
+    # An installed ccf_llm_hf registers the pipeline and says so here: the one that a checkpoint
+    # names stays unread, since transformers would run the checkpoint's code for it.
+    pipeline_is_registered: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -115,6 +118,8 @@ class CCFLLMConfig(PreTrainedConfig):
         self.backbone_revision = backbone_revision
         self.backbone_fingerprint = backbone_fingerprint
         self.checkpoint_form = checkpoint_form
+        if self.pipeline_is_registered:
+            kwargs.pop("custom_pipelines", None)
         super().__init__(**kwargs)
 
 

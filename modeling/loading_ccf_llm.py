@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from .checkpoint_ccf_llm import (
     ADAPTER_FILE,
@@ -22,6 +23,7 @@ from .checkpoint_ccf_llm import (
     FUSION_FILE,
     HUB_ARGUMENTS,
     Adapter,
+    Publishable,
     adapter_scale,
     backbone_fingerprint,
     copy_code,
@@ -36,8 +38,11 @@ from .checkpoint_ccf_llm import (
     write_tensors,
 )
 from .configuration_ccf_llm import AUTO_MAP, CCFLLMConfig, ids_fingerprint
+from .pipeline_ccf_llm import CUSTOM_PIPELINES
 from .processing_ccf_llm import check_catalog
 from .tiles_ccf_llm import use_tiles
+
+logger = logging.get_logger(__name__)
 
 # An installed ccf_llm_hf puts a function here that finds a backbone's local copy by its name.
 backbone_resolver: Callable[[str], str] | None = None
@@ -46,11 +51,12 @@ AUTO_ARGUMENTS = (
     "code_revision",
     "adapter_kwargs",
     "_from_auto",
+    "_from_pipeline",
     "_commit_hash",
 )
 
 
-class CheckpointMixin(PreTrainedModel):
+class CheckpointMixin(Publishable, PreTrainedModel):
     """The part of [`CCFLLMForCTR`] that deals with folders and repos.
 
     A checkpoint is *full* (one self-contained model.safetensors, LoRA merged) or *slim* (CF table,
@@ -100,14 +106,7 @@ class CheckpointMixin(PreTrainedModel):
         titles = item_title_ids or []
         text_config = copy.deepcopy(causal.get_decoder().config)
         if cf is not None:
-            settings |= {
-                "num_users": len(cf.user_ids),
-                "num_items": len(cf.item_ids),
-                "num_snapshots": cf.item_vectors.shape[0],
-                "cf_dim": cf.item_vectors.shape[2],
-                "cf_model": cf.model_name,
-                "ids_fingerprint": ids_fingerprint(cf.user_ids, cf.item_ids),
-            }
+            settings |= cf_settings(cf)
         else:
             settings.setdefault("num_items", len(titles))
         embedding: Any = causal.get_input_embeddings()
@@ -130,10 +129,90 @@ class CheckpointMixin(PreTrainedModel):
         if cf is not None:
             model.model.cf.fill(cf)
         if titles:
-            flat = torch.tensor([token for title in titles for token in title])
-            model.model.title_ids.copy_(flat)
-            model.model.title_lengths.copy_(torch.tensor([len(title) for title in titles]))
+            model.set_titles(titles)
         return model
+
+    def set_titles(self, titles: list[list[int]]) -> None:
+        """Take the title tokens of every catalog item, in table order."""
+        values = {
+            "title_ids": [token for title in titles for token in title],
+            "title_lengths": [len(title) for title in titles],
+        }
+        for name, value in values.items():
+            old = getattr(self.model, name)
+            setattr(self.model, name, torch.tensor(value, dtype=old.dtype, device=old.device))
+
+    def replace_catalog(self, processor: Any, cf: Any = None) -> Self:
+        """Put another catalog of items and users under the trained weights, in place.
+
+        Backbone, LoRA, gate, cold vectors and score stay. So do the alignment networks, when the
+        new CF vectors are as wide as the old ones; else they start afresh and must be trained. A
+        log line says which. The calibration (`config.logit_temperature`) is that of the old data.
+
+        Args:
+            processor: over the new catalog: `old_processor.with_catalog(item_ids, ...)`.
+            cf: a `CFEmbeddings` of the same ids (all snapshots are kept); None: no CF vectors, so
+                that every user and item is read as cold, an item by its title.
+
+        Returns:
+            This model.
+
+        Raises:
+            ValueError: `cf` has other ids than `processor`, or the processor another tokenizer.
+        """
+        self._check_new_catalog(processor, cf)
+        config, old_dim = self.config, self.config.cf_dim
+        titles = processor.item_title_ids()
+        without_cf = {
+            "num_users": len(processor.user_ids),
+            "num_items": len(processor.item_ids),
+            "num_snapshots": 1,
+            "cf_model": "",
+            "ids_fingerprint": processor.ids_fingerprint,
+        }
+        config.update(without_cf if cf is None else cf_settings(cf))
+        config.num_title_tokens = sum(map(len, titles))
+        self.set_titles(titles)
+        self.model.cf = type(self.model.cf)(config).to(self.device)
+        if cf is not None:
+            self.model.cf.fill(cf)
+        if config.cf_dim != old_dim:
+            self._restart_alignment()
+            logger.warning(
+                "The alignment networks start afresh, because the new CF vectors have %d "
+                "dimensions instead of %d: train them.",
+                config.cf_dim,
+                old_dim,
+            )
+        elif cf is not None:
+            logger.warning(
+                "The alignment networks are kept, because the new CF vectors have %d dimensions "
+                "too: train them, unless the new vectors continue the old ones.",
+                old_dim,
+            )
+        return self
+
+    def _check_new_catalog(self, processor: Any, cf: Any) -> None:
+        fingerprint = processor.ids_fingerprint
+        if cf is not None and ids_fingerprint(cf.user_ids, cf.item_ids) != fingerprint:
+            raise ValueError(
+                "cf and processor name other users or items, or in another order: make the "
+                "processor by with_catalog(cf.item_ids, cf.item_titles, cf.user_ids)."
+            )
+        for kind in ("item_slot_token_id", "user_slot_token_id"):
+            ours, given = getattr(self.config, kind), getattr(processor, kind)
+            if ours not in (None, given):
+                raise ValueError(
+                    f"{kind} is {ours} in the model but {given} in the processor: make it from "
+                    "the model's own processor by with_catalog."
+                )
+
+    def _restart_alignment(self) -> None:
+        for side in ("item", "user"):
+            old = getattr(self.model, f"{side}_alignment")
+            fresh = type(old)(self.config)
+            self._init_weights(fresh)
+            setattr(self.model, f"{side}_alignment", fresh.to(old.out.weight))
 
     def attach_backbone(self, causal: PreTrainedModel) -> None:
         """Put a causal language model's body under the fusion and keep two rows of its head."""
@@ -181,6 +260,7 @@ class CheckpointMixin(PreTrainedModel):
         self.config.checkpoint_form = form or loaded_form
         self.config.num_snapshots = 1
         self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         try:
             if self.config.checkpoint_form == "full":
                 kwargs.pop("state_dict", None)
@@ -212,7 +292,14 @@ class CheckpointMixin(PreTrainedModel):
 
     def save_slim(self, folder: Path) -> None:
         """Write everything but the backbone; tens of MB instead of GB."""
-        adapter = self.trained_adapter() or self._adapter
+        injected = self.trained_adapter()
+        if injected and self._adapter:
+            raise ValueError(
+                "LoRA was injected on top of the LoRA that this checkpoint had merged at loading, "
+                "and a slim checkpoint holds one: save with form='full', or train by a recipe with "
+                "init_from, which goes on with the old one."
+            )
+        adapter = injected or self._adapter
         if self.config.lora and not adapter:
             raise ValueError(
                 "LoRA is merged into this model's weights, so it has no slim form: "
@@ -235,10 +322,30 @@ class CheckpointMixin(PreTrainedModel):
         config.save_pretrained(folder)
 
     def load_trained_weights(self, folder: str | Path) -> None:
-        """Copy a slim checkpoint's fusion weights and adapter into this live model."""
-        trained = {name for name, _ in self.fusion_parameters() + self.head_parameters()}
+        """Copy a slim checkpoint's fusion weights and adapter into this live model.
+
+        Alignment networks for CF vectors of another width are left fresh, and a log line says so.
+
+        Raises:
+            ValueError: naming a weight of another shape.
+        """
+        live = dict(self.fusion_parameters() + self.head_parameters())
         tensors, _ = read_tensors(str(Path(folder) / FUSION_FILE))
-        self.load_state_dict({k: v for k, v in tensors.items() if k in trained}, strict=False)
+        tensors = {name: value for name, value in tensors.items() if name in live}
+        wrong = [name for name, value in tensors.items() if value.shape != live[name].shape]
+        if any("_alignment.up." in name for name in wrong):
+            logger.warning(
+                "The alignment networks start afresh, because those in %s are for CF vectors of "
+                "another width: train them.",
+                folder,
+            )
+            wrong = [name for name in wrong if "_alignment." not in name]
+            tensors = {name: value for name, value in tensors.items() if "_alignment." not in name}
+        if wrong:
+            raise ValueError(
+                f"{folder} holds {min(wrong)!r} for another backbone or alignment_multiplier."
+            )
+        self.load_state_dict(tensors, strict=False)
         if self.lora_parameters():
             self.load_adapter_folder(Path(folder) / ADAPTER_FOLDER)
 
@@ -335,6 +442,18 @@ class CheckpointMixin(PreTrainedModel):
         return model.to(causal.device).eval()  # type: ignore[arg-type]
 
 
+def cf_settings(cf: Any) -> dict[str, Any]:
+    """The part of a configuration that a `CFEmbeddings` decides."""
+    return {
+        "num_users": len(cf.user_ids),
+        "num_items": len(cf.item_ids),
+        "num_snapshots": cf.item_vectors.shape[0],
+        "cf_dim": cf.item_vectors.shape[2],
+        "cf_model": cf.model_name,
+        "ids_fingerprint": ids_fingerprint(cf.user_ids, cf.item_ids),
+    }
+
+
 def try_header(file: Path) -> None:
     """Raise an OSError that names `file` when it is no whole safetensors file."""
     try:
@@ -356,7 +475,8 @@ def load_backbone(
         name = str(backbone or config.backbone_name)
         if backbone is None and backbone_resolver is not None:
             name = backbone_resolver(name)
-        options.setdefault("dtype", config.dtype or torch.float32)
+        if options.get("dtype") in (None, "auto"):  # what this model had, not its backbone's file
+            options["dtype"] = config.dtype or torch.float32
         revision = config.backbone_revision if backbone is None else None
         try:
             causal = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options)

@@ -18,6 +18,7 @@ from .checkpoint_ccf_llm import (
     CATALOG_FILE,
     HUB_ARGUMENTS,
     USERS_FILE,
+    Publishable,
     copy_code,
     find_file,
     read_ids,
@@ -65,6 +66,8 @@ TEMPLATES: dict[str, dict[str, str]] = {
     },
 }
 
+PROMPT_SETTINGS = ("layout", "history_format", "candidate_format", "history_window", "templates")
+
 Item = str | int | dict[str, Any]
 
 
@@ -99,7 +102,7 @@ def load_tokenizer(path: str, hub: dict[str, Any], trusted: bool) -> PreTrainedT
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted, **hub)
 
 
-class CCFLLMProcessor(ProcessorMixin):
+class CCFLLMProcessor(Publishable, ProcessorMixin):
     """Writes hybrid prompts and packs them.
 
     Args:
@@ -170,6 +173,13 @@ class CCFLLMProcessor(ProcessorMixin):
     ) -> "CCFLLMProcessor":
         """A processor for a catalog; `prompt` are the other arguments of the class."""
         return cls(tokenizer, item_ids, item_titles, user_ids, **prompt)
+
+    def with_catalog(
+        self, item_ids: list[str], item_titles: list[str], user_ids: list[str]
+    ) -> "CCFLLMProcessor":
+        """The same tokenizer and prompt over another catalog, for `model.replace_catalog`."""
+        prompt = {name: getattr(self, name) for name in PROMPT_SETTINGS}
+        return type(self)(self.tokenizer, item_ids, item_titles, user_ids, **prompt)
 
     def _set_catalog(
         self, item_ids: list[str], item_titles: list[str], user_ids: list[str]
@@ -460,16 +470,7 @@ class CCFLLMProcessor(ProcessorMixin):
             [row["id"] for row in catalog],
             [str(row.get("title") or "") for row in catalog],
             [row["id"] for row in read_ids(str(users_file))],
-            **{
-                name: settings[name]
-                for name in (
-                    "layout",
-                    "history_format",
-                    "candidate_format",
-                    "history_window",
-                    "templates",
-                )
-            },
+            **{name: settings[name] for name in PROMPT_SETTINGS},
         )
         check_catalog(path, hub, settings["ids_fingerprint"])
         return processor

@@ -34,7 +34,7 @@ def test_overview_names_every_command(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
     for name, command in cli.COMMANDS.items():
-        assert f"  {name:<10}{command.summary}" in out
+        assert f"  {name:<14}{command.summary}" in out
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -97,6 +97,12 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, argv, fragments):
     assert_one_clear_line(run(capsys, *argv), *fragments)
 
 
+def test_a_bad_override_of_a_recipe_is_one_line(capsys, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seed: 1\n")
+    assert_one_clear_line(run(capsys, "train", str(recipe), "--seed", "abc"), "--seed", "'abc'")
+
+
 def test_an_input_error_inside_a_command_is_one_line(capsys, tmp_path):
     result = run(capsys, "rank", str(tmp_path), "--user", "1", "--data", str(tmp_path))
     assert_one_clear_line(result, str(tmp_path), "not a prepared folder")
@@ -111,23 +117,18 @@ def test_other_exceptions_keep_their_traceback(monkeypatch):
         cli.main(["rank", "org/model", "--user", "1"])
 
 
-def test_train_passes_overrides_on_writes_cards_and_keeps_stdout_clean(
-    capsys, monkeypatch, tmp_path
-):
-    from ccf_llm_hf.hub import model_card
+def test_train_passes_overrides_on_and_keeps_stdout_clean(capsys, monkeypatch, tmp_path):
     from ccf_llm_hf.training import run as run_module
 
-    seen, cards = [], []
+    seen = []
     result = {"checkpoint": str(tmp_path / "full"), "checkpoint_slim": str(tmp_path / "slim")}
 
     def fake(argv):
         seen.extend(argv)
         print("a library that prints")
-        (tmp_path / "training.json").write_text('{"recipe": {"data_dir": "the/data"}}')
         return result
 
     monkeypatch.setattr(run_module, "run_recipe", fake)
-    monkeypatch.setattr(model_card, "describe_run", lambda *arguments: cards.append(arguments))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 1\n")
     code, out, err = run(capsys, "train", str(recipe), "--seed", "3", "--json")
@@ -135,7 +136,6 @@ def test_train_passes_overrides_on_writes_cards_and_keeps_stdout_clean(
     assert json.loads(out) == result
     assert "a library that prints" in err
     assert seen == ["--config", str(recipe), "--seed", "3"]
-    assert cards == [(str(tmp_path / name), "the/data") for name in ("full", "slim")]
 
 
 def test_prepare_prints_json_and_writes_the_folder(capsys, tmp_path):

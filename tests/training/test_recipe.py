@@ -68,15 +68,28 @@ def test_flags_override_the_file(content, tmp_path):
     ],
 )
 def test_bad_recipes_are_refused_in_one_sentence(content, tmp_path, change, message, capsys):
-    # argparse itself refuses a top-level value of another type, with the same exit code as the CLI.
-    with pytest.raises((InputError, SystemExit)) as problem:
+    with pytest.raises(InputError) as problem:
         parse_recipe(write(tmp_path, content | change))
-    text = str(problem.value) if isinstance(problem.value, InputError) else capsys.readouterr().err
-    assert message in text
-    if isinstance(problem.value, InputError):
-        assert "\n" not in text
-    else:
-        assert problem.value.code == 2
+    assert message in str(problem.value)
+    assert "\n" not in str(problem.value)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bad_flag_is_refused_in_one_sentence(content, tmp_path, capsys):
+    with pytest.raises(InputError, match=r"--seed.*'abc'") as problem:
+        parse_recipe([*write(tmp_path, content), "--seed", "abc"])
+    assert "\n" not in str(problem.value)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("source", ["acme/films", "acme/films@v1.0", "acme/films@refs/pr/1"])
+def test_a_stage_may_start_from_a_hub_repository(content, tmp_path, monkeypatch, source):
+    content["stages"] = [{**FUSION, "init_from": source}]
+    assert parse_recipe(write(tmp_path, content)).stages[0].init_from == source
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "acme").mkdir()
+    with pytest.raises(InputError, match="init_from"):
+        parse_recipe(write(tmp_path, content))
 
 
 def test_a_missing_file_is_an_input_error(tmp_path):

@@ -56,7 +56,16 @@ def test_a_run_leaves_both_checkpoints_and_a_report(finished):
     assert report["versions"]["torch"] == torch.__version__
     for name in ("text", "fusion"):
         assert (output / "stages" / name / "curves.png").is_file()
-    assert "text_only" in (output / "checkpoint-slim" / "README.md").read_text()
+    slim, full = (
+        (output / name / "README.md").read_text() for name in ("checkpoint-slim", "checkpoint")
+    )
+    assert "text_only" in slim
+    assert "| Form | slim" in slim and "| Form | full" in full
+    minutes = report["stages"]["text"]["minutes"]
+    assert f"| {minutes:.1f} |" in slim and " CPU cores (" in slim
+    for form in ("checkpoint", "checkpoint-slim"):
+        shown, catalog = json.loads((output / form / "example.json").read_text())["calls"]
+        assert shown["logits"] and catalog["logits"]
     leftovers = [*output.rglob("*.partial*"), *output.rglob("optimizer.pt")]
     assert not leftovers
 

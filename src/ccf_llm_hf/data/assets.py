@@ -28,6 +28,7 @@ from ccf_llm_hf.errors import InputError
 TIMEOUT = 4.0
 OPEN_TIMEOUT = 8.0
 CHUNK = 1 << 20
+PROVENANCE_FILE = "asset.json"
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,12 @@ def cached_backbone(name: str) -> str:
     return name
 
 
+def asset_source(folder: str | Path) -> str | None:
+    """Where the asset in this folder was obtained; None for any other folder or name."""
+    file = Path(folder) / PROVENANCE_FILE
+    return json.loads(file.read_text(encoding="utf-8"))["source"] if file.is_file() else None
+
+
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """Where assets are kept: the argument, else `$CCF_LLM_CACHE`, else `~/.cache/ccf_llm_hf`."""
     chosen = cache_dir or os.environ.get("CCF_LLM_CACHE") or "~/.cache/ccf_llm_hf"
@@ -232,7 +239,7 @@ def _fetch(asset: Asset, folder: Path) -> None:
                 continue
             provenance = {"name": asset.name, "source": source, "license": asset.license}
             text = json.dumps(provenance, indent=2) + "\n"
-            (new / "asset.json").write_text(text, encoding="utf-8")
+            (new / PROVENANCE_FILE).write_text(text, encoding="utf-8")
             _put_in_place(asset, new, folder)
         print(f"{asset.name}: obtained from {source}", file=sys.stderr)
         print(f"{asset.name}: {asset.description}. License: {asset.license}", file=sys.stderr)

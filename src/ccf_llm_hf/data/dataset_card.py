@@ -1,5 +1,9 @@
 """The dataset card (README.md) of a prepared folder."""
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 import jinja2
 import yaml
 
@@ -21,7 +25,11 @@ Built by `ccf-llm prepare` (package `ccf-llm-hf`).
 - **Label:** {{ protocol.label_rule }}
 - **Splits:** {{ protocol.split_rule }}
 - **History:** {{ protocol.history_rule }}
-{% if not protocol.redistributable %}
+{% if permission %}
+> **Do not pass this on.** Whoever uploaded it stated to have the permission that the license of the
+> ratings asks for. It does not extend to you: anyone can build the same data with
+> `ccf-llm prepare`.
+{% elif not protocol.redistributable %}
 > **Do not upload this folder.** The license of the ratings does not allow redistribution; anyone
 > can build the same folder with `ccf-llm prepare`.
 {% endif %}
@@ -38,9 +46,10 @@ Built by `ccf-llm prepare` (package `ccf-llm-hf`).
 ```python
 from datasets import load_dataset
 
-rows = load_dataset("path/to/this/folder")                      # train, validation, test
-items = load_dataset("path/to/this/folder", "items")["train"]   # the catalog
-log = load_dataset("path/to/this/folder", "interactions")["train"]
+path = "{{ repo_id or "path/to/this/folder" }}"
+rows = load_dataset(path)                      # train, validation, test
+items = load_dataset(path, "items")["train"]   # the catalog
+log = load_dataset(path, "interactions")["train"]
 ```
 
 ## Columns
@@ -68,8 +77,21 @@ None.
 {% endif %}"""
 
 
-def render_dataset_card(protocol: dict) -> str:
-    """The card's text, with the YAML `configs` that make `load_dataset(folder)` work."""
+def render_dataset_card(
+    protocol: dict,
+    *,
+    repo_id: str = "",
+    dataset_info: Any = None,
+    permission: bool = False,
+) -> str:
+    """The card's text, with the YAML `configs` that make `load_dataset(folder)` work.
+
+    Args:
+        protocol: protocol.json of the folder.
+        repo_id: Hub repository that the usage code loads; default a placeholder for the folder.
+        dataset_info: features and splits of every config, as the Hub's metadata holds them.
+        permission: the uploader states to be allowed to share data whose license forbids it.
+    """
     configs = [
         {
             "config_name": "default",
@@ -83,10 +105,34 @@ def render_dataset_card(protocol: dict) -> str:
         "pretty_name": f"{protocol['name']} for CTR prediction",
         "task_categories": ["tabular-classification", "text-classification"],
         "tags": ["recommendation", "ctr-prediction", "ccf-llm"],
+        "language": protocol.get("language"),
+        **_license_fields(protocol),
+        "size_categories": [_size_category(sum(s["rows"] for s in protocol["splits"].values()))],
         "configs": configs,
+        "dataset_info": dataset_info,
     }
-    if not protocol["redistributable"]:
-        metadata["license"] = "other"
+    known = {key: value for key, value in metadata.items() if value is not None}
     environment = jinja2.Environment(trim_blocks=False, keep_trailing_newline=True)
-    text = yaml.safe_dump(metadata, sort_keys=False)
-    return environment.from_string(TEMPLATE).render(protocol=protocol, metadata=text)
+    return environment.from_string(TEMPLATE).render(
+        protocol=protocol,
+        repo_id=repo_id,
+        permission=permission,
+        metadata=yaml.safe_dump(known, sort_keys=False),
+    )
+
+
+def _license_fields(protocol: Mapping[str, Any]) -> dict[str, str]:
+    """The license as the Hub lists it: an id such as cc-by-4.0, or `other`; none if unknown."""
+    if protocol["redistributable"]:
+        named = re.fullmatch(r"[a-z0-9]+(?:[.-][a-z0-9]+)*", protocol["license"])
+        return {"license": protocol["license"]} if named else {}
+    link = re.search(r"https://[^\s)]+", protocol["license"])
+    name = re.sub(r"[^a-z0-9.-]+", "-", f"{protocol['name']}-terms".lower())
+    return {"license": "other", "license_name": name} | ({"license_link": link[0]} if link else {})
+
+
+def _size_category(rows: int) -> str:
+    """The Hub's class of sizes: n<1K, 1K<n<10K, up to 100M<n<1B."""
+    steps = ["1K", "10K", "100K", "1M", "10M", "100M", "1B"]
+    place = next((place for place in range(len(steps)) if rows < 10 ** (place + 3)), 6)
+    return f"n<{steps[0]}" if place == 0 else f"{steps[place - 1]}<n<{steps[place]}"

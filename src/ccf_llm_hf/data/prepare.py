@@ -1,5 +1,6 @@
 """Turn a source of interactions into a prepared folder (`ccf-llm prepare`)."""
 
+import re
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +35,7 @@ from ccf_llm_hf.data.validation import (
 from ccf_llm_hf.errors import InputError
 
 SOURCES = ("ml-1m", "ml-100k", "table")
+UNKNOWN_LICENSE = "that of the source"
 HISTORY_RULE = (
     "the items of the user's earlier rows with label 1, oldest first, carried across splits; rows "
     "outside all splits do not count; ties in time are ordered by first appearance of the item in "
@@ -99,6 +101,13 @@ class PrepareConfig:
     test_start: str | None = field(
         default=None, metadata={"help": "table, split=time: test starts (time or ISO date)"}
     )
+    license: str | None = field(
+        default=None,
+        metadata={"help": "table: license of the data, for its card: an id such as cc-by-4.0"},
+    )
+    language: str | None = field(
+        default=None, metadata={"help": "table: language of the titles, for cards: en, de, ..."}
+    )
     max_history: int | None = field(
         default=None, metadata={"help": "table: store only this many latest items of a history"}
     )
@@ -122,6 +131,7 @@ def prepare(config: PrepareConfig, *, summary: bool = True) -> Path:
         report = RejectionReport()
         items = clean_items(raw, report)
         rows = clean_interactions(raw, items, report, config.time_unit)
+        del raw
         _advance(bar, config, "split")
         split = _choose_split(config, rows["timestamp"].to_numpy(), protocol)
         samples = _label_and_split(config, rows, split)
@@ -156,6 +166,8 @@ def _check_options(config: PrepareConfig) -> None:
         raise InputError("pass either --rating-column or --label-column")
     if config.time_unit not in ("s", "ms"):
         raise InputError(f"--time-unit must be s or ms, not {config.time_unit!r}")
+    if config.language and not re.fullmatch(r"[a-z]{2,3}", config.language):
+        raise InputError(f"--language must be an ISO 639 code such as en, not {config.language!r}")
     if config.split not in ("ratio", "time"):
         raise InputError(f"--split must be ratio or time, not {config.split!r}")
     if config.split == "time" and not (config.valid_start and config.test_start):
@@ -200,11 +212,16 @@ def _read_source(config: PrepareConfig) -> tuple[RawTables, dict]:
         )
         protocol["name"] = config.name or interactions.name.split(".")[0]
         protocol["source"] = " and ".join(file.name for file in (interactions, items) if file)
-        protocol |= {"license": "that of the source", "redistributable": True, "citation": ""}
+        protocol |= {"license": config.license or UNKNOWN_LICENSE, "redistributable": True}
+        protocol |= {"language": config.language} if config.language else {}
+        protocol["citation"] = ""
         if config.label_column:
             protocol["label_rule"] = f"column {config.label_column!r}"
         if config.max_history:
-            protocol["history_rule"] += f"; only the latest {config.max_history} are stored"
+            protocol["history_rule"] += (
+                f"; only the latest {config.max_history} are stored, `history_dropped` counts the "
+                "others"
+            )
         return read_tables(interactions, items, columns), protocol
 
     folder = assets.get_asset(
@@ -214,6 +231,7 @@ def _read_source(config: PrepareConfig) -> tuple[RawTables, dict]:
     raw = (read_movielens_1m if config.source == "ml-1m" else read_movielens_100k)(folder)
     protocol["source"] = f"{asset.description}; read from {raw.interactions_file}"
     protocol |= {"license": asset.license, "redistributable": False, "citation": asset.citation}
+    protocol["language"] = "en"
     return raw, protocol
 
 

@@ -7,17 +7,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
+from ccf_llm_hf import __version__
+from ccf_llm_hf.data.assets import ASSETS
 from ccf_llm_hf.data.prepared import load_protocol
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.hub.card_results import eval_results, results_markdown
+from ccf_llm_hf.hub.card_metadata import hub_backbone, model_card_data
+from ccf_llm_hf.hub.card_results import gate_markdown, results_markdown
+from ccf_llm_hf.hub.card_training import (
+    gate_sentence,
+    inputs_markdown,
+    machine_sentence,
+    recipe_yaml,
+    stages_markdown,
+    without_local_paths,
+)
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import CATALOG_FILE, read_ids
 from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
 
 TEMPLATE = "model_card.md.jinja"
-TAGS = ["recommendation", "ctr-prediction", "collaborative-filtering", "ccf-llm"]
-HUB_BACKBONES = {"smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+TRAINING_FILE = "training.json"
+# The oldest releases that the tests load and score checkpoints with.
+REQUIREMENTS = {"torch": "2.13", "transformers": "5.21", "safetensors": "0.8"}
 FUSION_SENTENCES = {
     "gate": "a gate weighs the two per item and per dimension.",
     "scalar_gate": "a gate with one weight per item mixes the two (an ablation of the method).",
@@ -26,6 +38,9 @@ FUSION_SENTENCES = {
     "cf_only": "here the items are vectors only (an ablation of the method).",
     "text_only": "here it reads words only (TALLRec's form, as an ablation).",
 }
+WELL_KNOWN = ("Toy Story (1995)", "Heat (1995)", "Jumanji (1995)", "GoldenEye (1995)")
+PLACEHOLDERS = ("a liked item", "another liked item", "an item", "another item")
+REPO_LINE = re.compile(r'^repo = ".*?".*$', re.MULTILINE)
 
 
 def describe_run(
@@ -36,7 +51,8 @@ def describe_run(
     Args:
         checkpoint_dir: `<output_dir>/checkpoint` or `<output_dir>/checkpoint-slim`.
         data_dir: the prepared folder.
-        metrics: report of `evaluate_scores`, or None before evaluation.
+        metrics: report of `evaluate_scores`, or None before evaluation; its `gate` entry (see
+            `inference.gate.gate_report`) is shown too.
 
     Raises:
         InputError: either folder is not there.
@@ -44,13 +60,12 @@ def describe_run(
     folder = Path(checkpoint_dir)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json: name a checkpoint folder")
-    record = folder.parent / "training.json"
-    recipe = json.loads(record.read_text(encoding="utf-8"))["recipe"] if record.exists() else None
+    record = folder.parent / TRAINING_FILE
     return write_model_card(
         folder,
         config=CCFLLMConfig.from_pretrained(folder),
         metrics=metrics,
-        recipe=recipe,
+        training=json.loads(record.read_text(encoding="utf-8")) if record.exists() else None,
         data_protocol=load_protocol(Path(data_dir)),
     )
 
@@ -60,16 +75,19 @@ def write_model_card(
     *,
     config: Any,
     metrics: Mapping[str, Any] | None = None,
-    recipe: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
     data_protocol: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write README.md into a checkpoint folder; no network is used.
 
+    The usage code names the folder, so that it runs from the folder's parent; `address_card` points
+    it at a Hub repository.
+
     Args:
         checkpoint_dir: the folder; its name becomes the model's.
-        config: the checkpoint's `CCFLLMConfig`.
+        config: the checkpoint's `CCFLLMConfig`; for slim or full, the folder's own form counts.
         metrics: report of `evaluation.report.evaluate_scores`, or None if not evaluated.
-        recipe: what it was trained by, shown as YAML.
+        training: training.json of the run, or as much of it as there is.
         data_protocol: protocol.json of the prepared data.
 
     Returns:
@@ -82,22 +100,35 @@ def write_model_card(
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: save the checkpoint first")
     name = _model_name(folder)
-    protocol = dict(data_protocol or {})
+    protocol, run = dict(data_protocol or {}), dict(training or {})
+    history, candidates = _examples(folder)
     template = importlib.resources.files("ccf_llm_hf.hub_cards").joinpath(TEMPLATE)
-    history, candidates = _examples(protocol)
+    data = model_card_data(name, config, metrics, protocol)
     card = ModelCard.from_template(
-        _card_data(name, config, metrics, protocol),
+        data,
         template_str=template.read_text(encoding="utf-8"),
         model_name=name,
+        repo=folder.resolve().name,
         config=config,
-        backbone=_without_local_paths(config.backbone_name),
         fusion_sentence=FUSION_SENTENCES[config.fusion],
-        example_history=history,
-        example_candidates=candidates,
+        backbone=without_local_paths(config.backbone_name),
+        backbone_source=_backbone_source(config, run),
+        backbone_asset=_asset_name(config.backbone_name),
+        example_history=json.dumps(history, ensure_ascii=False),
+        example_candidates=json.dumps(candidates, ensure_ascii=False),
+        requirements=REQUIREMENTS,
         results=results_markdown(metrics) if metrics else "",
+        gate=gate_markdown(metrics["gate"])
+        if metrics and metrics.get("gate")
+        else gate_sentence(run),
         protocol=protocol,
-        movielens=_is_movielens(protocol),
-        recipe=_as_yaml(recipe) if recipe else "",
+        license=data.license,
+        movielens=is_movielens(protocol),
+        recipe=recipe_yaml(run),
+        stages=stages_markdown(run),
+        machine=machine_sentence(run),
+        inputs=inputs_markdown(run),
+        version=run.get("versions", {}).get("ccf-llm-hf", __version__),
     )
     path = folder / "README.md"
     partial = folder / "README.md.partial"
@@ -105,25 +136,27 @@ def write_model_card(
     return partial.replace(path)
 
 
-def _card_data(
-    name: str, config: Any, metrics: Mapping[str, Any] | None, protocol: Mapping[str, Any]
-) -> ModelCardData:
-    results: list[EvalResult] = eval_results(metrics, protocol) if metrics else []
-    base_model = _hub_backbone(config.backbone_name)
-    known: dict[str, Any] = {
-        "base_model": base_model,
-        # The demo's backbone is Apache-2.0, as is this code; of others nothing is known here.
-        "license": "apache-2.0" if base_model in HUB_BACKBONES.values() else None,
-        "metrics": ["roc_auc"] if results else None,
-    }
-    return ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-ranking",
-        tags=TAGS,
-        model_name=name,
-        eval_results=results or None,
-        **{key: value for key, value in known.items() if value is not None},
-    )
+def address_card(text: str, repo_id: str) -> str:
+    """A card whose usage code loads `repo_id` from the Hub instead of the folder."""
+    return REPO_LINE.sub(f'repo = "{repo_id}"', text)
+
+
+def as_full_card(text: str) -> str:
+    """The card of a slim checkpoint, as that of the full one it was merged into."""
+    for pattern, replacement in (
+        (r"^\| Form \|.*$", "| Form | full: self-contained |"),
+        (r"^base_model_relation: .*$", "base_model_relation: finetune"),
+        (r'^(backbone = "|model_kwargs = \{"backbone").*\n', ""),
+        (r", (backbone=backbone|model_kwargs=model_kwargs)(?=[,)])", ""),
+        (r"^The backbone this checkpoint was trained on came from .*\n\n", ""),
+    ):
+        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
+    return text
+
+
+def is_movielens(protocol: Mapping[str, Any]) -> bool:
+    """Whether the prepared data says of itself that it comes from MovieLens."""
+    return "movielens" in str(protocol.get("source", "")).lower()
 
 
 def _model_name(folder: Path) -> str:
@@ -133,35 +166,34 @@ def _model_name(folder: Path) -> str:
     return folder.parent.name if generic else folder.name
 
 
-def _hub_backbone(backbone: str) -> str | None:
-    """Hub id of a backbone given by asset name or Hub id; None for a local folder."""
-    if backbone.lower() in HUB_BACKBONES:
-        return HUB_BACKBONES[backbone.lower()]
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", backbone) and not Path(backbone).exists()
-    return backbone if is_hub_id else None
+def _backbone_source(config: Any, training: Mapping[str, Any]) -> str:
+    """Where a slim checkpoint's backbone came from, when `from_pretrained` cannot fetch it by its
+    name: a local folder, or weights that are not those the Hub has under that name. Else empty."""
+    if config.checkpoint_form != "slim":
+        return ""
+    base = hub_backbone(config.backbone_name)
+    if base is None:
+        return "a local folder"
+    source = str((training.get("backbone") or {}).get("source") or "")
+    return "" if source.endswith(base) else source
 
 
-def _as_yaml(recipe: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(_without_local_paths(dict(recipe)), sort_keys=False).strip()
+def _asset_name(backbone: str) -> str:
+    """Name under which the package fetches a backbone; empty when it does not."""
+    names = [a.name for a in ASSETS.values() if a.hub_id and backbone in (a.name, a.hub_id)]
+    return names[0] if names else ""
 
 
-def _without_local_paths(value: Any) -> Any:
-    """Absolute paths cut to their last part: a card is shared, its author's machine is not."""
-    if isinstance(value, dict):
-        return {key: _without_local_paths(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_without_local_paths(part) for part in value]
-    if isinstance(value, str) and Path(value).is_absolute():
-        return Path(value).name
-    return value
+def _examples(folder: Path) -> tuple[list[str], list[str]]:
+    """History and candidates of the usage code, from the checkpoint's own catalog."""
+    catalog = folder / CATALOG_FILE
+    rows = read_ids(catalog) if catalog.is_file() else []
+    plain = [title for row in rows if _is_plain(title := str(row.get("title") or ""))]
+    titles = dict.fromkeys([*plain, *PLACEHOLDERS])
+    chosen = WELL_KNOWN if titles.keys() >= set(WELL_KNOWN) else list(titles)[: len(WELL_KNOWN)]
+    return list(chosen[:2]), [*chosen[2:], "A title outside the catalog"]
 
 
-def _is_movielens(protocol: Mapping[str, Any]) -> bool:
-    return "movielens" in str(protocol.get("source", "")).lower()
-
-
-def _examples(protocol: Mapping[str, Any]) -> tuple[str, str]:
-    """History and candidates of the usage snippet, as Python."""
-    if _is_movielens(protocol):
-        return '["Toy Story (1995)", "Heat (1995)"]', '["Jumanji (1995)", "GoldenEye (1995)"]'
-    return '["a liked item", "another"]', '["an item", "a new item"]'
+def _is_plain(title: str) -> bool:
+    """Fit to stand in a code block."""
+    return bool(title.strip()) and title.isprintable() and "`" not in title

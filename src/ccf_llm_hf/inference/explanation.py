@@ -1,34 +1,16 @@
 """What a prediction is made of: the prompt as the model reads it, and shares of text and CF."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ccf_llm_hf.data.grouping import Group
-
-
-@dataclass
-class ItemShare:
-    """Where an item's slot takes its content from.
-
-    `item_id` is None for an item outside the catalog. `text_share` is the mean of the gate over
-    dimensions, in (0, 1), and `cf_share` the rest; the gate depends on the item alone. `known`
-    tells whether the CF model was fitted on the item; if not, the CF share is that of the learned
-    cold-item vector.
-    """
-
-    item_id: str | None
-    title: str
-    text_share: float
-    cf_share: float
-    known: bool
+from ccf_llm_hf.modeling.pipeline_ccf_llm import ItemShare
 
 
 @dataclass
 class Explanation:
-    """One prediction. `cf_logit` is the CF model's own view of the pair, not a part of `logit`."""
+    """One prediction: `probability = sigmoid(logit / temperature)`. `cf_logit` is the CF model's
+    own view of the pair, not a part of `logit`."""
 
     prompt: str
     user: str | None
@@ -38,12 +20,14 @@ class Explanation:
     cf_logit: float
     logit: float
     probability: float
+    temperature: float = 1.0
 
     def as_text(self) -> str:
         """The explanation for a terminal."""
         user = self.user if self.user is not None else "(none given)"
+        scale = "" if self.temperature == 1 else f"temperature {self.temperature:.3g}   "
         lines = [
-            f"probability {self.probability:.3f}   logit {self.logit:+.3f}   "
+            f"probability {self.probability:.3f}   logit {self.logit:+.3f}   {scale}"
             f"CF model alone {self.cf_logit:+.3f}",
             f"user        {user}{'' if self.user_known else '   not in the CF model'}",
             "",
@@ -54,41 +38,6 @@ class Explanation:
             note = f"   ({', '.join(notes)})" if notes else ""
             lines.append(f"{share.text_share:4.0%}  {share.cf_share:4.0%}   {share.title}{note}")
         return "\n".join([*lines, "", "prompt", self.prompt])
-
-
-def item_shares(model: Any, processor: Any, items: Sequence[Any]) -> list[ItemShare]:
-    """Where each item's slot takes its content from; items as the processor takes them."""
-    resolved = [processor.resolve_item(item) for item in items]
-    known = model.model.cf.item_known[-1]
-    return [
-        ItemShare(
-            item_id=None if row is None else processor.item_ids[row],
-            title=title,
-            text_share=share,
-            cf_share=1.0 - share,
-            known=row is not None and bool(known[row]),
-        )
-        for (row, title), share in zip(
-            resolved, _text_shares(model, processor, resolved), strict=True
-        )
-    ]
-
-
-@torch.inference_mode()
-def _text_shares(
-    model: Any, processor: Any, resolved: Sequence[tuple[int | None, str]]
-) -> list[float]:
-    """Mean over dimensions of each item's gate, new items by the words of their titles."""
-    past = len(processor.item_ids)
-    new = list(dict.fromkeys(title for row, title in resolved if row is None))
-    rows = [past + new.index(title) if row is None else row for row, title in resolved]
-    index = torch.tensor(rows, dtype=torch.long, device=model.device)
-    words = [processor._tokens(title) if title else [] for title in new]
-    new_titles = (
-        torch.tensor([token for ids in words for token in ids], device=model.device).long(),
-        torch.tensor([len(ids) for ids in words], device=model.device).long(),
-    )
-    return model.item_gates(index, new_titles=new_titles).mean(dim=-1).tolist()
 
 
 def render_prompt(processor: Any, group: Group) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,33 +11,23 @@ import torch
 from ccf_llm_hf.data.grouping import Group
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
-from ccf_llm_hf.inference.explanation import Explanation, item_shares, render_prompt
+from ccf_llm_hf.inference.explanation import Explanation, render_prompt
 from ccf_llm_hf.inference.scoring import score_groups
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import Publishable
 from ccf_llm_hf.modeling.layout_ccf_llm import window_start
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.modeling.pipeline_ccf_llm import (
+    RankedItem,
+    cf_logits,
+    item_shares,
+    preselect_items,
+    rank_items,
+)
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 
 Item = str | int | dict[str, Any]
 User = str | int | None
 Pair = Mapping[str, Any] | tuple[User, Item]
-
-
-@dataclass
-class RankedItem:
-    """One place of a ranked list.
-
-    `item_id` is None for an item outside the catalog. `text_share` and `cf_share` say how much of
-    the item's slot comes from its title and from its CF vector (mean of the gate over dimensions;
-    they add up to 1). `known` tells whether the CF model was fitted on the item.
-    """
-
-    item_id: str | None
-    title: str
-    probability: float
-    logit: float
-    text_share: float
-    cf_share: float
-    known: bool
 
 
 @dataclass
@@ -48,7 +39,7 @@ class _Request:
     candidates: list[Any]
 
 
-class CTRRanker:
+class CTRRanker(Publishable):
     """Predict, rank and explain with a trained model.
 
     Items are given as raw ids, as titles, or as `{"id": ..., "title": ...}`; a title outside the
@@ -97,6 +88,16 @@ class CTRRanker:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(model.to(device), processor)
+
+    def save_pretrained(self, folder: str | Path, form: str | None = None) -> None:
+        """Write model and processor into one checkpoint folder.
+
+        Args:
+            folder: where to.
+            form: `slim` or `full`; default the form that the model was loaded in.
+        """
+        self.model.save_pretrained(folder, form=form)
+        self.processor.save_pretrained(folder)
 
     def predict(self, pairs: Sequence[Pair], *, progress: bool = False) -> np.ndarray:
         """Probability that the user likes the item, for each pair.
@@ -157,12 +158,11 @@ class CTRRanker:
             _Request(who, past, self._preselect(who, past, preselect) if items is None else items)
             for who, past, items in zip(users, histories, lists, strict=True)
         ]
-        for request in requests:
-            if not request.candidates:
-                raise InputError(f"no candidates to rank for user {request.user!r}: give some")
         scores = self._score(requests, progress=False)
-        ranked = [
-            self._ranked(request.candidates, logits, top_k)
+        ranked: list[list[RankedItem]] = [
+            rank_items(
+                self.model, self.processor, request.candidates, torch.as_tensor(logits), top_k
+            )
             for request, logits in zip(requests, scores, strict=True)
         ]
         return ranked if batched else ranked[0]
@@ -187,9 +187,10 @@ class CTRRanker:
             user_known=self._user_known(user),
             item=shares[-1],
             history=shares[:-1],
-            cf_logit=float(self._cf_logits(user, [item])[0]),
+            cf_logit=self._cf_logit(user, item),
             logit=logit,
             probability=float(self._probability(np.array([logit]))[0]),
+            temperature=self.model.config.logit_temperature,
         )
 
     def _groups(self, requests: Sequence[_Request]) -> list[Group]:
@@ -221,46 +222,18 @@ class CTRRanker:
     def _probability(self, logits: np.ndarray) -> np.ndarray:
         return self.model.probabilities(torch.as_tensor(logits)).numpy()
 
-    def _ranked(self, candidates: list[Item], logits: np.ndarray, top_k: int) -> list[RankedItem]:
-        best = np.argsort(-logits, kind="stable")[:top_k]
-        probabilities = self._probability(logits[best])
-        chosen = [candidates[index] for index in best]
-        shares = item_shares(self.model, self.processor, chosen)
-        return [
-            RankedItem(logit=float(logits[index]), probability=float(probability), **vars(share))
-            for index, probability, share in zip(best, probabilities, shares, strict=True)
-        ]
+    def _cf_logit(self, user: User, item: Item) -> float:
+        """The CF model's own logit; a new user or item stands at the CF model's default vector."""
+        row = self.processor.resolve_item(item)[0]
+        rows = torch.tensor([len(self.processor.item_ids) if row is None else row])
+        return cf_logits(self.model, self.processor, user, rows.to(self.model.device)).item()
 
-    @torch.inference_mode()
-    def _cf_logits(self, user: User, items: Sequence[Item]) -> np.ndarray:
-        """The CF model's own logits; a new user or item stands at the CF model's default vector."""
-        rows = [self.processor.resolve_item(item)[0] for item in items]
-        past = len(self.processor.item_ids)
-        index = torch.tensor([past if row is None else row for row in rows])
-        return self._table_logits(user, index.to(self.model.device))
-
-    def _table_logits(self, user: User, items: torch.Tensor) -> np.ndarray:
-        table = self.model.model.cf
-        users = torch.full_like(items, self.processor.resolve_user(user))
-        last = torch.full_like(items, len(table.offset) - 1)
-        return table.logits(users, items, last).cpu().numpy()
-
-    @torch.inference_mode()
     def _preselect(self, user: User, history: Sequence[Item], count: int) -> list[Item]:
         """Ids of the catalog items that the CF model scores highest, without the history's."""
-        known = self.model.model.cf.item_known[-1]
-        if not bool(known.any()):
-            raise InputError("this model has no CF vectors to choose items by: give candidates")
-        items = torch.arange(len(self.processor.item_ids), device=self.model.device)
-        logits = self._table_logits(user, items)
-        if not np.ptp(logits):
-            raise InputError(
-                "this CF model has no item biases to choose by for a new user: give candidates"
-            )
-        seen = {self.processor.resolve_item(item)[0] for item in history}
-        order = np.argsort(-logits, kind="stable")[: count + len(seen)]
-        chosen = [int(row) for row in order if int(row) not in seen][:count]
-        return [{"id": self.processor.item_ids[row]} for row in chosen]
+        try:
+            return list(preselect_items(self.model, self.processor, user, history, count))
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
     def _user_known(self, user: User) -> bool:
         row = self.processor.user_index.get(str(user))

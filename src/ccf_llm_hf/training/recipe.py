@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, NoReturn, get_args, get_origin
 
 import yaml
 from transformers.trainer_utils import SchedulerType
@@ -41,8 +41,9 @@ class StageConfig:
         default="",
         metadata={
             "help": "Where trained weights come from: an earlier stage's name, a slim checkpoint "
-            "folder or a PEFT adapter folder, whose LoRA rank and modules then hold. Empty: a "
-            "fresh start. From another fusion arm only the LoRA adapter is taken."
+            "(folder, or Hub repository org/name or org/name@revision) or a PEFT adapter folder, "
+            "whose LoRA rank and modules then hold. Its catalog may be another one than this "
+            "run's. Empty: a fresh start. From another fusion arm only the LoRA adapter is taken."
         },
     )
     layout: str = field(default="", metadata={"help": f"Prompt layout, one of {LAYOUTS}."})
@@ -237,10 +238,11 @@ class Recipe:
             if stage.name in seen:
                 raise InputError(f"recipe: two stages are named {stage.name!r}; rename one")
             source = stage.init_from
-            if source and source not in seen and not Path(source).is_dir():
+            known = source in seen or Path(source).is_dir() or is_hub_repo(source)
+            if source and not known:
                 raise InputError(
-                    f"stage {stage.name!r}: `init_from` {source!r} is neither an earlier stage "
-                    "nor a folder"
+                    f"stage {stage.name!r}: `init_from` {source!r} is neither an earlier stage, "
+                    "nor a folder, nor a Hub repository (org/name or org/name@revision)"
                 )
             if stage.fusion == "text_only" and "fusion" in stage.train:
                 raise InputError(
@@ -249,13 +251,19 @@ class Recipe:
             seen.add(stage.name)
 
 
+def is_hub_repo(source: str) -> bool:
+    """Whether `source` reads `org/name` or `org/name@revision`, and is no mistyped path."""
+    named = re.fullmatch(r"([\w-][\w.-]*)/[\w-][\w.-]*(@[\w./-]+)?", source)
+    return bool(named and not Path(named[1]).is_dir())
+
+
 def parse_recipe(argv: Sequence[str]) -> Recipe:
     """Recipe from `--config recipe.yaml` and flag overrides.
 
-    Raises `InputError` for an unreadable file, unknown keys and impossible values; a flag that
-    argparse refuses ends the program with exit code 2, as `--help` does with 0.
+    Raises `InputError` for an unreadable file, unknown keys and flags, and impossible values;
+    `--help` ends the program.
     """
-    parser = TrlParser([Recipe], prog="ccf-llm train", description=__doc__)  # type: ignore[list-item]
+    parser = _RecipeParser([Recipe], prog="ccf-llm train", description=__doc__)  # type: ignore[list-item]
     try:
         (recipe,) = parser.parse_args_and_config(list(argv))
     except InputError:
@@ -264,6 +272,11 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
         reason = " ".join(str(problem).split())
         raise InputError(f"the recipe cannot be read: {reason}") from problem
     return recipe
+
+
+class _RecipeParser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"recipe: {message}")
 
 
 def _as_stage(stage: Any, number: int) -> StageConfig:

@@ -12,8 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from huggingface_hub import snapshot_download
 
-from ccf_llm_hf.hub.model_card import write_model_card
+from ccf_llm_hf.data.assets import asset_source, hub_id
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.hub.example import record_example
+from ccf_llm_hf.hub.model_card import describe_run
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import ADAPTER_FOLDER, FUSION_FILE
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 from ccf_llm_hf.training.recipe import Recipe, parse_recipe
@@ -26,6 +31,7 @@ from ccf_llm_hf.training.stage import (
     write_json,
 )
 
+STARTING_FILES = ["config.json", FUSION_FILE, f"{ADAPTER_FOLDER}/*", "adapter_*"]
 PACKAGES = ("ccf-llm-hf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
@@ -57,7 +63,7 @@ def run_recipe(argv: Sequence[str]) -> dict[str, Any]:
             stage,
             inputs,
             output / "stages" / stage.name,
-            init_folder(stage.init_from, output, list(records)),
+            init_folder(stage.init_from, output, list(records), recipe.offline),
         )
         records[stage.name] = stage_run.run(state)
     if state.is_main_process:
@@ -66,11 +72,32 @@ def run_recipe(argv: Sequence[str]) -> dict[str, Any]:
     return outcome(recipe, records)
 
 
-def init_folder(init_from: str, output: Path, earlier: list[str]) -> Path | None:
-    """Folder of a stage's starting weights: an earlier stage's checkpoint, or a folder as given."""
+def init_folder(init_from: str, output: Path, earlier: list[str], offline: bool) -> Path | None:
+    """Folder of a stage's starting weights: an earlier stage's checkpoint, a folder as given, or
+    the local copy of a Hub repository `org/name[@revision]`.
+
+    Raises:
+        InputError: the repository cannot be fetched.
+    """
     if not init_from:
         return None
-    return output / "stages" / init_from / CHECKPOINT if init_from in earlier else Path(init_from)
+    if init_from in earlier:
+        return output / "stages" / init_from / CHECKPOINT
+    if Path(init_from).is_dir():
+        return Path(init_from)
+    repo, _, revision = init_from.partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision or None,
+                allow_patterns=STARTING_FILES,
+                local_files_only=offline,
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"`init_from` {init_from} cannot be fetched: {reason}") from error
 
 
 def outcome(recipe: Recipe, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -87,7 +114,7 @@ def outcome(recipe: Recipe, records: dict[str, dict[str, Any]]) -> dict[str, Any
 def export(
     recipe: Recipe, inputs: RunInputs, source: Path, records: dict[str, dict[str, Any]]
 ) -> None:
-    """Write the last stage's checkpoint in both forms, and `training.json`."""
+    """Write `training.json`, and the last stage's checkpoint in both forms with their cards."""
     output = Path(recipe.output_dir)
     model = CCFLLMForCTR.from_pretrained(source, backbone=inputs.backbone)
     processor = CCFLLMProcessor.from_pretrained(source)
@@ -100,20 +127,17 @@ def export(
         **outcome(recipe, records),
         "recipe": dataclasses.asdict(recipe),
         "inputs": inputs.digest,
+        "backbone": {"name": hub_id(recipe.backbone), "source": asset_source(inputs.backbone)},
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "hardware": hardware(recipe.precision),
         "stages": records,
     }
     write_folder(output / "checkpoint", write_full)
     write_folder(output / "checkpoint-slim", lambda folder: _copy(source, folder))
-    for name in ("checkpoint", "checkpoint-slim"):
-        write_model_card(
-            output / name,
-            config=model.config,
-            recipe=dataclasses.asdict(recipe),
-            data_protocol=inputs.data.protocol,
-        )
     write_json(output / "training.json", report)
+    for name in ("checkpoint", "checkpoint-slim"):
+        describe_run(output / name, recipe.data_dir)
+        record_example(output / name, model, processor)
 
 
 def hardware(precision: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +187,10 @@ class StageRun:
             item_slot_token_id=processor.item_slot_token_id,
             user_slot_token_id=processor.user_slot_token_id,
         )
-        self._start(model)
+        try:
+            self._start(model)
+        except (OSError, ValueError) as problem:
+            raise InputError(f"stage {self.stage.name!r}: {problem}") from problem
         if uses_bf16(self.recipe.precision):
             freeze_in_bf16(model)
         model.requires_grad_(False)
@@ -205,6 +209,8 @@ class StageRun:
         source = self.init_folder
         adapter = source and adapter_folder(source)
         same_fusion = source is not None and fusion_of(source) == self.stage.fusion
+        if source:
+            warn_of_another_backbone(source, model.config.backbone_fingerprint)
         if source and same_fusion and not adapter:
             model.load_trained_weights(source)
         if adapter:
@@ -325,6 +331,19 @@ def fusion_of(source: Path) -> str | None:
     return json.loads((source / "config.json").read_text())["fusion"]
 
 
+def warn_of_another_backbone(source: Path, fingerprint: str) -> None:
+    """Say so when a slim checkpoint was trained on other backbone weights than the run's."""
+    if not fusion_of(source):
+        return
+    trained_on = json.loads((source / "config.json").read_text())
+    if trained_on["backbone_fingerprint"] not in ("", fingerprint):
+        warnings.warn(
+            f"`init_from` {source} was trained on {trained_on['backbone_name']!r}, whose weights "
+            "are not those of this recipe's `backbone`; its LoRA may not fit them",
+            stacklevel=2,
+        )
+
+
 def digest_folder(source: Path) -> str:
     """Sha256 over the weight files that a stage would start from.
 
@@ -336,7 +355,8 @@ def digest_folder(source: Path) -> str:
     files += [adapter / "adapter_model.safetensors"] if adapter else []
     if not files or not all(file.is_file() for file in files):
         raise InputError(
-            f"`init_from` {source} is neither a slim checkpoint nor a PEFT adapter folder"
+            f"`init_from` {source} is neither a slim checkpoint nor a PEFT adapter folder (a full "
+            "checkpoint has its LoRA merged: name its slim form)"
         )
     return _sha256(files)
 

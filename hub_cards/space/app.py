@@ -1,0 +1,37 @@
+"""The Space: a CCF-LLM checkpoint of the Hub, loaded as any Hub user would, put on a page.
+
+Plain `AutoModel` and `AutoProcessor` with `trust_remote_code`, so that it needs the few packages of
+requirements.txt and not ccf-llm-hf. The checkpoint is the first argument, or the environment
+variable CCF_LLM_CHECKPOINT, or what checkpoint.json names.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ccf_llm_space.page import build_page, launch_page
+from ccf_llm_space.scoring import Recommender
+from transformers import AutoModel, AutoProcessor
+
+
+def checkpoint() -> tuple[str, dict[str, Any]]:
+    """The repository or folder, and the revision that its code and weights are pinned to."""
+    named = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("CCF_LLM_CHECKPOINT")
+    if named:
+        return named, {"revision": os.environ.get("CCF_LLM_REVISION")}
+    settings = json.loads(Path(__file__).with_name("checkpoint.json").read_text(encoding="utf-8"))
+    return settings["checkpoint"], {"revision": settings["revision"]}
+
+
+def main() -> None:
+    repo, options = checkpoint()
+    options["trust_remote_code"] = True
+    model = AutoModel.from_pretrained(repo, **options)
+    processor = AutoProcessor.from_pretrained(repo, **options)
+    launch_page(build_page(Recommender(model, processor)))
+
+
+if __name__ == "__main__":
+    main()

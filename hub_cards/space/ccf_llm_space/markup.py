@@ -1,0 +1,170 @@
+"""Scores as HTML. Titles are visitors' input: every text is escaped here, and only here."""
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .scoring import Piece, Place
+
+# Blue and vermilion stay apart under every color-vision deficiency, on light and dark pages.
+WORDS = (0, 114, 178)
+NEUTRAL = (224, 224, 224)
+BEHAVIOR = (213, 94, 0)
+STAND_IN = (96, 96, 96)
+DIMENSIONS = 64  # columns of the heat map: more would be too narrow to tell apart
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """`0.634` as `63 %`, with a no-break space."""
+    return f"{100 * share:.{digits}f}\u00a0%"
+
+
+def status_line(ranked: int, history: int, disliked: int, blank: bool) -> str:
+    """What the list below is, in one sentence (plain text)."""
+    if not ranked:
+        return "Nothing is left to rank: every title of the catalog is marked."
+    likes = f"{history} liked title{'' if history == 1 else 's'}" if history else "no liked title"
+    table = "a blank CF table (cold start)" if blank else "the CF table"
+    rest = f"; {disliked} disliked left out" if disliked else ""
+    return f"The best {ranked} for {likes}, with {table}{rest}."
+
+
+def results_html(places: Sequence[Place], prompt: Sequence[Piece], config: Any) -> str:
+    """Ranking, gate and prompt, each under its heading; `config` is the model's."""
+    gate = ""
+    if config.fusion == "gate":  # the others have one weight, or none, for all dimensions
+        gate = (
+            '<section id="gate"><h2>The gate, dimension by dimension</h2>'
+            f"{gate_html(places)}</section>"
+        )
+    return (
+        '<section id="ranking"><h2>Ranking</h2>'
+        "<p>How probable it is that you like a title, and what the title's slot is made of:</p>"
+        f"{_key(places)}{ranking_html(places)}<p>{escape(bar_note(config))}</p></section>"
+        f'{gate}<section id="prompt"><h2>The prompt of the first title, as the model reads it</h2>'
+        f"{prompt_html(prompt)}</section>"
+    )
+
+
+def bar_note(config: Any) -> str:
+    """What the bar means for this model (plain text)."""
+    text = "The bar is the mean of the gate over dimensions."
+    if config.fusion not in ("gate", "scalar_gate"):
+        text = f"This model has no gate (fusion: {config.fusion}), so that all bars are alike."
+    if config.cf_residual:
+        text += " The score adds the CF model's own estimate, which the bar does not show."
+    return text
+
+
+def _key(places: Sequence[Place]) -> str:
+    entries = ['<i class="ccf-words" aria-hidden="true"></i>the words of the title']
+    if any(place.known for place in places):
+        entries.append('<i class="ccf-behavior" aria-hidden="true"></i>the behavior of users')
+    if not all(place.known for place in places):
+        entries.append(
+            '<i class="ccf-standin" aria-hidden="true"></i>a learned stand-in, for want of behavior'
+        )
+    return f'<p class="ccf-key">{"".join(f"<span>{entry}</span>" for entry in entries)}</p>'
+
+
+def ranking_html(places: Sequence[Place]) -> str:
+    """The ranked list: title, probability, and the bar of words and behavior."""
+    rows = "".join(_place_html(place) for place in places)
+    return f'<ol class="ccf-ranking" role="list">{rows}</ol>'
+
+
+def _place_html(place: Place) -> str:
+    return (
+        f'<li><span class="ccf-title">{escape(place.title)}</span>'
+        f'<span class="ccf-probability">{percent(place.probability, 1)}'
+        '<span class="ccf-hidden"> probability of a like,</span></span>'
+        f"{_bar(place.words, place.known)}"
+        f'<span class="ccf-shares">{_shares(place.words, place.known)}</span></li>'
+    )
+
+
+def _shares(words: float, known: bool) -> str:
+    rest = "behavior" if known else "stand-in"
+    return f"{percent(words)} words, {percent(1 - words)} {rest}"
+
+
+def _bar(words: float, known: bool) -> str:
+    rest = "behavior" if known else "standin"
+    return (
+        '<span class="ccf-bar" aria-hidden="true">'
+        f'<span class="ccf-words" style="width:{words:.1%}"></span>'
+        f'<span class="ccf-{rest}" style="width:{1 - words:.1%}"></span></span>'
+    )
+
+
+def gate_html(places: Sequence[Place]) -> str:
+    """Heat map of the gate: a row per title, dimensions sorted by their spread over the titles."""
+    gates = torch.stack([place.gate for place in places])
+    spread = gates.std(dim=0, correction=0)
+    order = spread.argsort(descending=True, stable=True)[:DIMENSIONS]
+    shown = gates[:, order]
+    # The scale is cut to what is there, else a gate that hardly moves would look like one color.
+    reach = max(float((shown - 0.5).abs().max()), 0.01)
+    rows = "".join(
+        f'<div class="ccf-gate-row"><span class="ccf-gate-title">{escape(place.title)}</span>'
+        f"{_strip(place, values, reach)}</div>"
+        for place, values in zip(places, shown, strict=True)
+    )
+    return f'<div class="ccf-gate">{_gate_legend(places, spread[order], reach)}{rows}</div>'
+
+
+def _strip(place: Place, values: Tensor, reach: float) -> str:
+    cells = "".join(
+        f'<rect x="{column}" width="1" height="1" fill="{_color(value, reach, place.known)}"/>'
+        for column, value in enumerate(values.tolist())
+    )
+    low, high = float(values.min()), float(values.max())
+    alt = f"Gate of {place.title}: from {low:.2f} to {high:.2f} over the dimensions shown"
+    return (
+        f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {len(values)} 1" '
+        f'preserveAspectRatio="none" shape-rendering="crispEdges">{cells}</svg>'
+    )
+
+
+def _color(gate: float, reach: float, known: bool) -> str:
+    """From words (0.5 + reach) over neutral (0.5) to behavior or its stand-in (0.5 - reach)."""
+    position = (gate - 0.5) / reach
+    end = WORDS if position > 0 else BEHAVIOR if known else STAND_IN
+    weight = min(abs(position), 1.0)
+    mixed = (round(near + weight * (far - near)) for near, far in zip(NEUTRAL, end, strict=True))
+    return "#{:02x}{:02x}{:02x}".format(*mixed)
+
+
+def _gate_legend(places: Sequence[Place], spread: Tensor, reach: float) -> str:
+    known = [place.known for place in places]
+    rest = "behavior (gray: stand-in)" if any(known) else "stand-in"
+    end = STAND_IN if not any(known) else BEHAVIOR
+    scale = ", ".join(f"rgb{color}" for color in (end, NEUTRAL, WORDS))
+    return (
+        f'<p class="ccf-legend"><span>{max(0.5 - reach, 0.0):.2f} '
+        f'{"behavior" if all(known) else rest}</span><span class="ccf-scale" aria-hidden="true" '
+        f'style="background:linear-gradient(90deg, {scale})"></span>'
+        f"<span>{min(0.5 + reach, 1.0):.2f} words</span></p>"
+        f'<p class="ccf-caption">The {len(spread)} of {len(places[0].gate)} dimensions in which '
+        "these titles differ most, widest spread first (standard deviation from "
+        f"{float(spread[0]):.3f} down to {float(spread[-1]):.3f}).</p>"
+    )
+
+
+def prompt_html(pieces: Sequence[Piece]) -> str:
+    """The hybrid prompt: text as it is, every slot as a box with its bar."""
+    return f'<div class="ccf-prompt">{"".join(_piece_html(piece) for piece in pieces)}</div>'
+
+
+def _piece_html(piece: Piece) -> str:
+    if piece.kind == "text":
+        return escape(piece.text)
+    shares = _shares(piece.words, piece.known)
+    return (
+        f'<span class="ccf-slot ccf-{piece.kind}" title="{shares}">'
+        f'<span class="ccf-hidden">slot of the {piece.kind}: </span>{escape(piece.text)}'
+        f'<span class="ccf-hidden"> ({shares}) </span>{_bar(piece.words, piece.known)}</span>'
+    )

@@ -1,0 +1,118 @@
+"""Which files of a checkpoint folder are published, and the copy of them that goes up."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ccf_llm_hf.hub.card_training import without_local_paths
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    ADAPTER_FOLDER,
+    CATALOG_FILE,
+    CF_FILE,
+    CODE_FILES,
+    FUSION_FILE,
+    USERS_FILE,
+    write_json,
+)
+
+CARD_FILE = "README.md"
+EXAMPLE_FILE = "example.json"
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    CF_FILE,
+    FUSION_FILE,
+    f"{ADAPTER_FOLDER}/{ADAPTER_FILE}",
+    f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}",
+)
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+)
+SETTINGS_FILES = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}",
+)
+PUBLISHED = {
+    *(CARD_FILE, EXAMPLE_FILE, CATALOG_FILE, USERS_FILE, "LICENSE"),
+    *(*WEIGHT_FILES, *VOCABULARY_FILES, *SETTINGS_FILES, *CODE_FILES),
+}
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# Keys under which libraries write down where a model or tokenizer was loaded from.
+NAME_KEYS = ("backbone_name", "_name_or_path", "name_or_path", "base_model_name_or_path")
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of a repository holds weights, in either form of a checkpoint."""
+    return name in WEIGHT_FILES or SHARD.fullmatch(name) is not None
+
+
+def is_published(name: str) -> bool:
+    """Whether a file, named relative to its checkpoint folder, belongs in a repository."""
+    return name in PUBLISHED or is_weights(name)
+
+
+def copy_published(folder: Path, target: Path) -> list[str]:
+    """Fill `target` with the files of a checkpoint that are published.
+
+    Large files are hard-linked where the file system can.
+
+    Returns:
+        Names of the files that stay behind, folders with a slash behind them.
+    """
+    left = set()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if is_published(name):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(path.resolve(), target / name)
+        else:
+            top, inside, _ = name.partition("/")
+            left.add(name if top == ADAPTER_FOLDER else top + inside)
+    return sorted(left)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        if source.suffix == ".safetensors":
+            os.link(source, target)
+            return
+    except OSError:  # another disk, or a file system without links
+        pass
+    shutil.copyfile(source, target)
+
+
+def cut_local_names(folder: Path) -> None:
+    """Cut paths of this machine, where settings say what a model was made from, to their last
+    part: `"backbone_name": "/home/me/my-lm"` becomes `"my-lm"`."""
+    for name in SETTINGS_FILES:
+        file = folder / name
+        if not file.is_file() or file.suffix != ".json":
+            continue
+        values = json.loads(file.read_text(encoding="utf-8"))
+        shared = _cut(values)
+        if shared != values:
+            write_json(file, shared)
+
+
+def _cut(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: without_local_paths(value) if key in NAME_KEYS else _cut(value)
+        for key, value in values.items()
+    }

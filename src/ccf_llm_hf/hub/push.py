@@ -1,0 +1,229 @@
+"""Publish a checkpoint: one commit, whole or not at all, that may be tried again."""
+
+import json
+import re
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelInfo,
+)
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.hub.checkpoint_files import CARD_FILE, is_weights
+from ccf_llm_hf.hub.example import record_example
+from ccf_llm_hf.hub.staging import Staged, check_repo_id, staged_checkpoint, staged_part
+
+REASONS = {
+    401: "the Hub does not know who you are: run `hf auth login`, or set HF_TOKEN",
+    402: "the Hub asks for payment for this",
+    403: "this token may not write there: use one with write access to it",
+    404: "the Hub has no such repository or branch for this token",
+    412: "somebody else pushed to it meanwhile",
+    429: "the Hub takes no more requests for now",
+}
+# After these nothing is gained by trying the same again.
+FINAL = (400, 401, 402, 403, 404)
+
+
+@dataclass
+class Published:
+    """Where a checkpoint is now. `unchanged`: it was there already, and no commit was made."""
+
+    repo: str
+    url: str
+    commit: str
+    private: bool
+    unchanged: bool
+    load: list[str]
+
+    def as_text(self) -> str:
+        """For a terminal: the commit, and how to load it."""
+        what = "holds it already" if self.unchanged else "published"
+        seen = "private" if self.private else "public"
+        lines = [f"{what}: {self.url} ({seen})", "load this revision:"]
+        return "\n".join([*lines, *(f"  {line}" for line in self.load)])
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def publish(
+    staged: Staged,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    message: str = "Upload checkpoint",
+) -> Published:
+    """Send staged files in one commit; make the repository and the branch if they are not there.
+
+    Weights that the repository holds under names of the other form are deleted by the same commit,
+    other files stay. When a request fails, the repository holds the whole commit or nothing of it,
+    though it may have been made, and be empty; the same call again completes it.
+
+    Args:
+        staged: what to send.
+        repo_id: `org/name`.
+        private: a new repository is private; one that is public is refused.
+        revision: branch; default main.
+        token: default the one of `hf auth login` or HF_TOKEN.
+        message: the commit's title.
+
+    Raises:
+        InputError: the Hub refuses, cannot be reached, or breaks off.
+    """
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise InputError(f"revision {revision} is a commit: name a branch to push to")
+    api = HfApi(token=token, library_name="ccf-llm-hf")
+    try:
+        head = open_repo(api, check_repo_id(repo_id), private, revision)
+        # Not upload_folder: over Xet that one may split a folder into several commits.
+        commit: CommitInfo = api.create_commit(
+            repo_id,
+            _operations(staged, head),
+            commit_message=message,
+            revision=revision,
+            parent_commit=head.sha,
+        )
+    except InputError:
+        raise
+    except Exception as error:  # of httpx, of upload threads and of the Hub: they share no class
+        raise InputError(explain(error, repo_id)) from error
+    return Published(
+        repo=repo_id,
+        url=f"{api.endpoint}/{repo_id}/tree/{commit.oid}",
+        commit=commit.oid,
+        private=bool(head.private),
+        unchanged=commit.oid == head.sha,
+        load=load_lines(staged, repo_id, commit.oid),
+    )
+
+
+def push_object(
+    thing: Any,
+    repo_id: str,
+    *,
+    form: str | None = None,
+    backbone: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "",
+) -> Published:
+    """`push_to_hub` of a model, a processor, or a ranker, which holds both.
+
+    A ranker is checked as `ccf-llm push` does it; of a model or a processor alone, what would be
+    sent is scanned. Either leaves the other's files in the repository as they are.
+
+    Args:
+        thing: has `save_pretrained`; and `model` and `processor`, if it holds both.
+        repo_id: `org/name`.
+        form: `slim` or `full`; default the model's own.
+        backbone: for the check of a slim ranker, a folder to attach instead of the recorded one.
+        private, revision, token: see [`publish`].
+        commit_message: the commit's title.
+
+    Raises:
+        InputError: see [`publish`]; or something must not be published.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        saved = Path(temporary) / "saved"
+        try:
+            thing.save_pretrained(saved, **({"form": form} if form else {}))
+        except ValueError as error:
+            raise InputError(f"it cannot be saved: {error}") from error
+        whole = hasattr(thing, "model") and hasattr(thing, "processor")
+        if whole:
+            record_example(saved, thing.model, thing.processor)
+        staging = (
+            staged_checkpoint(saved, repo_id, backbone=backbone)
+            if whole
+            else staged_part(saved, repo_id)
+        )
+        with staging as staged:
+            return publish(
+                staged,
+                repo_id,
+                private=private,
+                revision=revision,
+                token=token,
+                message=commit_message or f"Upload {type(thing).__name__}",
+            )
+
+
+def load_lines(staged: Staged, repo_id: str, commit: str) -> list[str]:
+    """Python that loads what was published, pinned to its commit."""
+    place = f'"{repo_id}", revision="{commit}"'
+    supply = ', backbone="FOLDER"' if staged.needs_backbone else ""
+    names = {"config.json": ("AutoModel", supply), "processor_config.json": ("AutoProcessor", "")}
+    return [
+        f"{auto}.from_pretrained({place}{more}, trust_remote_code=True)"
+        for name, (auto, more) in names.items()
+        if name in staged.files
+    ]
+
+
+def open_repo(
+    api: HfApi, repo_id: str, private: bool | None, revision: str | None, kind: str = "model"
+) -> Any:
+    """The state of the branch that is pushed to, made if it is not there; `kind` as the Hub's."""
+    try:
+        head = api.repo_info(repo_id, repo_type=kind)
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=private, exist_ok=True, repo_type=kind)
+        head = api.repo_info(repo_id, repo_type=kind)
+    if private and not head.private:
+        raise InputError(
+            f"{repo_id} is public, and pushing to it does not make it private: change that in its "
+            "settings, or choose another name"
+        )
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=kind)
+        head = api.repo_info(repo_id, revision=revision, repo_type=kind)
+    return head
+
+
+def _operations(
+    staged: Staged, head: ModelInfo
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """The files to add, and weights of the other form to delete."""
+    present = {sibling.rfilename for sibling in head.siblings or []}
+    names = set(staged.files)
+    if staged.generic_card and CARD_FILE in present:
+        names.discard(CARD_FILE)
+    has_weights = any(map(is_weights, names))  # a processor alone replaces none
+    stale = {name for name in present - names if is_weights(name)} if has_weights else set()
+    return [
+        *(CommitOperationDelete(name) for name in sorted(stale)),
+        *(CommitOperationAdd(name, staged.folder / name) for name in sorted(names)),
+    ]
+
+
+def explain(error: BaseException, repo_id: str) -> str:
+    """One sentence: what happened, in which state the repository is, and the mend."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    answers = [answer for link in chain if (answer := getattr(link, "response", None)) is not None]
+    status = answers[0].status_code if answers else None
+    text = " ".join(str(error if status else chain[-1]).split()) or type(error).__name__
+    if status in FINAL:
+        return f"{repo_id} was not published: {REASONS.get(status, text)}"
+    reason = text
+    if status is not None:
+        reason = REASONS.get(status, f"the Hub answered with error {status}")
+    elif isinstance(error, json.JSONDecodeError):
+        reason = "the Hub gave an answer that cannot be read"
+    return (
+        f"pushing to {repo_id} broke off: {reason}; it holds all of this upload or nothing of it "
+        "(a new repository may have been made, and be empty): run the same again to complete it"
+    )

