@@ -166,7 +166,7 @@ def test_the_prompt_has_a_piece_for_each_slot(recommender: Recommender) -> None:
         *(("history", title) for title in HISTORY),
         ("candidate", "Jaws (1975)"),
     ]
-    assert pieces[0].text.startswith("Given what user")
+    assert pieces[0].text.startswith("Will the user like")
     assert [piece.known for piece in pieces if piece.kind == "history"] == [True, True, False]
     words = recommender.rank(HISTORY, top_k=99)
     jaws = next(place for place in words if place.title == "Jaws (1975)")
