@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import torch
 from baseline import COLLM, FAIR, Baseline, Sample, Way, write_samples
 from workload import (
     FORMATS,
@@ -135,6 +136,17 @@ def efficiency(work: Workload, model: Any, repeats: int) -> dict[str, Any]:
     }
 
 
+def where_time_goes(work: Workload, model: Any) -> dict[str, float]:
+    """Shares of one packed pass by operation, largest first, for whoever wants the rest of it."""
+    processor = work.processor(candidate_format="slot")
+    groups = whole_groups(work.train_groups(), 500)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        packed_pass(model, processor, groups)
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    return {event.key: round(event.self_cpu_time_total / total, 4) for event in events[:14]}
+
+
 def against_history(work: Workload, model: Any, rows: int) -> list[dict[str, Any]]:
     """Labels per second of ours and the fair baseline over lengths of history."""
     points = []
@@ -220,6 +232,7 @@ def main() -> None:
         "labels_per_second": rates,
         "tokens_per_label": contest.tokens(),
         "efficiency": speed,
+        "where_time_goes": where_time_goes(work, contest.model),
         "against_history": points,
         "summary": summary,
     }

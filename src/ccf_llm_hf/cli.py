@@ -226,6 +226,38 @@ def _rank(arguments: argparse.Namespace, _: list[str]) -> Output:
     return Output("\n".join(lines), data)
 
 
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_arguments(parser)
+    parser.add_argument(
+        "--pairs", required=True, help="parquet or CSV with user_id, item_id and maybe history"
+    )
+    parser.add_argument("--out", required=True, help="folder of the shards; run again to go on")
+    parser.add_argument(
+        "--data", help="prepared folder with the users' likes, for pairs without history"
+    )
+    parser.add_argument(
+        "--shard-rows", type=int, default=20_000, help="rows of a shard (default: 20000)"
+    )
+
+
+def _score(arguments: argparse.Namespace, _: list[str]) -> Output:
+    _checkpoint(arguments.checkpoint)
+    from ccf_llm_hf.inference.history import stored_histories
+    from ccf_llm_hf.inference.ranker import CTRRanker
+    from ccf_llm_hf.inference.score_pairs import PairScorer, checkpoint_identity
+
+    histories = stored_histories(arguments.data) if arguments.data else {}
+    ranker = CTRRanker.from_pretrained(arguments.checkpoint, backbone=arguments.backbone)
+    scorer = PairScorer(
+        ranker,
+        checkpoint_identity(arguments.checkpoint, ranker.model),
+        histories,
+        arguments.shard_rows,
+    )
+    manifest = scorer.run(Path(arguments.pairs), Path(arguments.out))
+    return Output(f"scored {manifest['rows']:,} pairs into {arguments.out}", manifest)
+
+
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     _user_arguments(parser)
     parser.add_argument("--item", required=True, help="id or title of the candidate")
@@ -456,6 +488,12 @@ COMMANDS = {
         'ccf-llm rank runs/demo/checkpoint --history "Toy Story (1995)" "Heat (1995)" --top-k 5',
         _rank_arguments,
         _rank,
+    ),
+    "score": Command(
+        "score a table of pairs of any length, in shards",
+        "ccf-llm score runs/demo/checkpoint-slim --pairs pairs.parquet --out runs/scores",
+        _score_arguments,
+        _score,
     ),
     "explain": Command(
         "one prediction, taken apart",

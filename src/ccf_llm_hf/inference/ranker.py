@@ -113,6 +113,10 @@ class CTRRanker(Publishable):
         Raises:
             InputError: a pair of another form, naming its place.
         """
+        return self.probabilities(self.pair_logits(pairs, progress=progress))
+
+    def pair_logits(self, pairs: Sequence[Pair], *, progress: bool = False) -> np.ndarray:
+        """As `predict`, before the temperature and the sigmoid."""
         requests: dict[Any, _Request] = {}
         places: dict[Any, list[int]] = {}
         for place, pair in enumerate(pairs):
@@ -120,11 +124,15 @@ class CTRRanker(Publishable):
             key = (user, tuple(self.processor.resolve_item(earlier) for earlier in history))
             requests.setdefault(key, _Request(user, history, [])).candidates.append(item)
             places.setdefault(key, []).append(place)
-        probabilities = np.empty(len(pairs), dtype=np.float32)
+        logits = np.empty(len(pairs), dtype=np.float32)
         scores = self._score(list(requests.values()), progress)
-        for indices, logits in zip(places.values(), scores, strict=True):
-            probabilities[indices] = self._probability(logits)
-        return probabilities
+        for indices, values in zip(places.values(), scores, strict=True):
+            logits[indices] = values
+        return logits
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Calibrated probabilities of logits."""
+        return self.model.probabilities(torch.as_tensor(logits)).numpy()
 
     def rank(
         self,
@@ -189,7 +197,7 @@ class CTRRanker(Publishable):
             history=shares[:-1],
             cf_logit=self._cf_logit(user, item),
             logit=logit,
-            probability=float(self._probability(np.array([logit]))[0]),
+            probability=float(self.probabilities(np.array([logit]))[0]),
             temperature=self.model.config.logit_temperature,
         )
 
@@ -218,9 +226,6 @@ class CTRRanker(Publishable):
             max_tokens_per_batch=self.max_tokens_per_batch,
             progress=progress,
         )
-
-    def _probability(self, logits: np.ndarray) -> np.ndarray:
-        return self.model.probabilities(torch.as_tensor(logits)).numpy()
 
     def _cf_logit(self, user: User, item: Item) -> float:
         """The CF model's own logit; a new user or item stands at the CF model's default vector."""

@@ -1,0 +1,206 @@
+"""Score a table of (user, item) pairs of any length: streamed, in shards, and resumable."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.inference.ranker import CTRRanker
+
+KEYS = ("user_id", "item_id")
+MANIFEST = "manifest.json"
+EDGE = 1 << 16  # bytes at both ends of the input that tell it from another of the same size
+
+
+@dataclass
+class PairScorer:
+    """Scores pairs shard by shard; memory holds one shard.
+
+    Args:
+        ranker: the model.
+        identity: what names the checkpoint's exact weights; a run goes on only with the same.
+        histories: liked items per user, oldest first, for pairs without a `history` column; users
+            that are not in it are scored without a history.
+        shard_rows: rows of a shard.
+    """
+
+    ranker: CTRRanker
+    identity: str
+    histories: Mapping[str, list[str]] = field(default_factory=dict)
+    shard_rows: int = 20_000
+
+    def run(self, pairs: Path, out: Path) -> dict[str, Any]:
+        """Write `part-00000.parquet` and so on, and `manifest.json`, into `out`.
+
+        A shard has the input's `user_id` and `item_id` in the input's order, `logit` and
+        `probability`. A shard that is there already is not scored again; it was renamed into place
+        when it was whole.
+
+        Args:
+            pairs: parquet or CSV with `user_id`, `item_id` and, in parquet, optionally `history`
+                (a list of items, oldest first).
+            out: folder, made if missing.
+
+        Returns:
+            The manifest: what was scored, with what, and how many rows.
+
+        Raises:
+            InputError: the input cannot be read, lacks a column or holds a null; or `out` holds the
+                scores of another input or checkpoint.
+        """
+        if self.shard_rows < 1:
+            raise InputError(f"--shard-rows {self.shard_rows} must be at least 1")
+        source = _Source(pairs)
+        manifest = {
+            "pairs": source.fingerprint(),
+            "checkpoint": self.identity,
+            "histories": _digest(json.dumps(sorted(self.histories.items())).encode()),
+            "shard_rows": self.shard_rows,
+        }
+        _claim(out, manifest)
+        rows = 0
+        with tqdm(total=source.rows, desc="scoring", unit=" pairs") as bar:
+            for number, shard in enumerate(source.shards(self.shard_rows)):
+                path = out / f"part-{number:05d}.parquet"
+                if not path.exists():
+                    partial = path.with_name(path.name + ".partial")
+                    pq.write_table(self._score(shard, first=rows), partial)
+                    partial.replace(path)
+                rows += len(shard)
+                bar.update(len(shard))
+        if not rows:
+            raise InputError(f"{pairs} has no rows: nothing to score")
+        finished = manifest | {"rows": rows, "finished": True}
+        _write_json(out / MANIFEST, finished)
+        return finished
+
+    def _score(self, shard: pa.Table, first: int) -> pa.Table:
+        columns = {name: shard[name].to_pylist() for name in shard.column_names}
+        for name in KEYS:
+            if None in columns[name]:
+                row = first + columns[name].index(None)
+                raise InputError(f"row {row} of the pairs has no {name}: fill it or drop the row")
+        users = columns["user_id"]
+        histories = columns.get("history") or [self.histories.get(str(user), []) for user in users]
+        pairs = [
+            {"user": user, "item": item, "history": history or []}
+            for user, item, history in zip(users, columns["item_id"], histories, strict=True)
+        ]
+        logits = self.ranker.pair_logits(pairs)
+        scores = {"logit": logits, "probability": self.ranker.probabilities(logits)}
+        table = shard.select(list(KEYS))
+        for name, values in scores.items():
+            table = table.append_column(name, pa.array(values.astype(np.float32)))
+        return table
+
+
+class _Source:
+    """A parquet or CSV file of pairs, read in pieces."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_csv = path.suffix.lower() in (".csv", ".tsv")
+        try:
+            reader = None if self.is_csv else pq.ParquetFile(path)
+            names = self._csv().schema.names if reader is None else reader.schema_arrow.names
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(
+                f"{path} cannot be read as pairs: give a parquet or CSV file"
+            ) from error
+        if missing := [name for name in KEYS if name not in names]:
+            raise InputError(
+                f"{path} has no column {missing[0]!r}: it needs {' and '.join(KEYS)}, and may have "
+                f"history; found {', '.join(names)}"
+            )
+        self.columns = [*KEYS, *(["history"] * ("history" in names and not self.is_csv))]
+        self.rows = None if reader is None else reader.metadata.num_rows
+
+    def _csv(self) -> pa_csv.CSVStreamingReader:
+        # Ids stay as written: 007 is not 7.
+        options = pa_csv.ConvertOptions(column_types=dict.fromkeys(KEYS, pa.string()))
+        delimiter = "\t" if self.path.suffix.lower() == ".tsv" else ","
+        parse = pa_csv.ParseOptions(delimiter=delimiter)
+        return pa_csv.open_csv(self.path, convert_options=options, parse_options=parse)
+
+    def fingerprint(self) -> str:
+        """Of size, beginning and end, where parquet keeps the places and counts of its rows."""
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            head = file.read(EDGE)
+            file.seek(max(0, size - EDGE))
+            return _digest(str(size).encode() + head + file.read())
+
+    def shards(self, rows: int) -> Iterator[pa.Table]:
+        """Tables of `rows` rows, the last one shorter."""
+        waiting: list[pa.RecordBatch] = []
+        count = 0
+        for batch in self._batches(rows):
+            while count + len(batch) >= rows:
+                taken = batch.slice(0, rows - count)
+                yield pa.Table.from_batches([*waiting, taken])
+                batch, waiting, count = batch.slice(len(taken)), [], 0
+            if len(batch):
+                waiting.append(batch)
+                count += len(batch)
+        if waiting:
+            yield pa.Table.from_batches(waiting)
+
+    def _batches(self, rows: int) -> Iterator[pa.RecordBatch]:
+        try:
+            if self.is_csv:
+                yield from (batch.select(self.columns) for batch in self._csv())
+            else:
+                with pq.ParquetFile(self.path) as file:
+                    yield from file.iter_batches(min(rows, 65_536), columns=self.columns)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{self.path} is damaged: write it again ({error})") from error
+
+
+def checkpoint_identity(checkpoint: str, model: Any) -> str:
+    """Names the exact weights: a digest of a folder's files, or a repository's commit."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return f"{checkpoint}@{getattr(model.config, '_commit_hash', None)}"
+    files = [folder / "config.json", *sorted(folder.rglob("*.safetensors"))]
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _claim(out: Path, manifest: dict[str, Any]) -> None:
+    """Note what this folder's scores are of; refuse a folder that holds others."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / MANIFEST
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        changed = [key for key, value in manifest.items() if found.get(key) != value]
+        if changed:
+            raise InputError(
+                f"{out} holds scores made with other {' and '.join(changed)}: name another --out, "
+                "or delete it"
+            )
+    elif any(out.glob("part-*.parquet")):
+        raise InputError(f"{out} holds shards but no {MANIFEST}: name another --out, or delete it")
+    else:
+        _write_json(file, manifest | {"finished": False})
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(file)

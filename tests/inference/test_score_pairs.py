@@ -1,0 +1,168 @@
+import json
+import tracemalloc
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+
+from ccf_llm_hf.cli import main
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.inference.history import stored_histories, stored_history
+from ccf_llm_hf.inference.ranker import CTRRanker
+from ccf_llm_hf.inference.score_pairs import PairScorer, checkpoint_identity
+
+PAIRS = {
+    "user_id": ["a", "b", "a", "nobody", "b", "a", "a"],
+    "item_id": ["3", "1", "4", "2", "5", "1", "A brand new film (2030)"],
+    "history": [["2"], [], ["2"], ["1", "3"], ["4"], None, ["2"]],
+}
+
+
+@pytest.fixture(scope="module")
+def ranker(checkpoint):
+    return CTRRanker.from_pretrained(str(checkpoint), device="cpu")
+
+
+def write(path, columns=PAIRS):
+    pq.write_table(pa.table(columns), path, row_group_size=3)
+    return path
+
+
+def read(folder):
+    return pa.concat_tables(pq.read_table(file) for file in sorted(folder.glob("part-*.parquet")))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 100])
+def test_shards_hold_what_predict_says_in_the_inputs_order(ranker, tmp_path, rows):
+    manifest = PairScorer(ranker, "x", shard_rows=rows).run(write(tmp_path / "p.parquet"), tmp_path)
+    table = read(tmp_path)
+    assert table.column_names == ["user_id", "item_id", "logit", "probability"]
+    assert table["item_id"].to_pylist() == PAIRS["item_id"] and manifest["rows"] == 7
+    assert len(list(tmp_path.glob("part-*"))) == -(-7 // rows)
+    pairs = [
+        {"user": user, "item": item, "history": history or []}
+        for user, item, history in zip(*PAIRS.values(), strict=True)
+    ]
+    np.testing.assert_allclose(table["probability"], ranker.predict(pairs), atol=1e-4)
+
+
+def test_a_run_cut_off_goes_on_and_ends_the_same(ranker, tmp_path, monkeypatch):
+    pairs = write(tmp_path / "p.parquet")
+    PairScorer(ranker, "x", shard_rows=2).run(pairs, tmp_path / "whole")
+    scored, original = [], PairScorer._score
+
+    def stop_at_third(self, shard, first):
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        scored.append(first)
+        return original(self, shard, first)
+
+    monkeypatch.setattr(PairScorer, "_score", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        PairScorer(ranker, "x", shard_rows=2).run(pairs, tmp_path / "broken")
+    assert not json.loads((tmp_path / "broken" / "manifest.json").read_text())["finished"]
+    monkeypatch.setattr(
+        PairScorer,
+        "_score",
+        lambda self, shard, first: (scored.append(first), original(self, shard, first))[1],
+    )
+    PairScorer(ranker, "x", shard_rows=2).run(pairs, tmp_path / "broken")
+    assert scored == [0, 2, 4, 6], "no shard is scored twice"
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert file.read_bytes() == (tmp_path / "broken" / file.name).read_bytes()
+
+
+def test_another_input_or_checkpoint_is_refused(ranker, tmp_path):
+    pairs, out = write(tmp_path / "p.parquet"), tmp_path / "out"
+    PairScorer(ranker, "x", shard_rows=2).run(pairs, out)
+    with pytest.raises(InputError, match="other checkpoint"):
+        PairScorer(ranker, "y", shard_rows=2).run(pairs, out)
+    write(pairs, PAIRS | {"item_id": ["1"] * 7})
+    with pytest.raises(InputError, match="other pairs"):
+        PairScorer(ranker, "x", shard_rows=2).run(pairs, out)
+    (out / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"no manifest\.json"):
+        PairScorer(ranker, "x", shard_rows=2).run(pairs, out)
+
+
+def test_without_a_history_column_stored_likes_are_used(ranker, tmp_path):
+    columns = {name: PAIRS[name] for name in ("user_id", "item_id")}
+    pa_csv.write_csv(pa.table(columns), tmp_path / "p.csv")
+    likes = {"a": ["2", "5"], "b": ["1"]}
+    PairScorer(ranker, "x", likes).run(tmp_path / "p.csv", tmp_path / "out")
+    pairs = [
+        {"user": user, "item": item, "history": likes.get(user, [])}
+        for user, item in zip(*columns.values(), strict=True)
+    ]
+    found = read(tmp_path / "out")["probability"]
+    np.testing.assert_allclose(found, ranker.predict(pairs), atol=1e-4)
+
+
+def test_stored_likes_of_all_users_are_those_of_each(prepared):
+    likes = stored_histories(prepared)
+    assert likes
+    for user, items in likes.items():
+        assert items == stored_history(prepared, user)
+
+
+def test_memory_does_not_grow_with_the_input(ranker, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranker, "pair_logits", lambda pairs: np.zeros(len(pairs), dtype=np.float32))
+
+    def peak(rows: int) -> int:
+        pairs = tmp_path / f"{rows}.parquet"
+        ids = pa.array([f"user-{row % 999}" for row in range(rows)])
+        pq.write_table(pa.table({"user_id": ids, "item_id": ids}), pairs, row_group_size=5000)
+        del ids
+        tracemalloc.start()
+        before = pa.total_allocated_bytes()
+        most = [0]
+        score = PairScorer._score
+
+        def watched(self, shard, first):
+            most[0] = max(most[0], pa.total_allocated_bytes() - before)
+            return score(self, shard, first)
+
+        monkeypatch.setattr(PairScorer, "_score", watched)
+        PairScorer(ranker, "x", shard_rows=1000).run(pairs, tmp_path / f"out{rows}")
+        monkeypatch.setattr(PairScorer, "_score", score)
+        traced = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return traced + most[0]
+
+    assert peak(40_000) < 1.5 * peak(10_000)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"user_id": ["a"]}, "no column 'item_id'"),
+        ({"user_id": ["a", None], "item_id": ["1", "2"]}, "row 1 of the pairs has no user_id"),
+        ({"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string())}, "no rows"),
+        ({"user_id": ["a"], "item_id": [" "]}, "is empty"),
+    ],
+)
+def test_bad_tables_are_named(ranker, tmp_path, columns, message):
+    pairs = write(tmp_path / "p.parquet", columns)
+    with pytest.raises(InputError, match=message):
+        PairScorer(ranker, "x").run(pairs, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("part-*"))
+
+
+def test_a_file_that_is_no_table_is_named(ranker, tmp_path):
+    (tmp_path / "p.parquet").write_text("no parquet")
+    with pytest.raises(InputError, match=r"p\.parquet cannot be read as pairs"):
+        PairScorer(ranker, "x").run(tmp_path / "p.parquet", tmp_path / "out")
+
+
+def test_the_command_scores_and_says_so(checkpoint, tmp_path, capsys):
+    pairs = write(tmp_path / "p.parquet")
+    call = ["score", str(checkpoint), "--pairs", str(pairs), "--out", str(tmp_path / "out")]
+    assert main(call) == 0
+    assert "scored 7 pairs" in capsys.readouterr().out
+    model = CTRRanker.from_pretrained(str(checkpoint)).model
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["checkpoint"] == checkpoint_identity(str(checkpoint), model)
+    assert main([*call, "--shard-rows", "3"]) == 2
+    assert "other shard_rows" in capsys.readouterr().err
