@@ -33,7 +33,7 @@ class Command(NamedTuple):
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    from ccf_llm_hf.data.prepare import PrepareConfig
+    from ccf_llm_hf.configs import PrepareConfig
 
     parser.add_argument("source", choices=("ml-1m", "ml-100k", "table"), help="what to prepare")
     parser.add_argument("--out", required=True, help="folder to write")
@@ -41,7 +41,8 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(arguments: argparse.Namespace, _: list[str]) -> Output:
-    from ccf_llm_hf.data.prepare import PrepareConfig, format_summary, prepare
+    from ccf_llm_hf.configs import PrepareConfig
+    from ccf_llm_hf.data.prepare import format_summary, prepare
     from ccf_llm_hf.data.prepared import load_protocol
 
     folder = prepare(config_from_arguments(PrepareConfig, arguments), summary=False)
@@ -50,7 +51,7 @@ def _prepare(arguments: argparse.Namespace, _: list[str]) -> Output:
 
 
 def _fit_cf_arguments(parser: argparse.ArgumentParser) -> None:
-    from ccf_llm_hf.cf.mf import MFConfig
+    from ccf_llm_hf.configs import MFConfig
 
     parser.add_argument("model", choices=("mf",), help="which CF model to fit")
     parser.add_argument("--data", required=True, help="prepared folder (see ccf-llm prepare)")
@@ -60,7 +61,8 @@ def _fit_cf_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _fit_cf(arguments: argparse.Namespace, _: list[str]) -> Output:
     data = _folder(arguments.data, "--data", "ccf-llm prepare")
-    from ccf_llm_hf.cf.mf import MFConfig, fit_cf
+    from ccf_llm_hf.cf.mf import fit_cf
+    from ccf_llm_hf.configs import MFConfig
 
     config = config_from_arguments(MFConfig, arguments)
     embeddings = fit_cf(arguments.model, data, arguments.out, config)

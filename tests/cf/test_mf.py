@@ -122,24 +122,19 @@ def test_the_solution_is_the_optimum_of_the_objective() -> None:
     labels = torch.tensor([1.0] * 30 + [0.0] * 10)
     rows = Rows(torch.zeros(40, dtype=torch.long), torch.zeros(40, dtype=torch.long), labels)
     start = initial_parameters(2, 2, 0, 0)
-    fit = solve(rows, Penalties(1, 5, 5), start, iterations=100, epochs=1, seed=0)
+    fit = solve(rows, Penalties(1, 5, 5), start, iterations=100)
     # b carries no penalty, so nothing is left for the biases.
     assert abs(float(fit.offset) - np.log(3)) < 1e-2
     assert fit.user_bias.abs().max() < 1e-2
     assert fit.user_bias[1] == 0
 
 
-def test_mini_batches_come_near_the_full_batch_optimum(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    full = fit_mf(folder, CONFIG)
-    monkeypatch.setattr(solver_module, "FULL_BATCH_ROWS", 10)
-    monkeypatch.setattr(solver_module, "BATCH_ROWS", 128)
-    batched = fit_mf(folder, MFConfig(dim=4, snapshots=2, epochs=40, **FIXED))
+def test_work_in_pieces_changes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fit_mf(folder, CONFIG)
+    monkeypatch.setattr(solver_module, "PIECE_ROWS", 10)
+    pieces = fit_mf(folder, CONFIG)
     train = read_rows(folder, "train")
-    first, second = full.score(train)["score"], batched.score(train)["score"]
-    assert np.corrcoef(first, second)[0, 1] > 0.97
-    assert abs(first.std() / second.std() - 1) < 0.1
+    np.testing.assert_allclose(whole.score(train)["score"], pieces.score(train)["score"], atol=1e-3)
 
 
 def test_tables_stay_within_their_memory(
@@ -178,10 +173,10 @@ def test_bad_input_is_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_many_rows_are_tuned_on_some_users(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = mf_module._load(folder)
-    monkeypatch.setattr(mf_module, "FULL_BATCH_ROWS", 300)
+    monkeypatch.setattr(mf_module, "MANY_ROWS", 300)
     sample = mf_module._sample(data, seed=0)
-    chosen = sample.rows.users.unique()
-    assert 200 < len(sample.rows) <= 300
-    # Whole users, and the tables keep their size.
-    assert len(sample.rows) == torch.isin(data.rows.users, chosen).sum()
-    assert len(sample.users) == len(data.users)
+    assert 200 < len(sample.train) <= 300
+    # Whole users: each has as many rows as in the data.
+    found = torch.bincount(sample.train.users).tolist()
+    there = torch.bincount(data.train.users).tolist()
+    assert len(found) < len(there) and set(found) <= set(there)

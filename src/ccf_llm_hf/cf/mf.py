@@ -1,7 +1,7 @@
 """Matrix factorization with and without biases, tuned on validation, in snapshots in time."""
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from ccf_llm_hf.cf.embeddings import CFEmbeddings
 from ccf_llm_hf.cf.solver import (
-    FULL_BATCH_ROWS,
     Parameters,
     Penalties,
     Rows,
@@ -21,6 +20,7 @@ from ccf_llm_hf.cf.solver import (
     refreshed,
     solve,
 )
+from ccf_llm_hf.configs import MFConfig
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import auc, uauc
 from ccf_llm_hf.evaluation.rows import read_items, read_rows
@@ -31,62 +31,22 @@ USER_BIAS_GRID = (0.5, 1.0, 2.0, 4.0, 8.0)
 ITEM_BIAS_GRID = (0.125, 0.25, 0.5, 1.0, 2.0)
 FACTOR_GRID = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 TABLE_BYTES = 1 << 30
-
-
-@dataclass
-class MFConfig:
-    """How to fit MF. The three L2 strengths left at None are chosen by AUC on all of validation."""
-
-    dim: int = field(default=32, metadata={"help": "factor dimensions; biases add two more"})
-    use_biases: bool = field(
-        default=True,
-        metadata={
-            "help": "user, item and global biases; without them it is the peers' MF baseline"
-        },
-    )
-    l2_factors: float | None = field(
-        default=None, metadata={"help": "L2 of the factors; default: chosen on validation"}
-    )
-    l2_user_bias: float | None = field(
-        default=None, metadata={"help": "L2 of the user biases; default: chosen on validation"}
-    )
-    l2_item_bias: float | None = field(
-        default=None, metadata={"help": "L2 of the item biases; default: chosen on validation"}
-    )
-    snapshots: int = field(
-        default=20,
-        metadata={
-            "help": "slices of the training rows by time, equal in rows; each slice gets vectors "
-            "fitted on the slices before it (fewer where the tables would pass 1 GB)"
-        },
-    )
-    iterations: int = field(
-        default=100, metadata={"help": "L-BFGS iterations at most (up to 300,000 rows)"}
-    )
-    epochs: int = field(
-        default=5, metadata={"help": "epochs of Adam per fit (beyond 300,000 rows)"}
-    )
-    seed: int = field(default=0, metadata={"help": "of the initial factors and the row order"})
-
-    def __post_init__(self) -> None:
-        for name in ("dim", "snapshots", "iterations", "epochs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("l2_factors", "l2_user_bias", "l2_item_bias"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"{name}={value} must be positive, or the optimum is at infinity")
+MANY_ROWS = 300_000
+ITERATIONS, ITERATIONS_MANY_ROWS = 100, 30
 
 
 @dataclass
 class _Data:
-    """Training rows in order of time, validation rows, and the tables' ids."""
+    """Rows of train in order of time, with their times `(n,)`, and of validation, with the users'
+    codes `(n,)`; user and item ids in table order. In `validation` an index below zero is unknown.
+    """
 
-    train: pd.DataFrame
-    validation: pd.DataFrame
-    items: pd.DataFrame
+    train: Rows
+    times: np.ndarray
+    validation: Rows
+    validation_users: np.ndarray
     users: pd.Index
-    rows: Rows
+    items: pd.DataFrame
 
 
 def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFEmbeddings:
@@ -117,7 +77,7 @@ def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFEmbeddings
         penalties = _choose_penalties(data, config, bar)
         fits = _fit_snapshots(data, config, penalties, sizes, bar)
     embeddings = _embeddings(data, fits, times, sizes, penalties)
-    embeddings.metadata |= _facts(data, config, penalties, embeddings)
+    embeddings.metadata |= _facts(data, config, penalties, fits, sizes)
     return embeddings
 
 
@@ -152,25 +112,40 @@ def _load(folder: Path) -> _Data:
                 f"{folder}: the {name} split needs rows of both labels to fit MF; prepare it with "
                 "another period or label rule"
             )
-    users = pd.Index(train["user_id"].unique())
-    catalog = pd.Index(items["item_id"])
-    item_rows = catalog.get_indexer(pd.Index(train["item_id"]))
-    if (item_rows < 0).any():
-        lost = train["item_id"][item_rows < 0].iloc[0]
+    users, catalog = pd.Index(train["user_id"].unique()), pd.Index(items["item_id"])
+    rows = _rows(train, users, catalog)
+    if (lost := rows.items < 0).any():
         raise InputError(
-            f"{folder}: item {lost!r} of train is not in the catalog; prepare it again"
+            f"{folder}: item {train['item_id'][int(lost.nonzero()[0])]!r} of train is not in the "
+            "catalog; prepare it again"
         )
-    rows = Rows(
-        torch.from_numpy(users.get_indexer(pd.Index(train["user_id"]))),
-        torch.from_numpy(item_rows),
-        torch.tensor(train["label"].to_numpy(), dtype=torch.float32),
+    return _Data(
+        rows,
+        train["timestamp"].to_numpy(),
+        _rows(validation, users, catalog),
+        pd.factorize(validation["user_id"])[0],
+        users,
+        items,
     )
-    return _Data(train, validation, items, users, rows)
+
+
+def _rows(table: pd.DataFrame, users: pd.Index, items: pd.Index) -> Rows:
+    return Rows(
+        torch.from_numpy(_places(table["user_id"], users)),
+        torch.from_numpy(_places(table["item_id"], items)),
+        torch.tensor(table["label"].to_numpy(), dtype=torch.float32),
+    )
+
+
+def _places(ids: pd.Series, index: pd.Index) -> np.ndarray:
+    # Each id is looked up once, however many rows it has.
+    codes, names = pd.factorize(ids)
+    return index.get_indexer(names)[codes]
 
 
 def _slices(data: _Data, config: MFConfig) -> tuple[np.ndarray, list[int]]:
     """Snapshot times, ascending, and how many of the time-ordered rows lie before each."""
-    times = data.train["timestamp"].to_numpy()
+    times = data.times
     width = config.dim + 2 * config.use_biases
     most = TABLE_BYTES // (4 * width * (len(data.users) + len(data.items)))
     count = min(config.snapshots, max(1, most - 1))
@@ -213,39 +188,52 @@ def _best(
 ) -> Penalties:
     if len(candidates) == 1:
         return candidates[0]
-    found = []
+    start = initial_parameters(len(data.users), len(data.items), dim, config.seed)
+    labels, found = data.validation.labels.numpy(), []
     for penalties in candidates:
-        start = initial_parameters(len(data.users), len(data.items), dim, config.seed)
-        fit = _solve(data.rows, penalties, start, config)
-        embeddings = _embeddings(data, [fit], np.array([0]), [len(data.rows)], penalties)
-        found.append(auc(data.validation["label"], embeddings.score(data.validation)["score"]))
+        fit = _solve(data.train, penalties, start, config)
+        found.append(auc(labels, fit.logits(data.validation).numpy()))
         bar.update()
     return candidates[int(np.argmax(found))]
 
 
 def _sample(data: _Data, seed: int) -> _Data:
-    """All rows of as many random users as full batches can take.
+    """All rows of as many random users as MANY_ROWS allows, in tables of what occurs in them.
 
-    The strengths are inverse prior variances, which part of the users tell as well as all.
+    The strengths are inverse prior variances, which part of the users tell as well as all. Of
+    validation the rows of users that were left out are left out too.
     """
-    if len(data.rows) <= FULL_BATCH_ROWS:
+    if len(data.train) <= MANY_ROWS:
         return data
     order = torch.randperm(len(data.users), generator=torch.Generator().manual_seed(seed))
-    counts = torch.bincount(data.rows.users, minlength=len(data.users))
-    chosen = torch.zeros(len(data.users), dtype=torch.bool)
-    chosen[order[counts[order].cumsum(0) <= FULL_BATCH_ROWS]] = True
-    return replace(data, rows=data.rows[chosen[data.rows.users]])
+    counts = torch.bincount(data.train.users, minlength=len(data.users))
+    users = torch.zeros(len(data.users), dtype=torch.bool)
+    users[order[counts[order].cumsum(0) <= MANY_ROWS]] = True
+    train = data.train[users[data.train.users]]
+    items = torch.bincount(train.items, minlength=len(data.items)) > 0
+    kept = users[data.validation.users] | (data.validation.users < 0)
+    return replace(
+        data,
+        train=_renumbered(train, users, items),
+        validation=_renumbered(data.validation[kept], users, items),
+        users=data.users[users.numpy()],
+        items=data.items[items.numpy()],
+    )
+
+
+def _renumbered(rows: Rows, users: Tensor, items: Tensor) -> Rows:
+    """Rows of smaller tables that hold only what is marked; the rest, and -1, become -1."""
+
+    def places(ids: Tensor, marked: Tensor) -> Tensor:
+        place = torch.where(marked, marked.cumsum(0) - 1, -1)
+        return torch.where(ids < 0, -1, place[ids])
+
+    return Rows(places(rows.users, users), places(rows.items, items), rows.labels)
 
 
 def _solve(rows: Rows, penalties: Penalties, start: Parameters, config: MFConfig) -> Parameters:
-    return solve(
-        rows,
-        penalties,
-        start,
-        iterations=config.iterations,
-        epochs=config.epochs,
-        seed=config.seed,
-    )
+    usual = ITERATIONS if len(rows) <= MANY_ROWS else ITERATIONS_MANY_ROWS
+    return solve(rows, penalties, start, iterations=config.iterations or usual)
 
 
 def _fit_snapshots(
@@ -254,7 +242,8 @@ def _fit_snapshots(
     start = initial_parameters(len(data.users), len(data.items), config.dim, config.seed)
     fits = [Parameters(*(torch.zeros_like(tensor) for tensor in start.tensors()))]
     for size in sizes[1:]:
-        fits.append(_solve(data.rows[:size], penalties, refreshed(fits[-1], start), config))
+        warm = refreshed(fits[-1], start)
+        fits.append(_solve(data.train[:size], penalties, warm, config))
         bar.update()
     return fits
 
@@ -285,8 +274,8 @@ def _embeddings(
         item_titles=data.items["title"].tolist(),
         user_vectors=user_vectors,
         item_vectors=item_vectors,
-        user_known=torch.stack([_seen(data.rows.users[:n], len(data.users)) for n in sizes]),
-        item_known=torch.stack([_seen(data.rows.items[:n], len(data.items)) for n in sizes]),
+        user_known=torch.stack([_seen(data.train.users[:n], len(data.users)) for n in sizes]),
+        item_known=torch.stack([_seen(data.train.items[:n], len(data.items)) for n in sizes]),
         default_user=default_user.repeat(len(fits), 1),
         default_item=default_item.repeat(len(fits), 1),
         offset=torch.cat([fit.offset for fit in fits]),
@@ -300,19 +289,19 @@ def _seen(ids: Tensor, size: int) -> Tensor:
 
 
 def _facts(
-    data: _Data, config: MFConfig, penalties: Penalties, embeddings: CFEmbeddings
+    data: _Data, config: MFConfig, penalties: Penalties, fits: list[Parameters], sizes: list[int]
 ) -> dict[str, str]:
-    held_out = embeddings.score(data.validation)
-    out_of_time = embeddings.score(
-        data.train, embeddings.snapshot_for(data.train["timestamp"].to_numpy())
-    )
-    in_sample = embeddings.score(data.train)
-    labels = data.validation["label"]
+    last = fits[-1]
+    held_out = last.logits(data.validation).numpy()
+    # A training row is scored by the snapshot before it: rows are in order of time.
+    bounds = zip(fits, sizes, [*sizes[1:], len(data.train)], strict=True)
+    out_of_time = [fit.logits(data.train[start:stop]) for fit, start, stop in bounds]
+    labels, train_labels = data.validation.labels.numpy(), data.train.labels.numpy()
     facts = {
-        "validation_auc": f"{auc(labels, held_out['score']):.4f}",
-        "validation_uauc": f"{uauc(labels, held_out['score'], data.validation['user_id']):.4f}",
-        "out_of_time_train_auc": f"{auc(data.train['label'], out_of_time['score']):.4f}",
-        "in_sample_train_auc": f"{auc(data.train['label'], in_sample['score']):.4f}",
+        "validation_auc": f"{auc(labels, held_out):.4f}",
+        "validation_uauc": f"{uauc(labels, held_out, data.validation_users):.4f}",
+        "out_of_time_train_auc": f"{auc(train_labels, torch.cat(out_of_time).numpy()):.4f}",
+        "in_sample_train_auc": f"{auc(train_labels, last.logits(data.train).numpy()):.4f}",
         "l2_factors": f"{penalties.factors:g}",
     }
     if penalties.use_biases:
@@ -320,7 +309,7 @@ def _facts(
             "l2_user_bias": f"{penalties.user_bias:g}",
             "l2_item_bias": f"{penalties.item_bias:g}",
         }
-    live = embeddings.item_vectors[-1, :, : config.dim].abs().amax(0) > 0
+    live = last.item_factors.abs().amax(0) > 0
     return facts | {
         "live_factors": str(int(live.sum())),
         "train_rows": str(len(data.train)),

@@ -13,16 +13,25 @@ It is solved to convergence rather than for some epochs, so that a fit depends o
 snapshots differ by their data, not by how long they were trained.
 """
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FULL_BATCH_ROWS = 300_000
 LIVE_LOGIT = 0.05
-BATCH_ROWS = 1 << 15
+# What the rescaling assumes: the log loss's curvature p (1 - p) and a factor's mean square.
+CURVATURE = 0.2
+FACTOR_SQUARE = 0.05
+# L-BFGS runs this many iterations at a time, until they gain less than TOLERANCE per row.
+ITERATIONS_AT_ONCE = 10
+TOLERANCE = 1e-5
+LBFGS_HISTORY = 3
 PIECE_ROWS = 1 << 18
+ONE_THREAD_ROWS = 200_000
 
 
 @dataclass
@@ -38,6 +47,11 @@ class Rows:
 
     def __getitem__(self, index: slice | Tensor) -> "Rows":
         return Rows(self.users[index], self.items[index], self.labels[index])
+
+    def pieces(self) -> list["Rows"]:
+        """The rows in pieces, at least one, so that what is gathered for them stays small."""
+        starts = range(0, max(1, len(self)), PIECE_ROWS)
+        return [self[start : start + PIECE_ROWS] for start in starts]
 
 
 @dataclass
@@ -55,14 +69,15 @@ class Parameters:
         return list(vars(self).values())
 
     def logits(self, rows: Rows) -> Tensor:
-        """`(n,)` logits of rows whose users and items are in the tables."""
-        # index_select, because the gradient of F.embedding is twenty times slower for biases.
-        logits = self.user_bias.index_select(0, rows.users) + self.offset
-        logits = logits + self.item_bias.index_select(0, rows.items)
-        if not self.user_factors.shape[1]:
-            return logits
-        user = self.user_factors.index_select(0, rows.users)
-        return logits + (user * self.item_factors.index_select(0, rows.items)).sum(-1)
+        """`(n,)` logits; an index below zero is an unknown user or item, at the prior's mode."""
+        return torch.cat([self._logits(piece) for piece in rows.pieces()])
+
+    def _logits(self, rows: Rows) -> Tensor:
+        known_user, known_item = rows.users >= 0, rows.items >= 0
+        users, items = rows.users.clamp(min=0), rows.items.clamp(min=0)
+        products = (self.user_factors[users] * self.item_factors[items]).sum(-1)
+        logits = self.offset + products * (known_user & known_item)
+        return logits + self.user_bias[users] * known_user + self.item_bias[items] * known_item
 
 
 @dataclass(frozen=True)
@@ -87,41 +102,50 @@ def initial_parameters(num_users: int, num_items: int, dim: int, seed: int) -> P
     )
 
 
-def solve(
-    rows: Rows, penalties: Penalties, start: Parameters, *, iterations: int, epochs: int, seed: int
-) -> Parameters:
+def solve(rows: Rows, penalties: Penalties, start: Parameters, *, iterations: int) -> Parameters:
     """Minimize the objective from `start`, which stays as it is.
 
-    Up to `FULL_BATCH_ROWS` rows by L-BFGS on all rows (at most `iterations` iterations); beyond, by
-    `epochs` epochs of Adam on mini-batches, whose penalties are shared out over a user's or item's
-    rows. Time is linear in rows; memory beyond the tables does not depend on them.
+    L-BFGS over all rows. Every variable is rescaled by its curvature, without which the biases of
+    frequent items alone take hundreds of iterations; gradients are two sparse products. Time is
+    linear in rows and table entries, memory too.
 
     Args:
-        rows: interactions to fit.
+        rows: interactions to fit, at least one.
         penalties: of the objective.
         start: warm start.
-        iterations: of L-BFGS.
-        epochs: of Adam.
-        seed: of Adam's row order.
+        iterations: of L-BFGS, at most.
 
     Returns:
         New parameters; users and items without rows end at the prior's mode, zero, and so do factor
         dimensions that move no logit by `LIVE_LOGIT`.
     """
-    found = Parameters(*(tensor.clone() for tensor in start.tensors()))
-    trained = found.tensors() if penalties.use_biases else found.tensors()[:2]
-    if not start.user_factors.shape[1]:
-        trained = trained[2:]
-    for tensor in trained:
-        tensor.requires_grad_()
-    if len(rows) <= FULL_BATCH_ROWS:
-        _full_batch(rows, penalties, found, trained, iterations)
-    else:
-        _mini_batches(rows, penalties, found, trained, epochs, seed)
-    for tensor in trained:
-        tensor.requires_grad_(False)
-    for tensor, ids in zip(found.tensors(), (rows.users, rows.items) * 2, strict=False):
-        tensor[torch.bincount(ids, minlength=len(tensor)) == 0] = 0
+    dim = start.user_factors.shape[1]
+    matrix = _Matrix(rows, len(start.user_bias), len(start.item_bias))
+    users = _Side(
+        start.user_factors[matrix.users],
+        start.user_bias[matrix.users],
+        matrix.user_counts,
+        penalties,
+        penalties.user_bias,
+        bias_column=dim,
+    )
+    items = _Side(
+        start.item_factors[matrix.items],
+        start.item_bias[matrix.items],
+        matrix.item_counts,
+        penalties,
+        penalties.item_bias,
+        bias_column=dim + 1,
+    )
+    with _threads_for(len(rows)):
+        offset = _minimize(matrix, users, items, start.offset, iterations, penalties.use_biases)
+    found = Parameters(*(torch.zeros_like(tensor) for tensor in start.tensors()))
+    found.user_factors[matrix.users] = users.vectors()[:, :dim]
+    found.item_factors[matrix.items] = items.vectors()[:, :dim]
+    if penalties.use_biases:
+        found.user_bias[matrix.users] = users.vectors()[:, dim]
+        found.item_bias[matrix.items] = items.vectors()[:, dim + 1]
+    found.offset = offset
     # What is left of a dimension on its way to zero is noise, and would look like signal rescaled.
     dead = _largest(found.user_factors) * _largest(found.item_factors) < LIVE_LOGIT
     found.user_factors[:, dead] = 0
@@ -130,90 +154,163 @@ def solve(
 
 
 def _largest(factors: Tensor) -> Tensor:
-    return factors.abs().amax(0) if len(factors) else factors.new_zeros(factors.shape[1])
+    return factors.abs().amax(0)
 
 
-def _weights(found: Parameters) -> Tensor:
-    return torch.linspace(1, 2, found.user_factors.shape[1])
+class _Side:
+    """The vectors of users, `[p, b_u, 1]`, or items, `[q, 1, b_i]`, as L-BFGS varies them.
+
+    A vector is `constant + variable * scale`; the constant column has scale zero. Without biases
+    both last columns are left out.
+    """
+
+    def __init__(
+        self,
+        factors: Tensor,
+        bias: Tensor,
+        counts: Tensor,
+        penalties: Penalties,
+        bias_penalty: float,
+        bias_column: int,
+    ) -> None:
+        dim = factors.shape[1]
+        width = dim + 2 * penalties.use_biases
+        evidence = CURVATURE * counts.float()
+        self.constant, self.weights = torch.zeros(width), torch.zeros(width)
+        start, self.scale = torch.zeros(len(bias), width), torch.zeros(len(bias), width)
+        self.weights[:dim] = penalties.factors * torch.linspace(1, 2, dim)
+        start[:, :dim] = factors
+        self.scale[:, :dim] = (self.weights[:dim] + FACTOR_SQUARE * evidence[:, None]).rsqrt()
+        if penalties.use_biases:
+            self.constant[2 * dim + 1 - bias_column] = 1
+            self.weights[bias_column] = bias_penalty
+            start[:, bias_column] = bias
+            self.scale[:, bias_column] = (bias_penalty + evidence).rsqrt()
+        self.variable = start / self.scale.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def vectors(self) -> Tensor:
+        """`(n, width)`."""
+        return torch.addcmul(self.constant, self.variable, self.scale)
+
+    def penalty(self, vectors: Tensor) -> float:
+        """Of the objective, for these vectors."""
+        return float(vectors.square().sum(0) @ self.weights) / 2
+
+    def set_gradient(self, of_loss: Tensor, vectors: Tensor) -> None:
+        """The objective's gradient with respect to the variable; `of_loss` is overwritten."""
+        self.variable.grad = of_loss.addcmul_(vectors, self.weights).mul_(self.scale)
 
 
-def _full_batch(
-    rows: Rows, penalties: Penalties, found: Parameters, trained: list[Tensor], iterations: int
-) -> None:
+class _Matrix:
+    """Rows as a sparse matrix of the users and items that occur, by user and by item.
+
+    Attributes:
+        users, items: table rows that occur.
+        user_counts, item_counts: rows of each.
+        labels: `(n,)`, by user.
+    """
+
+    def __init__(self, rows: Rows, num_users: int, num_items: int) -> None:
+        self.users, users = _occurring(rows.users, num_users)
+        self.items, items = _occurring(rows.items, num_items)
+        by_user = users.argsort(stable=True)
+        self.labels = rows.labels[by_user]
+        users, items = users[by_user], items[by_user]
+        self.user_counts = torch.bincount(users, minlength=len(self.users))
+        self.item_counts = torch.bincount(items, minlength=len(self.items))
+        self._items_by_user = items.int()
+        self._by_item = items.argsort(stable=True)
+        self._users_by_item = users[self._by_item].int()
+
+    def logits(self, users: Tensor, items: Tensor) -> Tensor:
+        """`(n,)` products of the rows' vectors, by user."""
+        if len(self.labels) > len(users) * len(items):  # repeats, more than a sparse matrix takes
+            return (users.repeat_interleave(self.user_counts, 0) * items[self._items_by_user]).sum(
+                -1
+            )
+        pattern = self._user_rows(torch.zeros_like(self.labels))
+        return torch.sparse.sampled_addmm(pattern, users, items.t(), beta=0.0).values()
+
+    def gradients(self, residuals: Tensor, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the loss with respect to the users' and the items' vectors."""
+        by_item = _csr(
+            self.item_counts, self._users_by_item, residuals[self._by_item], len(self.users)
+        )
+        return self._user_rows(residuals) @ items, by_item @ users
+
+    def _user_rows(self, values: Tensor) -> Tensor:
+        return _csr(self.user_counts, self._items_by_user, values, len(self.items))
+
+
+def _occurring(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The table rows that occur, and each id's place among them."""
+    present = torch.bincount(ids, minlength=size) > 0
+    return present.nonzero().flatten(), (present.cumsum(0) - 1)[ids]
+
+
+def _csr(counts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(
+            offsets, columns, values, size=(len(counts), width), check_invariants=False
+        )
+
+
+@contextlib.contextmanager
+def _threads_for(rows: int) -> Iterator[None]:
+    """One thread for few rows: the steps are so short that threads would wait more than work, and
+    for minutes when another process wants the same cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if rows < ONE_THREAD_ROWS else threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _minimize(
+    matrix: _Matrix,
+    users: _Side,
+    items: _Side,
+    start_offset: Tensor,
+    iterations: int,
+    free_offset: bool,
+) -> Tensor:
+    """Move both sides' variables to the optimum; returns the offset."""
+    shift, scale = torch.zeros(1), (CURVATURE * len(matrix.labels)) ** -0.5 * free_offset
     optimizer = torch.optim.LBFGS(
-        trained,
-        max_iter=iterations,
-        history_size=10,
-        tolerance_grad=1e-2,
-        tolerance_change=1e-4,
+        [users.variable, items.variable, shift],
+        max_iter=min(ITERATIONS_AT_ONCE, iterations),
+        max_eval=100 * ITERATIONS_AT_ONCE,
+        history_size=LBFGS_HISTORY,
+        tolerance_grad=0,
+        tolerance_change=0,
         line_search_fn="strong_wolfe",
     )
+    least = float("inf")
 
     def closure() -> float:
-        optimizer.zero_grad()
-        total = 0.0
-        for first in range(0, len(rows), PIECE_ROWS):
-            piece = rows[first : first + PIECE_ROWS]
-            loss = F.binary_cross_entropy_with_logits(
-                found.logits(piece), piece.labels, reduction="sum"
-            )
-            loss.backward()
-            total += loss.item()
-        penalty = _penalty(found, penalties)
-        penalty.backward()
-        return total + penalty.item()
+        nonlocal least
+        user, item = users.vectors(), items.vectors()
+        logits = matrix.logits(user, item) + start_offset + shift * scale
+        losses = F.binary_cross_entropy_with_logits(logits, matrix.labels, reduction="none")
+        residuals = logits.sigmoid_().sub_(matrix.labels)
+        of_users, of_items = matrix.gradients(residuals, user, item)
+        users.set_gradient(of_users, user)
+        items.set_gradient(of_items, item)
+        shift.grad = residuals.sum().unsqueeze(0) * scale
+        # In double precision: the last iterations gain less than a float's resolution of the sum.
+        value = float(losses.sum(dtype=torch.float64)) + users.penalty(user) + items.penalty(item)
+        least = min(least, value)
+        return value
 
-    optimizer.step(closure)
-
-
-def _penalty(found: Parameters, penalties: Penalties) -> Tensor:
-    factors = found.user_factors.square().sum(0) + found.item_factors.square().sum(0)
-    biases = penalties.user_bias * found.user_bias.square().sum()
-    biases = biases + penalties.item_bias * found.item_bias.square().sum()
-    return (penalties.factors * factors @ _weights(found) + biases) / 2
-
-
-def _mini_batches(
-    rows: Rows,
-    penalties: Penalties,
-    found: Parameters,
-    trained: list[Tensor],
-    epochs: int,
-    seed: int,
-) -> None:
-    users = torch.bincount(rows.users, minlength=len(found.user_bias)).clamp(min=1)
-    items = torch.bincount(rows.items, minlength=len(found.item_bias)).clamp(min=1)
-    optimizer = torch.optim.Adam(trained, lr=0.03)
-    steps = epochs * -(-len(rows) // BATCH_ROWS)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=steps)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for index in torch.randperm(len(rows), generator=generator).split(BATCH_ROWS):
-            batch = rows[index]
-            optimizer.zero_grad()
-            loss = F.binary_cross_entropy_with_logits(found.logits(batch), batch.labels)
-            share = _shared_penalty(batch, penalties, found, users, items)
-            (loss + share / len(batch)).backward()
-            optimizer.step()
-            schedule.step()
-
-
-def _shared_penalty(
-    batch: Rows, penalties: Penalties, found: Parameters, users: Tensor, items: Tensor
-) -> Tensor:
-    """The penalty of the batch's rows; over an epoch it adds up to the whole one."""
-    user, item = 1 / users[batch.users], 1 / items[batch.items]
-    total = penalties.user_bias * found.user_bias.index_select(0, batch.users).square() @ user
-    total = (
-        total + penalties.item_bias * found.item_bias.index_select(0, batch.items).square() @ item
-    )
-    if found.user_factors.shape[1]:
-        weights = penalties.factors * _weights(found)
-        squares = found.user_factors.index_select(0, batch.users).square() @ weights
-        total = total + squares @ user
-        squares = found.item_factors.index_select(0, batch.items).square() @ weights
-        total = total + squares @ item
-    return total / 2
+    for _ in range(0, iterations, ITERATIONS_AT_ONCE):
+        before = least
+        optimizer.step(closure)
+        if before - least < TOLERANCE * len(matrix.labels):
+            break
+    return start_offset + shift * scale
 
 
 def refreshed(previous: Parameters, start: Parameters) -> Parameters:

@@ -19,7 +19,7 @@ from ccf_llm_hf.data.prepared import (
     load_protocol,
     split_file,
 )
-from ccf_llm_hf.data.protocol import SPLITS, Samples
+from ccf_llm_hf.data.protocol import SPLITS, Samples, coded
 from ccf_llm_hf.errors import InputError
 
 WRITTEN = {"README.md", PROTOCOL_FILE, "data", "items", "interactions"}
@@ -89,18 +89,19 @@ def _write_parquet(path: Path, tables: Iterator[pa.Table]) -> None:
 
 
 def _interactions_table(rows: pd.DataFrame) -> pa.Table:
-    user, _ = pd.factorize(rows["user_id"])
-    item, _ = pd.factorize(rows["item_id"])
-    rows = rows.iloc[np.lexsort((item, user, rows["timestamp"].to_numpy()))]
+    user, user_names = coded(rows["user_id"])
+    item, item_names = coded(rows["item_id"])
+    order = np.lexsort((item, user, rows["timestamp"].to_numpy()))
     names = pa.array([*SPLITS, ""], pa.string())  # -1, in no split, is the last
-    split = rows["split"].to_numpy()
+    split = rows["split"].to_numpy()[order]
+    rating, label, timestamp = (rows[c].to_numpy()[order] for c in ("rating", "label", "timestamp"))
     return pa.table(
         {
-            "user_id": pa.array(rows["user_id"], pa.string()),
-            "item_id": pa.array(rows["item_id"], pa.string()),
-            "rating": pa.array(rows["rating"], pa.float64(), from_pandas=True),
-            "label": pa.array(rows["label"], pa.int64()),
-            "timestamp": pa.array(rows["timestamp"], pa.int64()),
+            "user_id": user_names.take(pa.array(user[order])),
+            "item_id": item_names.take(pa.array(item[order])),
+            "rating": pa.array(rating, pa.float64(), from_pandas=True),
+            "label": pa.array(label, pa.int64()),
+            "timestamp": pa.array(timestamp, pa.int64()),
             "split": names.take(pa.array(np.where(split < 0, len(SPLITS), split))),
         }
     )

@@ -1,12 +1,15 @@
 """Groups of samples that share one packed sequence: one user, one window start, one CF snapshot."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from ccf_llm_hf.modeling.layout_ccf_llm import window_start
+from ccf_llm_hf.errors import InputError
 
 
 @dataclass
@@ -48,31 +51,105 @@ def group_rows(
 
     Returns:
         Groups in order of their first row.
+
+    Raises:
+        InputError: the split stores histories that are too short for the window.
     """
-    columns = split.select_columns(["user_id", "item_id", "label", "history"]).to_dict()
-    keys = zip(columns["user_id"], columns["history"], strict=True)
-    members: dict[tuple[str, int, int], list[int]] = defaultdict(list)
-    for row, (user, history) in enumerate(keys):
-        snapshot = -1 if cf_snapshots is None else int(cf_snapshots[row])
-        members[user, window_start(len(history), history_window), snapshot].append(row)
-    groups = []
-    for (user, start, snapshot), rows in members.items():
-        rows.sort(key=lambda row: len(columns["history"][row]))
-        for first in range(0, len(rows), max_candidates):
-            part = rows[first : first + max_candidates]
-            longest = columns["history"][part[-1]]
-            groups.append(
-                Group(
-                    user_id=user,
-                    history=longest[start:],
-                    candidates=[columns["item_id"][row] for row in part],
-                    history_lengths=[len(columns["history"][row]) - start for row in part],
-                    labels=[columns["label"][row] for row in part],
-                    rows=part,
-                    snapshot=snapshot,
-                )
-            )
-    return sorted(groups, key=lambda group: group.rows[0])
+    names = ["user_id", "item_id", "label", "history"]
+    names += ["history_dropped"] * ("history_dropped" in split.column_names)
+    table = split.select_columns(names).with_format("arrow")[:]
+    earlier, starts, stored = _windows(table, history_window)
+    snapshots = np.full(len(table), -1) if cf_snapshots is None else np.asarray(cf_snapshots)
+    users, user_names = _coded(table["user_id"])
+    items, item_names = _coded(table["item_id"])
+    parts = _parts([users, starts, snapshots], earlier, max_candidates)
+    last = np.array([part[-1] for part in parts], dtype=np.int64)
+    histories = history_tails(table["history"], last, (starts - stored)[last])
+    labels = table["label"].to_numpy()
+    return [
+        Group(
+            user_id=user_names[users[part[0]]],
+            history=history,
+            candidates=item_names[items[part]].tolist(),
+            history_lengths=(earlier[part] - starts[part]).tolist(),
+            labels=labels[part].tolist(),
+            rows=part.tolist(),
+            snapshot=int(snapshots[part[0]]),
+        )
+        for part, history in zip(parts, histories, strict=True)
+    ]
+
+
+def _windows(
+    table: pa.Table, history_window: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per row: how many items are earlier, the first one that the window shows, and the first one
+    that is stored."""
+    lengths = pc.list_value_length(table["history"]).to_numpy().astype(np.int64)
+    stored = np.zeros_like(lengths)
+    if "history_dropped" in table.column_names:
+        stored = table["history_dropped"].to_numpy()
+    earlier = lengths + stored
+    size, stride = history_window
+    starts = stride * (np.maximum(0, earlier - size) // stride)  # window_start, of all rows at once
+    if (starts < stored).any():
+        raise InputError(
+            f"the data stores the {lengths.max()} latest items of a history, but the window "
+            f"({size}, {stride}) shows up to {size + stride - 1}: prepare it again with a larger "
+            "--max-history"
+        )
+    return earlier, starts, stored
+
+
+def _coded(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Ids as codes `(n,)`, and the ids behind them as one string object each, to be shared."""
+    codes, names = pd.factorize(column.to_pandas())
+    return codes, np.asarray(names, dtype=object)
+
+
+def _parts(keys: list[np.ndarray], order_by: np.ndarray, most: int) -> list[np.ndarray]:
+    """Rows cut into parts of equal keys and at most `most` rows, each sorted by `order_by`; the
+    parts in order of their first row."""
+    order = np.lexsort((order_by, *keys))
+    if not len(order):
+        return []
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
+    place = np.arange(len(order))
+    within = place - np.maximum.accumulate(np.where(new, place, 0))
+    starts = np.flatnonzero(within % most == 0)
+    ends = np.append(starts[1:], len(order))
+    by_row = np.argsort(order[starts])
+    return [order[a:b] for a, b in zip(starts[by_row], ends[by_row], strict=True)]
+
+
+def history_tails(column: pa.ChunkedArray, rows: np.ndarray, skip: np.ndarray) -> list[list[str]]:
+    """The history of each of `rows` without its first `skip` items.
+
+    Args:
+        column: lists of item ids, none of them null.
+        rows: `(n,)`, which.
+        skip: `(n,)`, items to leave out at the beginning.
+    """
+    # Chunk by chunk: all histories together may be longer than one array can be.
+    found: list[list[str]] = [[] for _ in rows]
+    order = np.argsort(rows)
+    first = 0
+    for chunk in column.chunks:
+        inside = np.searchsorted(rows[order], [first, first + len(chunk)])
+        which = order[slice(*inside)]
+        offsets = chunk.offsets.to_numpy()
+        starts = offsets[rows[which] - first] + skip[which]
+        lengths = offsets[rows[which] - first + 1] - starts
+        ends = np.cumsum(lengths)
+        if len(ends) and ends[-1]:
+            flat = np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1])
+            codes, names = _coded(chunk.values.take(pa.array(flat)))
+            items = names[codes].tolist()
+            for place, end, length in zip(which, ends.tolist(), lengths.tolist(), strict=True):
+                found[place] = items[end - length : end]
+        first += len(chunk)
+    return found
 
 
 def sample_group(groups: list[Group], max_labels: int, order: Sequence[int]) -> list[Group]:

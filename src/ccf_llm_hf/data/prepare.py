@@ -1,7 +1,7 @@
 """Turn a source of interactions into a prepared folder (`ccf-llm prepare`)."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from ccf_llm_hf.configs import PrepareConfig
 from ccf_llm_hf.data import assets
 from ccf_llm_hf.data.folder import check_output, write_folder
 from ccf_llm_hf.data.prepared import FORMAT
@@ -41,76 +42,6 @@ HISTORY_RULE = (
     "outside all splits do not count; ties in time are ordered by first appearance of the item in "
     "the ratings file"
 )
-
-
-@dataclass
-class PrepareConfig:
-    """What to prepare, from where, and by which protocol.
-
-    `ml-1m` follows CoLLM's protocol (months since the first rating's: train 14-23, validation
-    24-28, test 29-33) and `ml-100k` is cut 80/10/10 by time (our choice); both take label = rating
-    >= 4. Of the options below they use `out`, `input`, `offline` and `cache_dir` only; `table` uses
-    the others.
-    """
-
-    source: str = field(default="ml-1m", metadata={"help": "ml-1m, ml-100k or table"})
-    out: str = field(default="", metadata={"help": "folder to write"})
-    input: str | None = field(
-        default=None, metadata={"help": "ml-*: folder of the raw files (default: download them)"}
-    )
-    offline: bool = field(default=False, metadata={"help": "ml-*: do not use the network"})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "ml-*: cache of downloads (default: $CCF_LLM_CACHE)"}
-    )
-    name: str | None = field(default=None, metadata={"help": "table: name in the dataset card"})
-    interactions: str | None = field(
-        default=None, metadata={"help": "table: .csv, .tsv (also .gz) or .parquet of interactions"}
-    )
-    items: str | None = field(
-        default=None,
-        metadata={"help": "table: file of items (default: titles are in the interactions)"},
-    )
-    user_column: str = field(default="user_id", metadata={"help": "table: column of user ids"})
-    item_column: str = field(
-        default="item_id", metadata={"help": "table: column of item ids, in both files"}
-    )
-    time_column: str = field(
-        default="timestamp", metadata={"help": "table: column of times, Unix time or ISO dates"}
-    )
-    title_column: str = field(default="title", metadata={"help": "table: column of item titles"})
-    rating_column: str | None = field(
-        default=None, metadata={"help": "table: column of ratings (this or --label-column)"}
-    )
-    label_column: str | None = field(
-        default=None, metadata={"help": "table: column of 0/1 labels (this or --rating-column)"}
-    )
-    positive_threshold: float = field(
-        default=4.0, metadata={"help": "table: label 1 is a rating of at least this"}
-    )
-    time_unit: str = field(default="s", metadata={"help": "table: unit of numeric times, s or ms"})
-    split: str = field(
-        default="ratio", metadata={"help": "table: ratio (shares by time) or time (given dates)"}
-    )
-    ratios: list[float] = field(
-        default_factory=lambda: [0.8, 0.1, 0.1],
-        metadata={"help": "table: shares of train, validation and test, cut in order of time"},
-    )
-    valid_start: str | None = field(
-        default=None, metadata={"help": "table, split=time: validation starts (time or ISO date)"}
-    )
-    test_start: str | None = field(
-        default=None, metadata={"help": "table, split=time: test starts (time or ISO date)"}
-    )
-    license: str | None = field(
-        default=None,
-        metadata={"help": "table: license of the data, for its card: an id such as cc-by-4.0"},
-    )
-    language: str | None = field(
-        default=None, metadata={"help": "table: language of the titles, for cards: en, de, ..."}
-    )
-    max_history: int | None = field(
-        default=None, metadata={"help": "table: store only this many latest items of a history"}
-    )
 
 
 def prepare(config: PrepareConfig, *, summary: bool = True) -> Path:

@@ -3,14 +3,17 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict
 
 from ccf_llm_hf.data.protocol import SPLITS
 from ccf_llm_hf.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
 
 PROTOCOL_FILE = "protocol.json"
 ITEMS_FILE = "items/items.parquet"
@@ -29,8 +32,8 @@ class PreparedData:
     """
 
     path: Path
-    splits: DatasetDict
-    items: Dataset
+    splits: "DatasetDict"
+    items: "Dataset"
     protocol: dict
 
 
@@ -45,6 +48,10 @@ def load_prepared(data_dir: str | Path) -> PreparedData:
     Raises:
         InputError: the folder or one of its files is missing or cannot be read.
     """
+    # Imported here: it takes half a second, and most of what reads a prepared folder needs no more
+    # than pandas.
+    from datasets import Dataset, DatasetDict
+
     folder = Path(data_dir)
     protocol = load_protocol(folder)
     splits = DatasetDict({name: Dataset(_read(folder, split_file(name))) for name in SPLITS})

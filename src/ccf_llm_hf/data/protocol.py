@@ -13,7 +13,8 @@ import pyarrow as pa
 from ccf_llm_hf.errors import InputError
 
 SPLITS = ("train", "validation", "test")
-CHUNK_ROWS = 4096
+CHUNK_ROWS = 1 << 16
+CHUNK_HISTORY = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -58,24 +59,39 @@ def ratio_split(timestamps: np.ndarray, ratios: list[float]) -> TimeSplit:
 
 @dataclass
 class Samples:
-    """Rows that belong to a split, ordered by user, time, item.
+    """Rows that belong to a split, ordered by user, time, item; every array is `(rows,)`.
 
-    `rows` has columns user_id, item_id, label, timestamp, split (int8), split_position, not_cold.
-    The history of row i is `positives[history_start[i]:history_stop[i]]`, indices into
-    `item_names`.
+    `user` and `item` are indices into `user_names` and `item_names`. The history of row i is
+    `positives[history_start[i]:history_stop[i]]`, indices into `item_names`. `history_dropped`
+    counts the earlier items that are not stored; None when histories are whole.
     """
 
-    rows: pd.DataFrame
+    user: np.ndarray
+    item: np.ndarray
+    label: np.ndarray
+    timestamp: np.ndarray
+    split: np.ndarray
+    split_position: np.ndarray
+    not_cold: np.ndarray
     positives: np.ndarray
     history_start: np.ndarray
     history_stop: np.ndarray
+    history_dropped: np.ndarray | None
+    user_names: pa.Array
     item_names: pa.Array
 
     def tables(self, split: str) -> Iterator[pa.Table]:
-        """The split as arrow tables of at most CHUNK_ROWS rows, in order."""
-        rows = np.flatnonzero(self.rows["split"].to_numpy() == SPLITS.index(split))
-        for start in range(0, len(rows), CHUNK_ROWS):
-            yield self._table(rows[start : start + CHUNK_ROWS])
+        """The split as arrow tables of at most CHUNK_ROWS rows and about CHUNK_HISTORY history
+        items, in order."""
+        rows = np.flatnonzero(self.split == SPLITS.index(split))
+        items = np.cumsum(self.history_stop[rows] - self.history_start[rows])
+        start = 0
+        while start < len(rows):
+            before = items[start - 1] if start else 0
+            end = int(np.searchsorted(items, before + CHUNK_HISTORY, side="right"))
+            end = min(max(end, start + 1), start + CHUNK_ROWS)
+            yield self._table(rows[start:end])
+            start = end
 
     def _table(self, rows: np.ndarray) -> pa.Table:
         start = self.history_start[rows]
@@ -85,18 +101,18 @@ class Samples:
         history = pa.ListArray.from_arrays(
             pa.array(offsets, pa.int32()), self.item_names.take(pa.array(self.positives[flat]))
         )
-        frame = self.rows.iloc[rows]
-        return pa.table(
-            {
-                "user_id": pa.array(frame["user_id"], pa.string()),
-                "item_id": pa.array(frame["item_id"], pa.string()),
-                "label": pa.array(frame["label"], pa.int64()),
-                "timestamp": pa.array(frame["timestamp"], pa.int64()),
-                "history": history,
-                "split_position": pa.array(frame["split_position"], pa.int64()),
-                "not_cold": pa.array(frame["not_cold"], pa.bool_()),
-            }
-        )
+        columns = {
+            "user_id": self.user_names.take(pa.array(self.user[rows])),
+            "item_id": self.item_names.take(pa.array(self.item[rows])),
+            "label": pa.array(self.label[rows], pa.int64()),
+            "timestamp": pa.array(self.timestamp[rows], pa.int64()),
+            "history": history,
+            "split_position": pa.array(self.split_position[rows], pa.int64()),
+            "not_cold": pa.array(self.not_cold[rows], pa.bool_()),
+        }
+        if self.history_dropped is not None:
+            columns["history_dropped"] = pa.array(self.history_dropped[rows], pa.int64())
+        return pa.table(columns)
 
 
 def build_samples(interactions: pd.DataFrame, max_history: int | None = None) -> Samples:
@@ -108,26 +124,54 @@ def build_samples(interactions: pd.DataFrame, max_history: int | None = None) ->
     The history of a row is the items of the user's earlier rows (in that order) with label 1,
     oldest first, carried across splits; rows outside the splits do not count (this, with that order
     of ties, gives CoLLM's published ML-1M files row for row). `max_history` keeps the latest ones
-    only.
+    only, and counts the others in `history_dropped`.
     """
-    user, _ = pd.factorize(interactions["user_id"])
-    item, names = pd.factorize(interactions["item_id"])
+    user, user_names = coded(interactions["user_id"])
+    item, item_names = coded(interactions["item_id"])
     order = np.lexsort((item, interactions["timestamp"].to_numpy(), user))
     order = order[interactions["split"].to_numpy()[order] >= 0]
-    rows = interactions.iloc[order].reset_index(drop=True)
     user, item = user[order], item[order]
+    label, timestamp, split = (
+        interactions[name].to_numpy()[order] for name in ("label", "timestamp", "split")
+    )
 
-    liked = rows["label"].to_numpy() == 1
+    liked = label == 1
     stop = np.cumsum(liked) - liked
-    first_of_user = np.flatnonzero(np.diff(user, prepend=-1))
-    start = np.repeat(stop[first_of_user], np.diff(first_of_user, append=len(user)))
+    start, dropped = stop[_run_starts(user)], None
     if max_history is not None:
-        start = np.maximum(start, stop - max_history)
+        whole, start = start, np.maximum(start, stop - max_history)
+        dropped = start - whole
 
-    train = rows["split"].to_numpy() == 0
-    rows["split_position"] = rows.groupby([user, rows["split"]]).cumcount()
-    rows["not_cold"] = np.isin(user, user[train]) & np.isin(item, item[train])
-    return Samples(rows, item[liked], start, stop, pa.array(names, pa.string()))
+    seen = [np.bincount(ids[split == 0], minlength=ids.max(initial=0) + 1) for ids in (user, item)]
+    return Samples(
+        user=user,
+        item=item,
+        label=label,
+        timestamp=timestamp,
+        split=split,
+        # Time grows along a user's rows, so the rows of a split are one run.
+        split_position=np.arange(len(user)) - _run_starts(user * len(SPLITS) + split),
+        not_cold=(seen[0][user] > 0) & (seen[1][item] > 0),
+        positives=item[liked],
+        history_start=start,
+        history_stop=stop,
+        history_dropped=dropped,
+        user_names=user_names,
+        item_names=item_names,
+    )
+
+
+def coded(ids: pd.Series) -> tuple[np.ndarray, pa.Array]:
+    """Ids as codes `(n,)` in order of first appearance, and the ids behind the codes."""
+    codes, names = pd.factorize(ids)
+    return codes, pa.array(names.astype("str"), pa.string())
+
+
+def _run_starts(values: np.ndarray) -> np.ndarray:
+    """For each place, the first place of the run of equal values that it is in."""
+    new = np.ones(len(values), dtype=bool)
+    new[1:] = values[1:] != values[:-1]
+    return np.maximum.accumulate(np.where(new, np.arange(len(values)), 0))
 
 
 def split_statistics(samples: Samples) -> dict[str, dict]:
@@ -136,21 +180,22 @@ def split_statistics(samples: Samples) -> dict[str, dict]:
     Raises:
         InputError: a split has no rows.
     """
-    train = samples.rows[samples.rows["split"] == 0]
-    statistics = {}
+    statistics: dict[str, dict[str, float]] = {}
     for code, name in enumerate(SPLITS):
-        rows = samples.rows[samples.rows["split"] == code]
-        if rows.empty:
+        rows = samples.split == code
+        if not rows.any():
             raise InputError(f"the {name} split has no rows: move the split's boundaries")
-        statistics[name] = {
-            "rows": len(rows),
-            "users": int(rows["user_id"].nunique()),
-            "items": int(rows["item_id"].nunique()),
-            "positive_rate": float(rows["label"].mean()),
-            "unseen_user_rate": float((~rows["user_id"].isin(train["user_id"])).mean()),
-            "unseen_item_rate": float((~rows["item_id"].isin(train["item_id"])).mean()),
-            "not_cold_rows": int(rows["not_cold"].sum()),
-            "first_timestamp": int(rows["timestamp"].min()),
-            "last_timestamp": int(rows["timestamp"].max()),
+        statistics[name] = {"rows": int(rows.sum())}
+        unseen: dict[str, float] = {}
+        for side, ids in (("user", samples.user), ("item", samples.item)):
+            counts = np.bincount(ids[samples.split == 0], minlength=ids.max() + 1)
+            statistics[name][f"{side}s"] = int(np.count_nonzero(np.bincount(ids[rows])))
+            unseen[f"unseen_{side}_rate"] = float((counts[ids[rows]] == 0).mean())
+        statistics[name] |= {
+            "positive_rate": float(samples.label[rows].mean()),
+            **unseen,
+            "not_cold_rows": int(samples.not_cold[rows].sum()),
+            "first_timestamp": int(samples.timestamp[rows].min()),
+            "last_timestamp": int(samples.timestamp[rows].max()),
         }
     return statistics

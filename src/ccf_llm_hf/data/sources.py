@@ -231,7 +231,7 @@ def _read_table(path: Path) -> tuple[pd.DataFrame, list[int]]:
         kind = "parquet" if suffix == "parquet" else f"{suffix} in UTF-8"
         raise InputError(f"{path.name} cannot be read as {kind}: {reason}") from error
     lines = np.arange(first_line, first_line + len(frame) + len(bad))
-    frame["_line"] = np.setdiff1d(lines, bad)
+    frame["_line"] = np.delete(lines, np.array(bad, dtype=np.int64) - first_line)
     return frame, bad
 
 

@@ -65,7 +65,7 @@ class RejectionReport:
 
 def clean_items(raw: RawTables, report: RejectionReport) -> pd.DataFrame:
     """Usable items: `item_id` str (unique), `title` str (never empty), other columns as read."""
-    items, file = raw.items.copy(), raw.items_file
+    items, file = raw.items.copy(deep=False), raw.items_file
     report.add("malformed_item_line", file, raw.malformed_items)
     total = len(items) + len(raw.malformed_items)
     items["item_id"] = as_ids(items["item_id"])
@@ -84,16 +84,18 @@ def clean_interactions(
 ) -> pd.DataFrame:
     """Usable interactions, in the order of the file.
 
-    Columns: `user_id` str, `item_id` str, `timestamp` int64 (Unix seconds), and `rating` float64 or
-    `label` int64. A row that is bad in several ways is counted once, under the first reason.
+    Columns: `user_id` and `item_id` categorical (of str), `timestamp` int64 (Unix seconds), and
+    `rating` float64 or `label` int64. A row that is bad in several ways is counted once, under the
+    first reason.
 
     Raises:
         InputError: no rows, or more than half of them are unusable.
     """
-    rows, file = raw.interactions.copy(), raw.interactions_file
+    rows, file = raw.interactions.copy(deep=False), raw.interactions_file
     report.add("malformed_line", file, raw.malformed_interactions)
     total = len(rows) + len(raw.malformed_interactions)
-    rows["user_id"], rows["item_id"] = as_ids(rows["user_id"]), as_ids(rows["item_id"])
+    for side in ("user_id", "item_id"):
+        rows[side] = _categorical(as_ids(rows[side]))
     rows["timestamp"] = parse_times(rows["timestamp"], time_unit)
     value = "label" if "label" in rows else "rating"
     if value == "label":
@@ -108,8 +110,9 @@ def clean_interactions(
     known = rows["item_id"].isin(items["item_id"])
     rows = _drop(rows, ~known, "unknown_item", file, report)
     key = ["user_id", "item_id", "timestamp"]
-    rows = _drop(rows, rows.duplicated([*key, value]), "duplicate", file, report)
-    rows = _drop(rows, rows.duplicated(key), "conflicting_duplicate", file, report)
+    if rows.duplicated(key).any():
+        rows = _drop(rows, rows.duplicated([*key, value]), "duplicate", file, report)
+        rows = _drop(rows, rows.duplicated(key), "conflicting_duplicate", file, report)
     report.check_share(file, len(rows), total)
     rows = rows.astype({"timestamp": "int64", value: "int64" if value == "label" else "float64"})
     return rows[[*key, value]].reset_index(drop=True)
@@ -131,6 +134,12 @@ def as_ids(values: pd.Series) -> pd.Series:
         if (values[finite] % 1 == 0).all():
             values = values.where(finite).astype("Int64")
     return _as_text(values)
+
+
+def _categorical(ids: pd.Series) -> pd.Series:
+    """Strings as codes: everything after this would hash the same strings again and again."""
+    codes, names = pd.factorize(ids)
+    return pd.Series(pd.Categorical.from_codes(codes, categories=names), index=ids.index)
 
 
 def _as_text(values: pd.Series) -> pd.Series:

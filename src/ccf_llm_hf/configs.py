@@ -1,0 +1,128 @@
+"""What `prepare` and `fit-cf` can be told.
+
+Apart from the code that they configure, and light to import: the command line shows their fields as
+flags, and help must not wait for pandas and torch.
+"""
+
+from dataclasses import dataclass, field
+
+from ccf_llm_hf.errors import InputError
+
+
+@dataclass
+class PrepareConfig:
+    """What to prepare, from where, and by which protocol.
+
+    `ml-1m` follows CoLLM's protocol (months since the first rating's: train 14-23, validation
+    24-28, test 29-33) and `ml-100k` is cut 80/10/10 by time (our choice); both take label = rating
+    >= 4. Of the options below they use `out`, `input`, `offline` and `cache_dir` only; `table` uses
+    the others.
+    """
+
+    source: str = field(default="ml-1m", metadata={"help": "ml-1m, ml-100k or table"})
+    out: str = field(default="", metadata={"help": "folder to write"})
+    input: str | None = field(
+        default=None, metadata={"help": "ml-*: folder of the raw files (default: download them)"}
+    )
+    offline: bool = field(default=False, metadata={"help": "ml-*: do not use the network"})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "ml-*: cache of downloads (default: $CCF_LLM_CACHE)"}
+    )
+    name: str | None = field(default=None, metadata={"help": "table: name in the dataset card"})
+    interactions: str | None = field(
+        default=None, metadata={"help": "table: .csv, .tsv (also .gz) or .parquet of interactions"}
+    )
+    items: str | None = field(
+        default=None,
+        metadata={"help": "table: file of items (default: titles are in the interactions)"},
+    )
+    user_column: str = field(default="user_id", metadata={"help": "table: column of user ids"})
+    item_column: str = field(
+        default="item_id", metadata={"help": "table: column of item ids, in both files"}
+    )
+    time_column: str = field(
+        default="timestamp", metadata={"help": "table: column of times, Unix time or ISO dates"}
+    )
+    title_column: str = field(default="title", metadata={"help": "table: column of item titles"})
+    rating_column: str | None = field(
+        default=None, metadata={"help": "table: column of ratings (this or --label-column)"}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "table: column of 0/1 labels (this or --rating-column)"}
+    )
+    positive_threshold: float = field(
+        default=4.0, metadata={"help": "table: label 1 is a rating of at least this"}
+    )
+    time_unit: str = field(default="s", metadata={"help": "table: unit of numeric times, s or ms"})
+    split: str = field(
+        default="ratio", metadata={"help": "table: ratio (shares by time) or time (given dates)"}
+    )
+    ratios: list[float] = field(
+        default_factory=lambda: [0.8, 0.1, 0.1],
+        metadata={"help": "table: shares of train, validation and test, cut in order of time"},
+    )
+    valid_start: str | None = field(
+        default=None, metadata={"help": "table, split=time: validation starts (time or ISO date)"}
+    )
+    test_start: str | None = field(
+        default=None, metadata={"help": "table, split=time: test starts (time or ISO date)"}
+    )
+    license: str | None = field(
+        default=None,
+        metadata={"help": "table: license of the data, for its card: an id such as cc-by-4.0"},
+    )
+    language: str | None = field(
+        default=None, metadata={"help": "table: language of the titles, for cards: en, de, ..."}
+    )
+    max_history: int | None = field(
+        default=None, metadata={"help": "table: store only this many latest items of a history"}
+    )
+
+
+@dataclass
+class MFConfig:
+    """How to fit MF. The three L2 strengths left at None are chosen by AUC on all of validation."""
+
+    dim: int = field(default=32, metadata={"help": "factor dimensions; biases add two more"})
+    use_biases: bool = field(
+        default=True,
+        metadata={
+            "help": "user, item and global biases; without them it is the peers' MF baseline"
+        },
+    )
+    l2_factors: float | None = field(
+        default=None, metadata={"help": "L2 of the factors; default: chosen on validation"}
+    )
+    l2_user_bias: float | None = field(
+        default=None, metadata={"help": "L2 of the user biases; default: chosen on validation"}
+    )
+    l2_item_bias: float | None = field(
+        default=None, metadata={"help": "L2 of the item biases; default: chosen on validation"}
+    )
+    snapshots: int = field(
+        default=20,
+        metadata={
+            "help": "slices of the training rows by time, equal in rows; each slice gets vectors "
+            "fitted on the slices before it (fewer where the tables would pass 1 GB)"
+        },
+    )
+    iterations: int | None = field(
+        default=None,
+        metadata={
+            "help": "L-BFGS iterations of a fit, at most; default: 100, or 30 beyond 300,000 rows, "
+            "where more of them no longer move AUC"
+        },
+    )
+    seed: int = field(
+        default=0, metadata={"help": "of the initial factors, and of the users to tune on"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "snapshots", "iterations"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} must be at least 1")
+        for name in ("l2_factors", "l2_user_bias", "l2_item_bias"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"{name}={value} must be positive, or the optimum is at infinity")
