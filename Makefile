@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo    prepare MovieLens-1M, fit MF, train CCF-LLM, evaluate and rank (into runs/demo)"
-	@echo "make bench   measure every speed figure on the demo's data and checkpoint (about an hour)"
+	@echo "make bench   measure every speed figure on the demo's data and checkpoint (about 45 minutes)"
 	@echo "make test    lint, types and all tests, the slow ones included"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  rewrite the code as ruff would have it"

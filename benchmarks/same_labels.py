@@ -121,8 +121,8 @@ def peers(work: Workload, steps: Sequence[Sequence[Group]], chosen: set[int]) ->
 def main() -> None:
     """Train both, score both, compare."""
     parser = arguments(__doc__, "same_labels.json")
-    parser.add_argument("--labels", type=int, default=2000, help="training labels")
-    parser.add_argument("--eval-labels", type=int, default=1500, help="validation labels")
+    parser.add_argument("--labels", type=int, default=1500, help="training labels")
+    parser.add_argument("--eval-labels", type=int, default=1000, help="validation labels")
     options = parser.parse_args()
     work = Workload.load(options.data, options.cf)
     steps = cut_steps(whole_groups(work.train_groups(), options.labels), 96)

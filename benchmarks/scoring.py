@@ -191,8 +191,8 @@ def main() -> None:
     """Measure, print and write."""
     parser = arguments(__doc__, "scoring.json")
     parser.add_argument("--checkpoint", default="runs/demo/checkpoint-slim", help="for int8")
-    parser.add_argument("--sample", type=int, default=300, help="test rows the baseline scores")
-    parser.add_argument("--repeats", type=int, default=2, help="turns over the test split")
+    parser.add_argument("--sample", type=int, default=150, help="test rows the baseline scores")
+    parser.add_argument("--repeats", type=int, default=1, help="turns over the test split")
     parser.add_argument("--calls", type=int, default=15, help="rank calls of each kind")
     options = parser.parse_args()
     work = Workload.load(options.data, options.cf)

@@ -201,8 +201,8 @@ def plot(points: list[dict[str, Any]], path: str) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = arguments(__doc__, "training.json")
-    parser.add_argument("--labels", type=int, default=192, help="training rows of the contest")
-    parser.add_argument("--repeats", type=int, default=3, help="turns")
+    parser.add_argument("--labels", type=int, default=128, help="training rows of the contest")
+    parser.add_argument("--repeats", type=int, default=2, help="turns")
     options = parser.parse_args()
     work = Workload.load(options.data, options.cf)
     contest = Contest(work, options.labels)
