@@ -39,7 +39,7 @@ def write_tables(rows: int, items: int, folder: Path) -> None:
     table = {
         "user_id": user,
         "item_id": item,
-        "rating": np.where(liked, 5, 2),
+        "label": liked.astype(np.int64),
         "timestamp": np.sort(random.integers(0, 86400 * 720, rows)),
     }
     pd.DataFrame(table).to_parquet(folder / "interactions.parquet")
@@ -84,7 +84,8 @@ def measure(rows: int, items: int) -> dict[str, Any]:
         folder = Path(name)
         write_tables(rows, items, folder)
         tables = ("--interactions", str(folder / "interactions.parquet"))
-        tables += ("--items", str(folder / "items.parquet"), "--max-history", "35")
+        tables += ("--items", str(folder / "items.parquet"), "--label-column", "label")
+        tables += ("--max-history", "35")
         penalties = ("--l2-factors", "8", "--l2-user-bias", "2", "--l2-item-bias", "2")
         figures = {
             "prepare": run(*command, "prepare", "table", *tables, "--out", str(folder / "data")),
