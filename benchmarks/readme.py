@@ -124,6 +124,8 @@ def speed_section() -> list[str]:
         "",
         "![Rank latency against number of candidates](benchmarks/results/scoring.png)",
         "",
+        "![Seconds and memory against the size of the data](benchmarks/results/scaling.png)",
+        "",
         *table(collect_summary()),
     ]
 
