@@ -231,7 +231,9 @@ def _rank(arguments: argparse.Namespace, _: list[str]) -> Output:
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
     _checkpoint_arguments(parser)
     parser.add_argument(
-        "--pairs", required=True, help="parquet or CSV with user_id, item_id and maybe history"
+        "--pairs",
+        required=True,
+        help="parquet or CSV with user_id and item_id; parquet also history",
     )
     parser.add_argument("--out", required=True, help="folder of the shards; run again to go on")
     parser.add_argument(

@@ -166,3 +166,9 @@ def test_the_command_scores_and_says_so(checkpoint, tmp_path, capsys):
     assert manifest["checkpoint"] == checkpoint_identity(str(checkpoint), model)
     assert main([*call, "--shard-rows", "3"]) == 2
     assert "other shard_rows" in capsys.readouterr().err
+
+
+def test_a_history_in_a_csv_is_refused_not_ignored(ranker, tmp_path):
+    (tmp_path / "p.csv").write_text("user_id,item_id,history\na,3,2|5\n")
+    with pytest.raises(InputError, match="only parquet can hold"):
+        PairScorer(ranker, "x").run(tmp_path / "p.csv", tmp_path / "out")

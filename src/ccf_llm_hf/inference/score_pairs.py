@@ -121,6 +121,11 @@ class _Source:
                 f"{path} has no column {missing[0]!r}: it needs {' and '.join(KEYS)}, and may have "
                 f"history; found {', '.join(names)}"
             )
+        if self.is_csv and "history" in names:
+            raise InputError(
+                f"{path} has a history column, which only parquet can hold as lists: write "
+                "parquet, or drop the column and give --data"
+            )
         self.columns = [*KEYS, *(["history"] * ("history" in names and not self.is_csv))]
         self.rows = None if reader is None else reader.metadata.num_rows
 
