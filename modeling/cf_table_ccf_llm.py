@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from .checkpoint_ccf_llm import CF_TENSORS
 from .configuration_ccf_llm import CCFLLMConfig
 
+STEPS = 8
+
 
 class CFTable(nn.Module):
     """Frozen CF vectors of users and items, in one or more snapshots in time.
@@ -17,6 +19,7 @@ class CFTable(nn.Module):
     """
 
     offset: Tensor
+    default_user: Tensor
 
     def __init__(self, config: CCFLLMConfig) -> None:
         super().__init__()
@@ -32,6 +35,8 @@ class CFTable(nn.Module):
         self.register_buffer("snapshot_times", torch.zeros(snapshots, dtype=torch.long))
         self.register_buffer("user_scale", torch.ones(snapshots, dim))
         self.register_buffer("item_scale", torch.ones(snapshots, dim))
+        # Of the config, so that tables saved without it still load.
+        self.user_precision, self.decay = config.cf_user_precision, config.fold_in_decay
 
     def fill(self, cf: Any) -> None:
         """Take the tensors of a `CFEmbeddings` and measure their scales."""
@@ -65,6 +70,50 @@ class CFTable(nn.Module):
         user, _ = self.lookup("user", users, snapshots)
         item, _ = self.lookup("item", items, snapshots)
         return (user * item).sum(-1) + self.offset[snapshots]
+
+    @torch.no_grad()
+    def folded_users(self, items: Tensor, liked: Tensor, depths: Tensor, when: Tensor) -> Tensor:
+        """The user vectors that histories ask for: the mode of the CF model's posterior.
+
+        The CF model's own objective for one user, with the item vectors held (our choice): it
+        serves users that the CF model has never seen, and follows those that it has.
+
+        Args:
+            items: `(n, longest)` table rows of the histories, oldest first; -1 where padded, rows
+                past the table are unknown. Both count for nothing.
+            liked: `(n, longest)` bool.
+            depths: `(n,)` how many of its items each history has.
+            when: `(n,)` CF snapshots.
+
+        Returns:
+            `(n, cf_dim)` float32; the default user where the history is empty.
+        """
+        vectors, seen = self.lookup("item", items.clamp(min=0), when[:, None].expand_as(items))
+        age = depths[:, None] - 1 - torch.arange(items.shape[1], device=items.device)
+        weight = (seen & (items >= 0) & (age >= 0)) * self.decay ** age.clamp(min=0)
+        precision = torch.tensor(self.user_precision, device=vectors.device)
+        free = precision > 0
+        default = self.default_user[when]
+        # What the fixed dimensions say, an item bias for example, is in every logit as it is.
+        fixed = (vectors * torch.where(free, 0.0, default)[:, None]).sum(-1)
+        base = fixed + self.offset[when][:, None]
+        x, prior, start = vectors[..., free], precision[free], default[:, free]
+        user = start.clone()
+        for _ in range(STEPS):
+            logits = (x @ user[..., None])[..., 0] + base
+            p = torch.sigmoid(logits)
+            residual = weight * (p - liked.float())
+            gradient = (residual[:, None] @ x)[:, 0] + prior * (user - start)
+            # Jaakkola's bound in place of p (1 - p): no step can overshoot.
+            bound = weight * torch.where(logits.abs() < 1e-3, 0.25, (p - 0.5) / logits)
+            curvature = x.mT @ (bound[..., None] * x) + torch.diag(prior)
+            user = user - torch.linalg.solve(curvature, gradient)
+        return default.masked_scatter(free.expand_as(default), user)
+
+    def folded_logits(self, users: Tensor, items: Tensor, snapshots: Tensor) -> Tensor:
+        """As `logits`, for user vectors `(..., cf_dim)` in place of table rows."""
+        item, _ = self.lookup("item", items, snapshots)
+        return (users * item).sum(-1) + self.offset[snapshots]
 
 
 __all__ = ["CFTable"]

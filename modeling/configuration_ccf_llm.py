@@ -29,6 +29,13 @@ class CCFLLMConfig(PreTrainedConfig):
         text_config: the backbone's configuration (a `PreTrainedConfig` or its dict); default Llama.
         fusion: how text and CF meet in an item slot, one of `FUSION_ARMS`. `gate` is the paper's.
         cf_residual: add a learned scale times the CF model's own logit to the score (our choice).
+        cf_fold_in: the user vector in that logit is solved for from the signed history that the
+            prompt shows, at the CF model's own prior, instead of looked up (our choice). It needs
+            `cf_user_precision` and a processor with `history_labels="signed"`.
+        cf_user_precision: `(cf_dim,)` precision of the CF model's Gaussian prior over user vectors
+            about its default user; 0 for a dimension that is fixed there. None: not known.
+        fold_in_decay: weight of a history item in `cf_fold_in` over that of the next later one.
+        slot_dropout: share of CF vectors that training replaces by the cold vectors (our choice).
         score_head: `yes_minus_no` (our choice) or `yes_only` (CoLLM's).
         cf_dim: width of a CF vector.
         num_users, num_items: rows of the CF tables; the item table covers the whole catalog.
@@ -46,7 +53,8 @@ class CCFLLMConfig(PreTrainedConfig):
         checkpoint_form: `full` (one self-contained model.safetensors) or `slim` (without backbone).
 
     Raises:
-        ValueError: on an unknown `fusion`, `score_head` or `checkpoint_form`.
+        ValueError: on an unknown `fusion`, `score_head` or `checkpoint_form`, or a `cf_fold_in`
+            without `cf_residual` or `cf_user_precision`.
     """
 
     model_type = "ccf_llm"
@@ -61,6 +69,10 @@ class CCFLLMConfig(PreTrainedConfig):
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         fusion: str = "gate",
         cf_residual: bool = False,
+        cf_fold_in: bool = False,
+        cf_user_precision: list[float] | None = None,
+        fold_in_decay: float = 1.0,
+        slot_dropout: float = 0.0,
         score_head: str = "yes_minus_no",
         cf_dim: int = 32,
         num_users: int = 0,
@@ -92,12 +104,21 @@ class CCFLLMConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}."
                 )
+        if cf_fold_in and not (cf_residual and cf_user_precision):
+            raise ValueError(
+                "cf_fold_in needs cf_residual and a CF model whose prior over users is known "
+                "(cf_user_precision): turn it off, or take a CF table fitted by `fit-cf mf`."
+            )
         if not isinstance(text_config, PreTrainedConfig):
             values = dict(text_config or {})
             text_config = AutoConfig.for_model(values.pop("model_type", "llama"), **values)
         self.text_config = text_config
         self.fusion = fusion
         self.cf_residual = cf_residual
+        self.cf_fold_in = cf_fold_in
+        self.cf_user_precision = cf_user_precision
+        self.fold_in_decay = fold_in_decay
+        self.slot_dropout = slot_dropout
         self.score_head = score_head
         self.cf_dim = cf_dim
         self.num_users = num_users

@@ -169,6 +169,7 @@ class CheckpointMixin(Publishable, PreTrainedModel):
             "num_snapshots": 1,
             "cf_model": "",
             "ids_fingerprint": processor.ids_fingerprint,
+            "cf_user_precision": None,
         }
         config.update(without_cf if cf is None else cf_settings(cf))
         config.num_title_tokens = sum(map(len, titles))
@@ -198,6 +199,11 @@ class CheckpointMixin(Publishable, PreTrainedModel):
             raise ValueError(
                 "cf and processor name other users or items, or in another order: make the "
                 "processor by with_catalog(cf.item_ids, cf.item_titles, cf.user_ids)."
+            )
+        if self.config.cf_fold_in and (cf is None or cf.user_precision is None):
+            raise ValueError(
+                "This model folds users in, and the new CF vectors come without the prior that it "
+                "takes (user_precision): fit them by `fit-cf mf`."
             )
         for kind in ("item_slot_token_id", "user_slot_token_id"):
             ours, given = getattr(self.config, kind), getattr(processor, kind)
@@ -451,6 +457,7 @@ def cf_settings(cf: Any) -> dict[str, Any]:
         "cf_dim": cf.item_vectors.shape[2],
         "cf_model": cf.model_name,
         "ids_fingerprint": ids_fingerprint(cf.user_ids, cf.item_ids),
+        "cf_user_precision": cf.user_precision,
     }
 
 

@@ -157,14 +157,22 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
     def aligned_items(self, items: Tensor, snapshots: Tensor) -> Tensor:
         """c': aligned CF vectors of items, the cold-item vector where there is none."""
         vectors, known = self.cf.scaled("item", items, snapshots)
+        known = self.some_dropped(known)
         cold = self.config.slot_scale * self.cold_item
         return torch.where(known.unsqueeze(-1), self.item_alignment(vectors.to(cold.dtype)), cold)
 
     def user_slots_embeddings(self, users: Tensor, snapshots: Tensor) -> Tensor:
         """A user slot is the aligned CF vector alone: users have no text (our choice)."""
         vectors, known = self.cf.scaled("user", users, snapshots)
+        known = self.some_dropped(known)
         cold = self.config.slot_scale * self.cold_user
         return torch.where(known.unsqueeze(-1), self.user_alignment(vectors.to(cold.dtype)), cold)
+
+    def some_dropped(self, known: Tensor) -> Tensor:
+        """In training with `slot_dropout`, a random share of the known is taken for unknown."""
+        if not (self.training and self.config.slot_dropout):
+            return known
+        return known & (torch.rand(known.shape, device=known.device) >= self.config.slot_dropout)
 
     def fuse(self, text: Tensor, aligned: Tensor) -> Tensor:
         """e: the embedding of an item slot, from s and c', both `(n, hidden_size)`."""
@@ -349,6 +357,9 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        history_items: Tensor | None = None,
+        history_liked: Tensor | None = None,
+        history_unshown: Tensor | None = None,
         **inputs: Any,
     ) -> CTROutput | tuple[Tensor, ...]:
         """Score the candidates of a batch made by [`CCFLLMProcessor`].
@@ -360,6 +371,9 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
             labels: `(batch, num_candidates)` 0/1, -100 where padded.
             num_items_in_batch: labels of the whole optimizer step; the loss is then the sum over
                 this batch divided by it, else the mean.
+            history_items, history_liked: `(num_sequences, longest)`, the signed histories, for
+                `cf_fold_in`; -1 where padded.
+            history_unshown: `(num_sequences,)`, how many of these come before the prompt's.
         """
         states = self.model(**inputs).last_hidden_state[0]
         hidden = states[answer_positions].float()
@@ -369,15 +383,45 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         if self.config.cf_residual:
             sequences = inputs["sequence_ids"][0, -len(states) :][answer_positions]
             when = self.model.token_snapshots(sequences, inputs.get("snapshots"))
-            users = candidate_users[:, None].expand_as(candidate_items)
-            logits = logits + self.residual_scale * self.model.cf.logits(
-                users, candidate_items, when
-            )
+            if self.config.cf_fold_in:
+                depths = inputs["history_depths"][0, -len(states) :][answer_positions]
+                history = (history_items, history_liked, history_unshown)
+                users = self.folded_users(sequences, depths, when, *history)
+                residual = self.model.cf.folded_logits(users, candidate_items, when)
+            else:
+                rows = candidate_users[:, None].expand_as(candidate_items)
+                residual = self.model.cf.logits(rows, candidate_items, when)
+            logits = logits + self.residual_scale * residual
         logits = logits.masked_fill(~candidate_mask, 0.0)
         loss = None if labels is None else self.bce(logits, labels, num_items_in_batch)
         output = CTROutput(loss=loss, logits=logits)
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()
+
+    def folded_users(
+        self,
+        sequences: Tensor,
+        depths: Tensor,
+        when: Tensor,
+        history_items: Tensor | None,
+        history_liked: Tensor | None,
+        history_unshown: Tensor | None,
+    ) -> Tensor:
+        """User vectors `(batch, num_candidates, cf_dim)` by the histories that candidates see."""
+        if history_items is None or history_liked is None or history_unshown is None:
+            raise ValueError(
+                "This model folds users in from signed histories: build the batch with a processor "
+                'of history_labels="signed".'
+            )
+        asked = torch.stack([sequences.flatten(), depths.flatten(), when.flatten()])
+        (sequence, depth, snapshot), place = torch.unique(asked, dim=1, return_inverse=True)
+        users = self.model.cf.folded_users(
+            history_items[sequence],
+            history_liked[sequence],
+            history_unshown[sequence] + depth,
+            snapshot,
+        )
+        return users[place].view(*sequences.shape, -1)
 
     @staticmethod
     def bce(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:

@@ -52,7 +52,9 @@ TOKEN_FIELDS = (
 class Pack:
     """One flat row of tokens and, per sample, where its candidates' answers are read."""
 
-    def __init__(self, shared: list[int], num_items: int, snapshots: bool) -> None:
+    def __init__(
+        self, shared: list[int], num_items: int, snapshots: bool, signed: bool = False
+    ) -> None:
         self.new = NewTitles(num_items)
         self.row: dict[str, list[int]] = {name: [] for name in TOKEN_FIELDS}
         self.num_shared, self.num_sequences = len(shared), 0
@@ -61,18 +63,30 @@ class Pack:
         self.users: list[int] = []
         self.labels: list[list[float]] = []
         self.snapshots: list[int] | None = [] if snapshots else None
+        # Per sequence, its signed history as (table row, liked), and how many of these items come
+        # before what the prompt shows; None where histories hold likes only.
+        self.histories: list[list[tuple[int, bool]]] | None = [] if signed else None
+        self.unshown: list[int] = []
 
-    def start_sample(self, user: int, snapshot: int | None) -> None:
+    def start_sample(
+        self, user: int, snapshot: int | None, earlier: list[tuple[int, bool]]
+    ) -> None:
         self.answers.append([])
         self.users.append(user)
         self.snapshot = -1 if snapshot is None else int(snapshot)
+        self.earlier = earlier
 
     def end_sample(self, labels: list[Any] | None) -> None:
         if labels is not None:
             self.labels.append([float(label) for label in labels])
 
     def add_sequence(
-        self, prefix: Span, history: list[Span], blocks: list[tuple[int, Span]], lengths: list[int]
+        self,
+        prefix: Span,
+        history: list[Span],
+        blocks: list[tuple[int, Span]],
+        lengths: list[int],
+        signs: list[tuple[int, bool]],
     ) -> None:
         """Prefix and history once, then a block per candidate, which sees `lengths` items."""
         sequence = self.num_sequences
@@ -87,6 +101,9 @@ class Pack:
         self.num_sequences += 1
         if self.snapshots is not None:
             self.snapshots.append(self.snapshot)
+        if self.histories is not None:
+            self.histories.append(self.earlier + signs)
+            self.unshown.append(len(self.earlier))
 
     def _extend(self, span: Span, sequence: int, start: int, block: int, depth: int) -> None:
         count, row = len(span.ids), self.row
@@ -118,6 +135,15 @@ class Pack:
             )
         if self.snapshots is not None:
             batch["snapshots"] = torch.tensor(self.snapshots)
+        if self.histories is not None:
+            longest = max(1, *map(len, self.histories))
+            padded = [
+                history + [(NO_SLOT, False)] * (longest - len(history))
+                for history in self.histories
+            ]
+            table = torch.tensor(padded)
+            batch["history_items"], batch["history_liked"] = table[..., 0], table[..., 1].bool()
+            batch["history_unshown"] = torch.tensor(self.unshown)
         if self.new.rows:
             titles = [tokenize(title) if title else [] for title in self.new.rows]
             batch["new_title_ids"] = torch.tensor(

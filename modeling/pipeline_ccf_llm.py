@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import Pipeline
 
 from .checkpoint_ccf_llm import Publishable
+from .layout_ccf_llm import window_start
 
 TASK = "ctr-ranking"
 CUSTOM_PIPELINES = {
@@ -96,14 +97,25 @@ def _text_shares(
 
 
 @torch.inference_mode()
-def cf_logits(model: Any, processor: Any, user: Any, rows: Tensor) -> Tensor:
+def cf_logits(
+    model: Any, processor: Any, user: Any, history: Sequence[Any], rows: Tensor
+) -> Tensor:
     """The CF model's own logits `(n,)` of catalog rows `(n,)` for a user, by the last snapshot.
 
-    An unknown user, or a row past the catalog, stands at the CF model's default vector.
+    An unknown user, or a row past the catalog, stands at the CF model's default vector. A model
+    that folds users in takes the user's vector from the history's window instead.
     """
     table = model.model.cf
-    users = torch.full_like(rows, processor.resolve_user(user))
-    return table.logits(users, rows, torch.full_like(rows, len(table.offset) - 1))
+    last = torch.full_like(rows, len(table.offset) - 1)
+    if not model.config.cf_fold_in:
+        return table.logits(torch.full_like(rows, processor.resolve_user(user)), rows, last)
+    start = window_start(len(history), processor.history_window)
+    shown = list(history)[max(0, start - processor.fold_in_items) :]
+    found = [processor.resolve_item(item)[0] for item in shown]
+    items = torch.tensor([[-1 if row is None else row for row in found]], device=rows.device).long()
+    liked = torch.tensor([[processor.likes(item) for item in shown]], device=rows.device).bool()
+    depth = torch.tensor([len(shown)], device=rows.device)
+    return table.folded_logits(table.folded_users(items, liked, depth, last[:1]), rows, last)
 
 
 @torch.inference_mode()
@@ -119,7 +131,7 @@ def preselect_items(
     if not bool(model.model.cf.item_known[-1].any()):
         raise ValueError("this model has no CF vectors to choose items by: give candidates")
     rows = torch.arange(len(processor.item_ids), device=model.device)
-    logits = cf_logits(model, processor, user, rows)
+    logits = cf_logits(model, processor, user, history, rows)
     if logits.max() == logits.min():
         raise ValueError(
             "this CF model has no item biases to choose by for a new user: give candidates"

@@ -34,6 +34,7 @@ logger = logging.get_logger(__name__)
 ITEM_SLOT = "<|ccf_item|>"
 USER_SLOT = "<|ccf_user|>"
 LAYOUTS = ("shared_prefix", "question_last")
+HISTORY_LABELS = ("positives", "signed")
 ITEM_FORMATS = ("title_slot", "slot", "title")
 PROCESSOR_FILE = "processor_config.json"
 
@@ -51,6 +52,9 @@ TEMPLATES: dict[str, dict[str, str]] = {
         "history_slot": "{item}",
         "history_title": "\n{item}",
         "history_title_slot": "\n{item}",
+        "disliked_slot": " not{item}",
+        "disliked_title": "\nnot {item}",
+        "disliked_title_slot": "\nnot {item}",
         "candidate_slot": "{item}",
         "candidate_title": "\n{item}?",
         "candidate_title_slot": " {item}",
@@ -59,6 +63,8 @@ TEMPLATES: dict[str, dict[str, str]] = {
         "prefix": "#Question: A user{user} has given high ratings to the following items:",
         **dict.fromkeys(("history_title", "history_title_slot"), " {item},"),
         "history_slot": "{item}",
+        **dict.fromkeys(("disliked_title", "disliked_title_slot"), " not {item},"),
+        "disliked_slot": " not{item}",
         **dict.fromkeys(
             ("candidate_slot", "candidate_title", "candidate_title_slot"),
             ' Will the user enjoy {item}? Answer with "Yes" or "No".\n#Answer:',
@@ -66,7 +72,10 @@ TEMPLATES: dict[str, dict[str, str]] = {
     },
 }
 
-PROMPT_SETTINGS = ("layout", "history_format", "candidate_format", "history_window", "templates")
+PROMPT_SETTINGS = (
+    *("layout", "history_format", "candidate_format"),
+    *("history_window", "history_labels", "fold_in_items", "templates"),
+)
 
 Item = str | int | dict[str, Any]
 
@@ -112,10 +121,15 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         history_format, candidate_format: how an item is rendered: `slot`, `title_slot`, or `title`
             (text only). With `title` for both, the user slot is left out too.
         history_window: `(H, S)`, see [`layout_ccf_llm.window_start`].
+        history_labels: `positives` (the papers' protocol): a history holds liked items; `signed`
+            (ours): disliked ones too, each given as `{"id": ..., "liked": False}`, and shown as
+            such.
+        fold_in_items: how many signed items before the window a model with `cf_fold_in` folds in
+            besides those that the prompt shows.
         templates: replaces entries of `TEMPLATES[layout]`.
 
     Raises:
-        ValueError: on an unknown layout, format or template, or duplicate ids.
+        ValueError: on an unknown layout, format, `history_labels` or template, or duplicate ids.
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012
@@ -131,12 +145,15 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         history_format: str = "slot",
         candidate_format: str = "slot",
         history_window: tuple[int, int] = (20, 16),
+        history_labels: str = "positives",
+        fold_in_items: int = 0,
         templates: dict[str, str] | None = None,
     ) -> None:
         for value, allowed, name in (
             (layout, LAYOUTS, "layout"),
             (history_format, ITEM_FORMATS, "history_format"),
             (candidate_format, ITEM_FORMATS, "candidate_format"),
+            (history_labels, HISTORY_LABELS, "history_labels"),
         ):
             if value not in allowed:
                 raise ValueError(
@@ -156,6 +173,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         self.item_slot_token_id, self.user_slot_token_id = slots
         self.layout, self.history_window = layout, (history_window[0], history_window[1])
         self.history_format, self.candidate_format = history_format, candidate_format
+        self.history_labels, self.fold_in_items = history_labels, fold_in_items
         self.templates = {**TEMPLATES[layout], **(templates or {})}
         self._set_catalog(item_ids or [], item_titles or [], user_ids or [])
         self._pieces: dict[str, list[int]] = {}
@@ -247,8 +265,9 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
     def resolve_item(self, item: Item) -> tuple[int | None, str]:
         """Catalog row (None when new) and title of an item given by id, title, or both.
 
-        A dict may hold `id` and `title`. A bare value is looked up as id, then as title, else taken
-        as the title of a new item, which has text but no CF vector.
+        A dict may hold `id`, `title`, and in a history `liked` (see `likes`). A bare value is
+        looked up as id, then as title, else taken as the title of a new item, which has text but no
+        CF vector.
         """
         if isinstance(item, dict):
             raw, title = item.get("id"), item.get("title")
@@ -265,6 +284,19 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             self._warned.add(key)
             logger.warning("Item %r is no id or title of the catalog: taken as a new title.", key)
         return None, key
+
+    def likes(self, item: Item) -> bool:
+        """Whether a history item was liked: yes, unless it is a dict whose `liked` is False.
+
+        Raises:
+            ValueError: it was not, and this prompt has no form for that.
+        """
+        liked = bool(item.get("liked", True)) if isinstance(item, dict) else True
+        if not liked and self.history_labels != "signed":
+            raise ValueError(
+                f"The history holds {item!r}, but this model reads likes only: leave it out."
+            )
+        return liked
 
     def resolve_user(self, user: str | int | None) -> int:
         """CF table row of a user; `len(user_ids)`, the cold row, for an unknown one."""
@@ -293,8 +325,9 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         return span.add(self._tokens(after) if after else [])
 
     def _item(self, kind: str, row: int, title: str) -> Span:
-        """One rendered item; `row` is its slot index (catalog row, or past it when new)."""
-        form = self.history_format if kind == "history" else self.candidate_format
+        """One rendered item, as `history`, `disliked` or `candidate`; `row` is its slot index
+        (catalog row, or past it when new)."""
+        form = self.candidate_format if kind == "candidate" else self.history_format
         template = self.templates[f"{kind}_{form}"]
         before, _, after = template.partition("{item}")
         words = before + title + ("" if form == "title_slot" else after)
@@ -312,11 +345,14 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         new = NewTitles(len(self.item_ids))
         ends = [len(self._prefix(0).ids)]
         for item in group.history:
-            ends.append(ends[-1] + len(self._item("history", *self._slot(item, new)).ids))
+            ends.append(ends[-1] + len(self._history_item(item, *self._slot(item, new)).ids))
         blocks = [len(self._item("candidate", *self._slot(i, new)).ids) for i in group.candidates]
         if self.layout == "shared_prefix":
             return sum(blocks) + ends[-1]
         return sum(blocks) + sum(ends[length] for length in group.history_lengths)
+
+    def _history_item(self, item: Item, row: int, title: str) -> Span:
+        return self._item("history" if self.likes(item) else "disliked", row, title)
 
     def _slot(self, item: Item, new: NewTitles) -> tuple[int, str]:
         row, title = self.resolve_item(item)
@@ -330,6 +366,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         history_lengths: list[Any] | None = None,
         labels: list[Any] | None = None,
         snapshot: Any = None,
+        earlier: list[Any] | None = None,
         return_tensors: str = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
@@ -337,16 +374,20 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
 
         Args:
             user: raw id(s); unknown or None goes to the cold-user vector.
-            history: earlier items, oldest first. Without `history_lengths` the anchored window is
-                cut here; with them the history is taken as it stands.
+            history: earlier items, oldest first; `{"id": ..., "liked": False}` for one that the
+                user disliked, with `history_labels="signed"`. Without `history_lengths` the
+                anchored window is cut here; with them the history is taken as it stands.
             candidates: items to score (id, title, or `{"id", "title"}`).
             history_lengths: how many of `history` each candidate may see; default all.
             labels: 0/1 per candidate.
             snapshot: CF snapshot(s); default the model's last.
+            earlier: with `history_lengths` and signed histories, items before `history`, which no
+                prompt shows and every candidate's user vector is folded in from.
 
         Returns:
             Tensors `(1, length)` per token, all users in one row, and `answer_positions`,
-            `candidate_items`, `candidate_mask`, `labels` `(batch, num_candidates)`.
+            `candidate_items`, `candidate_mask`, `labels` `(batch, num_candidates)`; with signed
+            histories also `history_items` and `history_liked` `(num_sequences, longest)`.
 
         Raises:
             ValueError: on missing candidates or lists whose lengths differ.
@@ -366,6 +407,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             "history_lengths": history_lengths,
             "labels": labels,
             "snapshot": snapshot,
+            "earlier": earlier,
         }
         columns = {
             name: (value if batched else [value]) if value is not None else [None] * size
@@ -378,7 +420,12 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
                 raise ValueError(f"{name} has {len(values)} entries but candidates has {size}.")
         if labels is not None and any(value is None for value in columns["labels"]):
             raise ValueError("labels must be given for every user of the batch or for none.")
-        pack = Pack(self.instruction(), len(self.item_ids), snapshots=snapshot is not None)
+        pack = Pack(
+            self.instruction(),
+            len(self.item_ids),
+            snapshots=snapshot is not None,
+            signed=self.history_labels == "signed",
+        )
         for index in range(size):
             self._write_sample(pack, {name: values[index] for name, values in columns.items()})
         return BatchFeature(pack.tensors(self._tokens))
@@ -389,8 +436,11 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
                 raise ValueError(f"{name} must be a list of items, not the item {sample[name]!r}.")
         history, candidates = list(sample["history"] or []), list(sample["candidates"])
         lengths, labels = sample["history_lengths"], sample["labels"]
+        earlier = list(sample["earlier"] or [])
         if lengths is None:
-            history = history[window_start(len(history), self.history_window) :]
+            start = window_start(len(history), self.history_window)
+            earlier = history[max(0, start - self.fold_in_items) : start]
+            history = history[start:]
             lengths = [len(history)] * len(candidates)
         for name, values in (("history_lengths", lengths), ("labels", labels)):
             if values is not None and len(values) != len(candidates):
@@ -401,18 +451,25 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             raise ValueError(f"history_lengths exceeds the history's {len(history)} items.")
         user = self.resolve_user(sample["user"])
         prefix = self._prefix(user)
-        shown = [self._item("history", *self._slot(item, pack.new)) for item in history]
+        slots = [self._slot(item, pack.new) for item in history]
+        shown = [self._history_item(item, *slot) for item, slot in zip(history, slots, strict=True)]
+        signs = self._signs(history, pack.new)
         blocks = []
         for item in candidates:
             slot = self._slot(item, pack.new)
             blocks.append((slot[0], self._item("candidate", *slot)))
-        pack.start_sample(user, sample["snapshot"])
+        pack.start_sample(user, sample["snapshot"], self._signs(earlier, pack.new))
         if self.layout == "shared_prefix":
-            pack.add_sequence(prefix, shown, blocks, lengths)
+            pack.add_sequence(prefix, shown, blocks, lengths, signs)
         else:
             for block, length in zip(blocks, lengths, strict=True):
-                pack.add_sequence(prefix, shown[:length], [block], [length])
+                pack.add_sequence(prefix, shown[:length], [block], [length], signs[:length])
         pack.end_sample(labels)
+
+    def _signs(self, items: list[Any], new: NewTitles) -> list[tuple[int, bool]]:
+        if self.history_labels != "signed":
+            return []
+        return [(self._slot(item, new)[0], self.likes(item)) for item in items]
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, **kwargs: Any
@@ -442,6 +499,8 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             "history_format": self.history_format,
             "candidate_format": self.candidate_format,
             "history_window": list(self.history_window),
+            "history_labels": self.history_labels,
+            "fold_in_items": self.fold_in_items,
             "templates": self.templates,
             "ids_fingerprint": self.ids_fingerprint,
         }
@@ -470,7 +529,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             [row["id"] for row in catalog],
             [str(row.get("title") or "") for row in catalog],
             [row["id"] for row in read_ids(str(users_file))],
-            **{name: settings[name] for name in PROMPT_SETTINGS},
+            **{name: settings[name] for name in PROMPT_SETTINGS if name in settings},
         )
         check_catalog(path, hub, settings["ids_fingerprint"])
         return processor

@@ -104,6 +104,7 @@ def build(
         backbone: str = "llama",
         lora: bool = False,
         attn: str | None = None,
+        prompt: dict[str, object] | None = None,
         **settings: object,
     ) -> tuple[CCFLLMForCTR, CCFLLMProcessor]:
         forms = {"text_only": "title", "concat": "title_slot"}.get(fusion, "slot")
@@ -115,6 +116,7 @@ def build(
             layout=layout,
             history_format=forms,
             candidate_format=forms,
+            **(prompt or {}),
         )
         yes, no = processor.answer_token_ids()
         torch.manual_seed(2)

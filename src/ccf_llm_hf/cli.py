@@ -20,7 +20,7 @@ class Output(NamedTuple):
     """What a command prints: `text` for people, `data` with --json."""
 
     text: str
-    data: dict[str, Any]
+    data: Any
 
 
 class Command(NamedTuple):
@@ -462,6 +462,22 @@ def _write_text(path: str, text: str) -> None:
     partial.replace(target)
 
 
+def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    from ccf_llm_hf.configs import REPRODUCIBLE, ReproduceConfig
+
+    parser.add_argument("dataset", choices=REPRODUCIBLE, help="which data set")
+    add_config_arguments(parser, ReproduceConfig, skip=("dataset",))
+
+
+def _reproduce(arguments: argparse.Namespace, _: list[str]) -> Output:
+    from ccf_llm_hf.configs import ReproduceConfig
+    from ccf_llm_hf.reproduce.run import reproduce
+    from ccf_llm_hf.reproduce.table import markdown
+
+    rows = reproduce(config_from_arguments(ReproduceConfig, arguments))
+    return Output(markdown(rows), rows)
+
+
 COMMANDS = {
     "prepare": Command(
         "turn ratings into train, validation and test files",
@@ -486,6 +502,12 @@ COMMANDS = {
         "ccf-llm evaluate runs/demo/checkpoint --data runs/demo/data --out scores.parquet",
         _evaluate_arguments,
         _evaluate,
+    ),
+    "reproduce": Command(
+        "the results table: every arm and its controls, with intervals",
+        "ccf-llm reproduce ml-1m --budget quick --seeds 1",
+        _reproduce_arguments,
+        _reproduce,
     ),
     "rank": Command(
         "the best items for a user or a history",

@@ -15,8 +15,8 @@ class PrepareConfig:
 
     `ml-1m` follows CoLLM's protocol (months since the first rating's: train 14-23, validation
     24-28, test 29-33) and `ml-100k` is cut 80/10/10 by time (our choice); both take label = rating
-    >= 4. Of the options below they use `out`, `input`, `offline` and `cache_dir` only; `table` uses
-    the others.
+    >= 4. Of the options below they use `out`, `input`, `offline`, `cache_dir`, `history_labels` and
+    `max_history` only; `table` uses the others.
     """
 
     source: str = field(default="ml-1m", metadata={"help": "ml-1m, ml-100k or table"})
@@ -74,9 +74,52 @@ class PrepareConfig:
     language: str | None = field(
         default=None, metadata={"help": "table: language of the titles, for cards: en, de, ..."}
     )
-    max_history: int | None = field(
-        default=None, metadata={"help": "table: store only this many latest items of a history"}
+    history_labels: str = field(
+        default="positives",
+        metadata={
+            "help": "positives (the papers' protocol: earlier likes within the splits) or signed "
+            "(all earlier rows, dislikes too, with their labels)"
+        },
     )
+    max_history: int | None = field(
+        default=None, metadata={"help": "store only this many latest items of a history"}
+    )
+
+
+REPRODUCIBLE = ("ml-1m", "ml-100k", "ml-latest-small")
+
+
+@dataclass
+class ReproduceConfig:
+    """Which results to reproduce, and where they go."""
+
+    dataset: str = field(default="ml-1m", metadata={"help": f"one of {', '.join(REPRODUCIBLE)}"})
+    budget: str = field(
+        default="quick",
+        metadata={
+            "help": "quick (one sitting: the main rows on a sample of the labels) or full (all "
+            "rows, all labels)"
+        },
+    )
+    seeds: int = field(default=1, metadata={"help": "seeds 0 to N - 1 of every trained row"})
+    tracks: list[str] = field(
+        default_factory=lambda: ["protocol", "open"], metadata={"help": "protocol, open or both"}
+    )
+    only: list[str] = field(
+        default_factory=list,
+        metadata={"help": "only cells whose names contain one of these texts"},
+    )
+    out: str = field(
+        default="", metadata={"help": "folder of the results (default: results/DATASET)"}
+    )
+    work: str = field(
+        default="",
+        metadata={
+            "help": "folder of data, tables, checkpoints and scores (default: "
+            "runs/reproduce/DATASET)"
+        },
+    )
+    offline: bool = field(default=False, metadata={"help": "do not use the network"})
 
 
 @dataclass
@@ -113,11 +156,20 @@ class MFConfig:
             "where more of them no longer move AUC"
         },
     )
+    rows: str = field(
+        default="train",
+        metadata={
+            "help": "what to fit: train (the train split, the papers' protocol) or earlier (every "
+            "interaction before the validation split)"
+        },
+    )
     seed: int = field(
         default=0, metadata={"help": "of the initial factors, and of the users to tune on"}
     )
 
     def __post_init__(self) -> None:
+        if self.rows not in ("train", "earlier"):
+            raise InputError(f"rows={self.rows!r} is unknown: choose train or earlier")
         for name in ("dim", "snapshots", "iterations"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -157,3 +157,20 @@ def test_statistics() -> None:
     }
     with pytest.raises(InputError, match="the test split has no rows"):
         split_statistics(build_samples(frame(rows, TimeSplit(10, 30))))
+
+
+def test_signed_histories_hold_all_that_lies_strictly_earlier_with_its_label() -> None:
+    rows = [
+        ("u", "a", 1, 0),
+        ("u", "b", 5, 1),
+        ("v", "a", 5, 1),
+        ("u", "c", 5, 0),
+        ("u", "d", 9, 1),
+    ]
+    samples = build_samples(frame(rows, TimeSplit(6, 7, train_start=4)), signed=True)
+    train = [(r["item_id"], r["history"], r["history_labels"]) for r in as_rows(samples, "train")]
+    # "a" lies before the splits and is known all the same; "b" and "c" were given at once.
+    assert train == [("b", ["a"], [0]), ("c", ["a"], [0]), ("a", [], [])]
+    (last,) = as_rows(samples, "test")
+    assert (last["history"], last["history_labels"]) == (["a", "b", "c"], [0, 1, 0])
+    assert last["split_position"] == 0

@@ -1,6 +1,7 @@
 """`CFEmbeddings`: the vectors of any CF model, per raw id, in snapshots in time."""
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -203,6 +204,13 @@ class CFEmbeddings:
             .reset_index(drop=True)
             .assign(score=logits.double().numpy(), prob=logits.double().sigmoid().numpy())
         )
+
+    @property
+    def user_precision(self) -> list[float] | None:
+        """`(dim,)` precision of the model's Gaussian prior over user vectors about the default one,
+        0 for a dimension that is fixed there; None where the model's fit recorded none."""
+        recorded = self.metadata.get("user_precision")
+        return json.loads(recorded) if recorded else None
 
     def snapshot_for(self, timestamps: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """The last snapshot that was fitted on strictly earlier rows only.

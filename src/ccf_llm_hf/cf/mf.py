@@ -1,5 +1,6 @@
 """Matrix factorization with and without biases, tuned on validation, in snapshots in time."""
 
+import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +17,13 @@ from ccf_llm_hf.cf.solver import (
     Parameters,
     Penalties,
     Rows,
+    factor_weights,
     initial_parameters,
     refreshed,
     solve,
 )
 from ccf_llm_hf.configs import MFConfig
+from ccf_llm_hf.data.prepared import interactions
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import auc, uauc
 from ccf_llm_hf.evaluation.rows import read_items, read_rows
@@ -37,12 +40,14 @@ ITERATIONS, ITERATIONS_MANY_ROWS = 100, 30
 
 @dataclass
 class _Data:
-    """Rows of train in order of time, with their times `(n,)`, and of validation, with the users'
+    """Rows to fit in order of time, with their times `(n,)`, and of validation, with the users'
     codes `(n,)`; user and item ids in table order. In `validation` an index below zero is unknown.
+    `split_times` are those of the train split alone, which snapshots are cut by.
     """
 
     train: Rows
     times: np.ndarray
+    split_times: np.ndarray
     validation: Rows
     validation_users: np.ndarray
     users: pd.Index
@@ -50,11 +55,12 @@ class _Data:
 
 
 def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFEmbeddings:
-    """Fit MF on the training rows of a prepared folder, and on nothing else.
+    """Fit MF on the training rows of a prepared folder, or with `rows="earlier"` on all rows before
+    the validation split.
 
     The L2 strengths are chosen on the whole validation split (biases first, then factors), then
     each snapshot is solved for the rows before its time, warm-started from the one before. Snapshot
-    0 is fitted on nothing; the last on all training rows.
+    0 is fitted on what precedes the train split (nothing, of the training rows); the last on all.
 
     Args:
         data_dir: folder written by `ccf-llm prepare`.
@@ -70,10 +76,10 @@ def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFEmbeddings
         InputError: the folder is no prepared one, train is empty, or a split has one class only.
     """
     config = config or MFConfig()
-    data = _load(Path(data_dir))
+    data = _load(Path(data_dir), config.rows)
     grid = _fits_to_choose(config)
     times, sizes = _slices(data, config)
-    with tqdm(total=grid + len(times) - 1, desc="fit mf", unit=" fits") as bar:
+    with tqdm(total=grid + len(times), desc="fit mf", unit=" fits") as bar:
         penalties = _choose_penalties(data, config, bar)
         fits = _fit_snapshots(data, config, penalties, sizes, bar)
     embeddings = _embeddings(data, fits, times, sizes, penalties)
@@ -99,13 +105,18 @@ def fit_cf(
         raise InputError(f"CF model {kind!r} is unknown: choose mf, or import its vectors")
     embeddings = fit_mf(data_dir, config)
     embeddings.save(out)
-    print("\n".join(f"{key}: {value}" for key, value in embeddings.metadata.items()))
+    facts = {key: value for key, value in embeddings.metadata.items() if key != "user_precision"}
+    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     return embeddings
 
 
-def _load(folder: Path) -> _Data:
+def _load(folder: Path, which: str) -> _Data:
     train = read_rows(folder, "train").sort_values("timestamp", kind="stable", ignore_index=True)
     validation, items = read_rows(folder, "validation"), read_items(folder)
+    split_times = train["timestamp"].to_numpy()
+    if which == "earlier":
+        train = interactions(folder)
+        train = train[train["timestamp"] < validation["timestamp"].min()].reset_index(drop=True)
     for name, split in (("train", train), ("validation", validation)):
         if split["label"].nunique() < 2:
             raise InputError(
@@ -122,6 +133,7 @@ def _load(folder: Path) -> _Data:
     return _Data(
         rows,
         train["timestamp"].to_numpy(),
+        split_times,
         _rows(validation, users, catalog),
         pd.factorize(validation["user_id"])[0],
         users,
@@ -145,7 +157,7 @@ def _places(ids: pd.Series, index: pd.Index) -> np.ndarray:
 
 def _slices(data: _Data, config: MFConfig) -> tuple[np.ndarray, list[int]]:
     """Snapshot times, ascending, and how many of the time-ordered rows lie before each."""
-    times = data.times
+    times = data.split_times
     width = config.dim + 2 * config.use_biases
     most = TABLE_BYTES // (4 * width * (len(data.users) + len(data.items)))
     count = min(config.snapshots, max(1, most - 1))
@@ -153,7 +165,7 @@ def _slices(data: _Data, config: MFConfig) -> tuple[np.ndarray, list[int]]:
         logger.warning("%d snapshots instead of %d, to keep within 1 GB", count, config.snapshots)
     starts = times[np.arange(count) * len(times) // count]
     found = np.append(np.unique(starts), times[-1] + 1)
-    return found, np.searchsorted(times, found, side="left").tolist()
+    return found, np.searchsorted(data.times, found, side="left").tolist()
 
 
 def _fits_to_choose(config: MFConfig) -> int:
@@ -240,10 +252,11 @@ def _fit_snapshots(
     data: _Data, config: MFConfig, penalties: Penalties, sizes: list[int], bar: Any
 ) -> list[Parameters]:
     start = initial_parameters(len(data.users), len(data.items), config.dim, config.seed)
-    fits = [Parameters(*(torch.zeros_like(tensor) for tensor in start.tensors()))]
-    for size in sizes[1:]:
-        warm = refreshed(fits[-1], start)
-        fits.append(_solve(data.train[:size], penalties, warm, config))
+    fits: list[Parameters] = []
+    for size in sizes:
+        warm = refreshed(fits[-1], start) if fits else start
+        nothing = Parameters(*(torch.zeros_like(tensor) for tensor in start.tensors()))
+        fits.append(_solve(data.train[:size], penalties, warm, config) if size else nothing)
         bar.update()
     return fits
 
@@ -297,10 +310,11 @@ def _facts(
     bounds = zip(fits, sizes, [*sizes[1:], len(data.train)], strict=True)
     out_of_time = [fit.logits(data.train[start:stop]) for fit, start, stop in bounds]
     labels, train_labels = data.validation.labels.numpy(), data.train.labels.numpy()
+    later = train_labels[sizes[0] :]
     facts = {
         "validation_auc": f"{auc(labels, held_out):.4f}",
         "validation_uauc": f"{uauc(labels, held_out, data.validation_users):.4f}",
-        "out_of_time_train_auc": f"{auc(train_labels, torch.cat(out_of_time).numpy()):.4f}",
+        "out_of_time_train_auc": f"{auc(later, torch.cat(out_of_time).numpy()):.4f}",
         "in_sample_train_auc": f"{auc(train_labels, last.logits(data.train).numpy()):.4f}",
         "l2_factors": f"{penalties.factors:g}",
     }
@@ -309,9 +323,12 @@ def _facts(
             "l2_user_bias": f"{penalties.user_bias:g}",
             "l2_item_bias": f"{penalties.item_bias:g}",
         }
+    precision = penalties.factors * factor_weights(last.item_factors.shape[1])
+    prior = precision.tolist() + [penalties.user_bias, 0.0] * penalties.use_biases
     live = last.item_factors.abs().amax(0) > 0
     return facts | {
         "live_factors": str(int(live.sum())),
         "train_rows": str(len(data.train)),
+        "user_precision": json.dumps([round(value, 6) for value in prior]),
         "seed": str(config.seed),
     }

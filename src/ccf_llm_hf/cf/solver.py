@@ -178,7 +178,7 @@ class _Side:
         evidence = CURVATURE * counts.float()
         self.constant, self.weights = torch.zeros(width), torch.zeros(width)
         start, self.scale = torch.zeros(len(bias), width), torch.zeros(len(bias), width)
-        self.weights[:dim] = penalties.factors * torch.linspace(1, 2, dim)
+        self.weights[:dim] = penalties.factors * factor_weights(dim)
         start[:, :dim] = factors
         self.scale[:, :dim] = (self.weights[:dim] + FACTOR_SQUARE * evidence[:, None]).rsqrt()
         if penalties.use_biases:
@@ -311,6 +311,11 @@ def _minimize(
         if before - least < TOLERANCE * len(matrix.labels):
             break
     return start_offset + shift * scale
+
+
+def factor_weights(dim: int) -> Tensor:
+    """w_d: how much more a later dimension is penalized, `(dim,)` from 1 to 2."""
+    return torch.linspace(1, 2, dim)
 
 
 def refreshed(previous: Parameters, start: Parameters) -> Parameters:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,21 +19,24 @@ class Group:
 
     Attributes:
         user_id: raw user id.
-        history: raw item ids of the longest window among the samples, oldest first.
+        history: raw item ids of the longest window among the samples, oldest first; a disliked
+            item, where histories are signed, is `{"id": its id, "liked": False}`.
         candidates: raw item ids, one a sample.
         history_lengths: how many of `history` precede each candidate in time.
         labels: 0/1 a sample.
         rows: row of each sample in its split.
         snapshot: CF snapshot of all samples; -1 is the last.
+        earlier: items before `history`, where histories are signed, to fold the user in from.
     """
 
     user_id: str
-    history: list[str] = field(default_factory=list)
+    history: list[Any] = field(default_factory=list)
     candidates: list[str] = field(default_factory=list)
     history_lengths: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     snapshot: int = -1
+    earlier: list[Any] = field(default_factory=list)
 
 
 def group_rows(
@@ -40,14 +44,16 @@ def group_rows(
     history_window: tuple[int, int],
     cf_snapshots: Sequence[int] | None = None,
     max_candidates: int = 64,
+    fold_in_items: int = 0,
 ) -> list[Group]:
     """Cut a split into groups; every row is in exactly one.
 
     Args:
-        split: rows with user_id, item_id, label and history.
+        split: rows with user_id, item_id, label, history, and history_labels if it is signed.
         history_window: `(H, S)`, see `layout_ccf_llm.window_start`.
         cf_snapshots: CF snapshot per row; default the last for all.
         max_candidates: samples a group holds at most; 1 gives one row a sample.
+        fold_in_items: length of `earlier`, at most; what is not stored is left out.
 
     Returns:
         Groups in order of their first row.
@@ -56,7 +62,8 @@ def group_rows(
         InputError: the split stores histories that are too short for the window.
     """
     names = ["user_id", "item_id", "label", "history"]
-    names += ["history_dropped"] * ("history_dropped" in split.column_names)
+    optional = ("history_dropped", "history_labels")
+    names += [name for name in optional if name in split.column_names]
     table = split.select_columns(names).with_format("arrow")[:]
     earlier, starts, stored = _windows(table, history_window)
     snapshots = np.full(len(table), -1) if cf_snapshots is None else np.asarray(cf_snapshots)
@@ -64,19 +71,32 @@ def group_rows(
     items, item_names = _coded(table["item_id"])
     parts = _parts([users, starts, snapshots], earlier, max_candidates)
     last = np.array([part[-1] for part in parts], dtype=np.int64)
-    histories = history_tails(table["history"], last, (starts - stored)[last])
+    shown = (starts - stored)[last]
+    unshown = np.minimum(shown, fold_in_items)
+    histories = history_tails(table["history"], last, shown - unshown)
+    if "history_labels" in table.column_names:
+        signs = history_tails(table["history_labels"], last, shown - unshown)
+        histories = [_signed(items, liked) for items, liked in zip(histories, signs, strict=True)]
     labels = table["label"].to_numpy()
     return [
         Group(
             user_id=user_names[users[part[0]]],
-            history=history,
+            history=history[before:],
             candidates=item_names[items[part]].tolist(),
             history_lengths=(earlier[part] - starts[part]).tolist(),
             labels=labels[part].tolist(),
             rows=part.tolist(),
             snapshot=int(snapshots[part[0]]),
+            earlier=history[:before],
         )
-        for part, history in zip(parts, histories, strict=True)
+        for part, history, before in zip(parts, histories, unshown.tolist(), strict=True)
+    ]
+
+
+def _signed(items: list[Any], liked: list[Any]) -> list[Any]:
+    return [
+        item if label else {"id": item, "liked": False}
+        for item, label in zip(items, liked, strict=True)
     ]
 
 
@@ -123,16 +143,16 @@ def _parts(keys: list[np.ndarray], order_by: np.ndarray, most: int) -> list[np.n
     return [order[a:b] for a, b in zip(starts[by_row], ends[by_row], strict=True)]
 
 
-def history_tails(column: pa.ChunkedArray, rows: np.ndarray, skip: np.ndarray) -> list[list[str]]:
+def history_tails(column: pa.ChunkedArray, rows: np.ndarray, skip: np.ndarray) -> list[list[Any]]:
     """The history of each of `rows` without its first `skip` items.
 
     Args:
-        column: lists of item ids, none of them null.
+        column: lists of item ids, or of labels, none of them null.
         rows: `(n,)`, which.
         skip: `(n,)`, items to leave out at the beginning.
     """
     # Chunk by chunk: all histories together may be longer than one array can be.
-    found: list[list[str]] = [[] for _ in rows]
+    found: list[list[Any]] = [[] for _ in rows]
     order = np.argsort(rows)
     first = 0
     for chunk in column.chunks:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ccf_llm_hf.configs import PrepareConfig
 from ccf_llm_hf.data import assets
 from ccf_llm_hf.data.folder import check_output, write_folder
-from ccf_llm_hf.data.prepared import FORMAT
+from ccf_llm_hf.data.prepared import FORMAT, HISTORY_LABELS
 from ccf_llm_hf.data.protocol import (
     Samples,
     TimeSplit,
@@ -37,6 +37,10 @@ from ccf_llm_hf.errors import InputError
 
 SOURCES = ("ml-1m", "ml-100k", "table")
 UNKNOWN_LICENSE = "that of the source"
+SIGNED_HISTORY_RULE = (
+    "all items of the user's rows at earlier times, oldest first, rows outside all splits too, "
+    "with their labels in `history_labels`"
+)
 HISTORY_RULE = (
     "the items of the user's earlier rows with label 1, oldest first, carried across splits; rows "
     "outside all splits do not count; ties in time are ordered by first appearance of the item in "
@@ -89,6 +93,13 @@ def _check_options(config: PrepareConfig) -> None:
     if not config.out:
         raise InputError("name the folder to write with --out")
     _refuse_idle_options(config)
+    if config.history_labels not in HISTORY_LABELS:
+        raise InputError(
+            f"--history-labels must be one of {', '.join(HISTORY_LABELS)}, "
+            f"not {config.history_labels!r}"
+        )
+    if config.max_history is not None and config.max_history < 1:
+        raise InputError(f"--max-history must be at least 1, not {config.max_history}")
     if config.source != "table":
         return
     if not config.interactions:
@@ -103,17 +114,16 @@ def _check_options(config: PrepareConfig) -> None:
         raise InputError(f"--split must be ratio or time, not {config.split!r}")
     if config.split == "time" and not (config.valid_start and config.test_start):
         raise InputError("--split time needs --valid-start and --test-start")
-    if config.max_history is not None and config.max_history < 1:
-        raise InputError(f"--max-history must be at least 1, not {config.max_history}")
 
 
 def _refuse_idle_options(config: PrepareConfig) -> None:
     """Refuse an option that the source would not look at: silence would change the protocol."""
     movielens = ("input", "offline", "cache_dir")
+    general = ("source", "out", "history_labels", "max_history")
     default = PrepareConfig()
     for option in fields(config):
         name = option.name
-        if name in ("source", "out") or (name in movielens) == (config.source != "table"):
+        if name in general or (name in movielens) == (config.source != "table"):
             continue
         if getattr(config, name) != getattr(default, name):
             flag = "--" + name.replace("_", "-")
@@ -128,7 +138,15 @@ def _read_source(config: PrepareConfig) -> tuple[RawTables, dict]:
         "label_rule": f"1 if rating >= {config.positive_threshold:g}, else 0",
         "split_rule": "",
         "history_rule": HISTORY_RULE,
+        "history_labels": config.history_labels,
     }
+    if config.history_labels == "signed":
+        protocol["history_rule"] = SIGNED_HISTORY_RULE
+    if config.max_history:
+        protocol["history_rule"] += (
+            f"; only the latest {config.max_history} are stored, `history_dropped` counts the "
+            "others"
+        )
     if config.source == "table":
         assert config.interactions is not None
         interactions = Path(config.interactions).expanduser()
@@ -148,11 +166,6 @@ def _read_source(config: PrepareConfig) -> tuple[RawTables, dict]:
         protocol["citation"] = ""
         if config.label_column:
             protocol["label_rule"] = f"column {config.label_column!r}"
-        if config.max_history:
-            protocol["history_rule"] += (
-                f"; only the latest {config.max_history} are stored, `history_dropped` counts the "
-                "others"
-            )
         return read_tables(interactions, items, columns), protocol
 
     folder = assets.get_asset(
@@ -213,7 +226,7 @@ def _label_and_split(config: PrepareConfig, rows: pd.DataFrame, split: TimeSplit
     else:
         rows["label"] = (rows["rating"] >= config.positive_threshold).astype("int64")
     rows["split"] = split.assign(rows["timestamp"].to_numpy())
-    return build_samples(rows, config.max_history)
+    return build_samples(rows, config.max_history, signed=config.history_labels == "signed")
 
 
 def format_summary(protocol: dict, out: Path) -> str:

@@ -19,6 +19,7 @@ PROTOCOL_FILE = "protocol.json"
 ITEMS_FILE = "items/items.parquet"
 INTERACTIONS_FILE = "interactions/interactions.parquet"
 FORMAT = "ccf-llm-prepared-1"
+HISTORY_LABELS = ("positives", "signed")
 
 
 @dataclass
@@ -27,8 +28,8 @@ class PreparedData:
 
     `splits` has train, validation and test with columns user_id, item_id (str), label (int64),
     timestamp (int64, Unix seconds), history (list of item ids, oldest first), split_position
-    (int64) and not_cold (bool); `items` has item_id, title and any other column; `protocol` is
-    protocol.json.
+    (int64) and not_cold (bool), and `history_labels` (list of 0/1) where histories are signed;
+    `items` has item_id, title and any other column; `protocol` is protocol.json.
     """
 
     path: Path

@@ -62,7 +62,8 @@ class Samples:
     """Rows that belong to a split, ordered by user, time, item; every array is `(rows,)`.
 
     `user` and `item` are indices into `user_names` and `item_names`. The history of row i is
-    `positives[history_start[i]:history_stop[i]]`, indices into `item_names`. `history_dropped`
+    `earlier[history_start[i]:history_stop[i]]`, indices into `item_names`, with the labels in
+    `earlier_labels` at the same places; None where histories hold likes only. `history_dropped`
     counts the earlier items that are not stored; None when histories are whole.
     """
 
@@ -73,7 +74,8 @@ class Samples:
     split: np.ndarray
     split_position: np.ndarray
     not_cold: np.ndarray
-    positives: np.ndarray
+    earlier: np.ndarray
+    earlier_labels: np.ndarray | None
     history_start: np.ndarray
     history_stop: np.ndarray
     history_dropped: np.ndarray | None
@@ -99,7 +101,7 @@ class Samples:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         flat = np.repeat(start - offsets[:-1], lengths) + np.arange(offsets[-1])
         history = pa.ListArray.from_arrays(
-            pa.array(offsets, pa.int32()), self.item_names.take(pa.array(self.positives[flat]))
+            pa.array(offsets, pa.int32()), self.item_names.take(pa.array(self.earlier[flat]))
         )
         columns = {
             "user_id": self.user_names.take(pa.array(self.user[rows])),
@@ -110,12 +112,19 @@ class Samples:
             "split_position": pa.array(self.split_position[rows], pa.int64()),
             "not_cold": pa.array(self.not_cold[rows], pa.bool_()),
         }
+        if self.earlier_labels is not None:
+            labels = pa.array(self.earlier_labels[flat], pa.int8())
+            columns["history_labels"] = pa.ListArray.from_arrays(
+                pa.array(offsets, pa.int32()), labels
+            )
         if self.history_dropped is not None:
             columns["history_dropped"] = pa.array(self.history_dropped[rows], pa.int64())
         return pa.table(columns)
 
 
-def build_samples(interactions: pd.DataFrame, max_history: int | None = None) -> Samples:
+def build_samples(
+    interactions: pd.DataFrame, max_history: int | None = None, *, signed: bool = False
+) -> Samples:
     """Order the rows of all splits by user and attach to each its history.
 
     `interactions` holds every accepted row in the order of the ratings file, with columns user_id,
@@ -123,24 +132,33 @@ def build_samples(interactions: pd.DataFrame, max_history: int | None = None) ->
     appearance in the file; a user's rows by time, ties by first appearance of the item in the file.
     The history of a row is the items of the user's earlier rows (in that order) with label 1,
     oldest first, carried across splits; rows outside the splits do not count (this, with that order
-    of ties, gives CoLLM's published ML-1M files row for row). `max_history` keeps the latest ones
-    only, and counts the others in `history_dropped`.
+    of ties, gives CoLLM's published ML-1M files row for row). With `signed` it is all items of the
+    user's rows at earlier times, those outside the splits too, with their labels (our choice; rows
+    equal in time are given at once and do not see each other's labels). `max_history` keeps the
+    latest ones only, and counts the others in `history_dropped`.
     """
     user, user_names = coded(interactions["user_id"])
     item, item_names = coded(interactions["item_id"])
     order = np.lexsort((item, interactions["timestamp"].to_numpy(), user))
-    order = order[interactions["split"].to_numpy()[order] >= 0]
     user, item = user[order], item[order]
     label, timestamp, split = (
         interactions[name].to_numpy()[order] for name in ("label", "timestamp", "split")
     )
 
-    liked = label == 1
-    stop = np.cumsum(liked) - liked
+    shown = np.ones(len(user), dtype=bool) if signed else (label == 1) & (split >= 0)
+    earlier, earlier_labels = item[shown], label[shown] if signed else None
+    stop = np.cumsum(shown) - shown
     start, dropped = stop[_run_starts(user)], None
+    if signed:
+        stop = stop[np.maximum(_run_starts(user), _run_starts(timestamp))]
     if max_history is not None:
         whole, start = start, np.maximum(start, stop - max_history)
         dropped = start - whole
+    inside = split >= 0
+    user, item, label, timestamp, split, start, stop = (
+        values[inside] for values in (user, item, label, timestamp, split, start, stop)
+    )
+    dropped = None if dropped is None else dropped[inside]
 
     seen = [np.bincount(ids[split == 0], minlength=ids.max(initial=0) + 1) for ids in (user, item)]
     return Samples(
@@ -152,7 +170,8 @@ def build_samples(interactions: pd.DataFrame, max_history: int | None = None) ->
         # Time grows along a user's rows, so the rows of a split are one run.
         split_position=np.arange(len(user)) - _run_starts(user * len(SPLITS) + split),
         not_cold=(seen[0][user] > 0) & (seen[1][item] > 0),
-        positives=item[liked],
+        earlier=earlier,
+        earlier_labels=earlier_labels,
         history_start=start,
         history_stop=stop,
         history_dropped=dropped,

@@ -1,36 +1,51 @@
 """Histories of stored users: a checkpoint carries none, the prepared data does."""
 
 from pathlib import Path
+from typing import Any
 
-from ccf_llm_hf.data.prepared import interactions
+import pandas as pd
+
+from ccf_llm_hf.data.prepared import interactions, load_protocol
 from ccf_llm_hf.errors import InputError
 
 
-def stored_histories(data_dir: str | Path) -> dict[str, list[str]]:
+def stored_histories(data_dir: str | Path) -> dict[str, list[Any]]:
     """What `stored_history` gives, for every user of the data at once."""
-    rows = interactions(data_dir)
-    liked = rows[(rows["split"] != "") & (rows["label"] == 1)]
-    return {str(user): items.tolist() for user, items in liked.groupby("user_id")["item_id"]}
+    shown = _shown(data_dir)
+    return {str(user): rows["shown"].tolist() for user, rows in shown.groupby("user_id")}
 
 
-def stored_history(data_dir: str | Path, user: str) -> list[str]:
-    """Items that a user liked, over all splits, oldest first.
+def stored_history(data_dir: str | Path, user: str) -> list[Any]:
+    """Items that a user liked, over all splits, oldest first; in a folder with signed histories all
+    that the user rated, disliked ones as `{"id": ..., "liked": False}`.
 
-    Rows outside all splits do not count, as in the histories that `prepare` writes.
+    Which rows count is as in the histories that `prepare` writes.
 
     Args:
         data_dir: prepared folder.
         user: raw user id.
 
     Returns:
-        Raw item ids of the user's rows with label 1.
+        Raw item ids, or dicts of them.
 
     Raises:
         InputError: not a prepared folder, or no such user in it.
     """
     rows = interactions(data_dir)
-    rows = rows[(rows["user_id"] == user) & (rows["split"] != "")]
-    if rows.empty:
-        known = interactions(data_dir)["user_id"].iloc[0]
+    if not (rows["user_id"] == user).any():
+        known = rows["user_id"].iloc[0]
         raise InputError(f"user {user!r} has no rows in {data_dir}: give an id like {known!r}")
-    return rows.loc[rows["label"] == 1, "item_id"].tolist()
+    return _shown(data_dir, user)["shown"].tolist()
+
+
+def _shown(data_dir: str | Path, user: str | None = None) -> pd.DataFrame:
+    rows = interactions(data_dir)
+    rows = rows if user is None else rows[rows["user_id"] == user]
+    if load_protocol(Path(data_dir)).get("history_labels") != "signed":
+        rows = rows[(rows["split"] != "") & (rows["label"] == 1)]
+        return rows.assign(shown=rows["item_id"])
+    signed = [
+        item if liked else {"id": item, "liked": False}
+        for item, liked in zip(rows["item_id"], rows["label"], strict=True)
+    ]
+    return rows.assign(shown=pd.Series(signed, index=rows.index, dtype=object))

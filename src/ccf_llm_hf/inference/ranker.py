@@ -44,7 +44,8 @@ class CTRRanker(Publishable):
 
     Items are given as raw ids, as titles, or as `{"id": ..., "title": ...}`; a title outside the
     catalog is a new item, scored by its text. A user the model has not seen is a new user, scored
-    by the history. Histories hold liked items, oldest first.
+    by the history. Histories hold liked items, oldest first; a model trained on signed ones takes
+    disliked items too, as `{"id": ..., "liked": False}`.
 
     Args:
         model: a `CCFLLMForCTR`.
@@ -121,7 +122,8 @@ class CTRRanker(Publishable):
         places: dict[Any, list[int]] = {}
         for place, pair in enumerate(pairs):
             user, history, item = _read_pair(pair, place)
-            key = (user, tuple(self.processor.resolve_item(earlier) for earlier in history))
+            read = self.processor
+            key = (user, tuple((*read.resolve_item(past), read.likes(past)) for past in history))
             requests.setdefault(key, _Request(user, history, [])).candidates.append(item)
             places.setdefault(key, []).append(place)
         logits = np.empty(len(pairs), dtype=np.float32)
@@ -195,7 +197,7 @@ class CTRRanker(Publishable):
             user_known=self._user_known(user),
             item=shares[-1],
             history=shares[:-1],
-            cf_logit=self._cf_logit(user, item),
+            cf_logit=self._cf_logit(user, request.history, item),
             logit=logit,
             probability=float(self.probabilities(np.array([logit]))[0]),
             temperature=self.model.config.logit_temperature,
@@ -206,6 +208,7 @@ class CTRRanker(Publishable):
         groups = []
         for request in requests:
             start = window_start(len(request.history), self.processor.history_window)
+            unshown = max(0, start - self.processor.fold_in_items)
             history = request.history[start:]
             groups.append(
                 Group(
@@ -213,6 +216,7 @@ class CTRRanker(Publishable):
                     history=history,
                     candidates=request.candidates,
                     history_lengths=[len(history)] * len(request.candidates),
+                    earlier=request.history[unshown:start],
                 )
             )
         return groups
@@ -227,11 +231,12 @@ class CTRRanker(Publishable):
             progress=progress,
         )
 
-    def _cf_logit(self, user: User, item: Item) -> float:
+    def _cf_logit(self, user: User, history: Sequence[Item], item: Item) -> float:
         """The CF model's own logit; a new user or item stands at the CF model's default vector."""
         row = self.processor.resolve_item(item)[0]
         rows = torch.tensor([len(self.processor.item_ids) if row is None else row])
-        return cf_logits(self.model, self.processor, user, rows.to(self.model.device)).item()
+        rows = rows.to(self.model.device)
+        return cf_logits(self.model, self.processor, user, history, rows).item()
 
     def _preselect(self, user: User, history: Sequence[Item], count: int) -> list[Item]:
         """Ids of the catalog items that the CF model scores highest, without the history's."""

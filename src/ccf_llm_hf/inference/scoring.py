@@ -10,10 +10,12 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from ccf_llm_hf.data.grouping import Group, cut_by_budget, group_rows
+from ccf_llm_hf.errors import InputError
 
 CONTENT = ("input_ids", "item_slots", "user_slots")
 LAYOUT = ("position_ids", "sequence_ids", "block_ids", "history_depths")
 NEW_TITLES = ("new_title_ids", "new_title_lengths")
+HISTORIES = ("history_items", "history_liked", "history_unshown")
 
 
 def processor_inputs(groups: Sequence[Group]) -> dict[str, Any]:
@@ -23,6 +25,7 @@ def processor_inputs(groups: Sequence[Group]) -> dict[str, Any]:
         "history": [group.history for group in groups],
         "candidates": [group.candidates for group in groups],
         "history_lengths": [group.history_lengths for group in groups],
+        "earlier": [group.earlier for group in groups],
         "return_tensors": "pt",
     }
 
@@ -44,6 +47,7 @@ def _score_long_row(model: Any, batch: dict[str, torch.Tensor], max_tokens: int)
     context = int((batch["block_ids"][0] == 0).sum())
     answers = batch["answer_positions"][0]
     extra = {name: batch[name] for name in NEW_TITLES if name in batch}
+    histories = {name: batch[name] for name in HISTORIES if name in batch}
     cache = DynamicCache()
     row = {name: batch[name] for name in CONTENT + LAYOUT}
     model.model(**{k: v[:, :context] for k, v in row.items()}, **extra, past_key_values=cache)
@@ -58,6 +62,7 @@ def _score_long_row(model: Any, batch: dict[str, torch.Tensor], max_tokens: int)
             **{name: row[name][:, start:end] for name in CONTENT},
             **{n: torch.cat([row[n][:, :context], row[n][:, start:end]], 1) for n in LAYOUT},
             **extra,
+            **histories,
             answer_positions=(answers[some] - start)[None],
             candidate_items=batch["candidate_items"][:, some],
             candidate_mask=batch["candidate_mask"][:, some],
@@ -122,7 +127,7 @@ def score_groups(
 def _singles(group: Group) -> list[Group]:
     """One group per candidate, each with the history that the candidate may see."""
     return [
-        Group(group.user_id, group.history[:length], [item], [length])
+        Group(group.user_id, group.history[:length], [item], [length], earlier=group.earlier)
         for item, length in zip(group.candidates, group.history_lengths, strict=True)
     ]
 
@@ -155,8 +160,22 @@ def score_split(
 
     Returns:
         Float32 array of shape (rows,).
+
+    Raises:
+        InputError: the data's histories hold something else than the model reads.
     """
-    groups = group_rows(split, history_window=history_window, max_candidates=max_candidates)
+    stored = "signed" if "history_labels" in split.column_names else "positives"
+    if processor.history_labels != stored:
+        raise InputError(
+            f"this model reads histories of {processor.history_labels}, but the data was prepared "
+            f"with {stored}: prepare it with --history-labels {processor.history_labels}"
+        )
+    groups = group_rows(
+        split,
+        history_window=history_window,
+        max_candidates=max_candidates,
+        fold_in_items=processor.fold_in_items,
+    )
     logits = np.full(len(split), np.nan, dtype=np.float32)
     scores = score_groups(
         model, processor, groups, max_tokens_per_batch=max_tokens_per_batch, progress=progress

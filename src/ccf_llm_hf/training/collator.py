@@ -49,6 +49,7 @@ class PackingCollator:
             history_lengths=[group.history_lengths for group in groups],
             labels=[group.labels for group in groups],
             snapshot=[group.snapshot for group in groups],
+            earlier=[group.earlier for group in groups],
             return_tensors="pt",
         )
         return dict(batch)

@@ -17,7 +17,7 @@ from trl import TrlParser
 
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.configuration_ccf_llm import FUSION_ARMS, SCORE_HEADS
-from ccf_llm_hf.modeling.processing_ccf_llm import ITEM_FORMATS, LAYOUTS
+from ccf_llm_hf.modeling.processing_ccf_llm import HISTORY_LABELS, ITEM_FORMATS, LAYOUTS
 
 TRAINABLE_PARTS = ("fusion", "lora")
 PRECISIONS = ("fp32", "bf16", "auto")
@@ -32,6 +32,21 @@ class StageConfig:
     fusion: str = field(default="gate", metadata={"help": f"Fusion arm, one of {FUSION_ARMS}."})
     cf_residual: bool = field(
         default=False, metadata={"help": "Add a learned scale times the CF model's own logit."}
+    )
+    cf_fold_in: bool = field(
+        default=False,
+        metadata={
+            "help": "In that logit, solve for the user's vector from the signed history shown "
+            "instead of looking it up; needs history_labels: signed and a CF table by fit-cf mf."
+        },
+    )
+    fold_in_decay: float = field(
+        default=1.0,
+        metadata={"help": "Weight of a history item in cf_fold_in over the next later one's."},
+    )
+    slot_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Share of CF vectors that training replaces by the cold vectors."},
     )
     train: list[str] = field(
         default_factory=lambda: ["fusion"],
@@ -56,6 +71,14 @@ class StageConfig:
     history_window: list[int] = field(
         default_factory=list,
         metadata={"help": "[H, S]: at most H + S - 1 history items, in windows S apart."},
+    )
+    history_labels: str = field(
+        default="",
+        metadata={"help": f"What histories hold, one of {HISTORY_LABELS}; empty: as in the data."},
+    )
+    fold_in_items: int = field(
+        default=0,
+        metadata={"help": "Signed items before the window that cf_fold_in uses too; not shown."},
     )
     max_candidates: int = field(
         default=64, metadata={"help": "Labels of one user packed behind one prefix, at most."}
@@ -124,6 +147,13 @@ class StageConfig:
         _one_of(place, "layout", self.layout, ("", *LAYOUTS))
         for key in ("history_format", "candidate_format"):
             _one_of(place, key, getattr(self, key), ("", *ITEM_FORMATS))
+        _one_of(place, "history_labels", self.history_labels, ("", *HISTORY_LABELS))
+        if self.cf_fold_in and not self.cf_residual:
+            raise InputError(f"{place}: `cf_fold_in` needs cf_residual: true")
+        if not 0 < self.fold_in_decay <= 1:
+            raise InputError(f"{place}: `fold_in_decay` must be above 0 and at most 1")
+        if not 0 <= self.slot_dropout < 1:
+            raise InputError(f"{place}: `slot_dropout` must be at least 0 and below 1")
         _one_of(place, "scheduler", self.scheduler, [s.value for s in SchedulerType])
         if not self.train:
             raise InputError(f"{place}: `train` must name at least one of {TRAINABLE_PARTS}")
@@ -151,6 +181,8 @@ class StageConfig:
         settings: dict[str, Any] = {key: value for key, value in chosen.items() if value}
         if self.history_window:
             settings["history_window"] = tuple(self.history_window)
+        if self.cf_fold_in:
+            settings["fold_in_items"] = self.fold_in_items
         return settings
 
 
@@ -197,6 +229,10 @@ class Recipe:
         },
     )
     offline: bool = field(default=False, metadata={"help": "Never look for a backbone online."})
+    full_checkpoint: bool = field(
+        default=True,
+        metadata={"help": "Also write the full form: self-contained, as large as the backbone."},
+    )
     rerun_changed: bool = field(
         default=False,
         metadata={"help": "Delete and retrain stages whose settings changed since they last ran."},

@@ -103,8 +103,9 @@ def init_folder(init_from: str, output: Path, earlier: list[str], offline: bool)
 def outcome(recipe: Recipe, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a caller wants to know of a finished run."""
     output = Path(recipe.output_dir)
+    full = {"checkpoint": str(output / "checkpoint")} if recipe.full_checkpoint else {}
     return {
-        "checkpoint": str(output / "checkpoint"),
+        **full,
         "checkpoint_slim": str(output / "checkpoint-slim"),
         "validation": records[recipe.stages[-1].name]["validation"],
         "minutes": round(sum(record["minutes"] for record in records.values()), 2),
@@ -132,10 +133,11 @@ def export(
         "hardware": hardware(recipe.precision),
         "stages": records,
     }
-    write_folder(output / "checkpoint", write_full)
+    if recipe.full_checkpoint:
+        write_folder(output / "checkpoint", write_full)
     write_folder(output / "checkpoint-slim", lambda folder: _copy(source, folder))
     write_json(output / "training.json", report)
-    for name in ("checkpoint", "checkpoint-slim"):
+    for name in ("checkpoint",) * recipe.full_checkpoint + ("checkpoint-slim",):
         describe_run(output / name, recipe.data_dir)
         record_example(output / name, model, processor)
 

@@ -167,8 +167,27 @@ class StageRun:
             self.inputs.backbone, revision=self.inputs.revision
         )
         return CCFLLMProcessor.from_catalog(
-            tokenizer, *self.inputs.catalog(), **self.stage.prompt_settings()
+            tokenizer,
+            *self.inputs.catalog(),
+            **self.stage.prompt_settings(),
+            history_labels=self.history_labels(),
         )
+
+    def history_labels(self) -> str:
+        """What histories hold, likes only or dislikes too: as the data was prepared."""
+        prepared = self.inputs.data.protocol.get("history_labels", "positives")
+        wanted = self.stage.history_labels or prepared
+        if wanted != prepared:
+            raise InputError(
+                f"stage {self.stage.name!r}: `history_labels` is {wanted}, but the data in "
+                f"{self.inputs.data.path} has {prepared}; prepare it with --history-labels {wanted}"
+            )
+        if self.stage.cf_fold_in and wanted != "signed":
+            raise InputError(
+                f"stage {self.stage.name!r}: `cf_fold_in` needs signed histories; prepare the data "
+                "with --history-labels signed"
+            )
+        return wanted
 
     def model(self, processor: CCFLLMProcessor) -> CCFLLMForCTR:
         """The stage's model with its starting weights; only trained parts need gradients."""
@@ -181,6 +200,9 @@ class StageRun:
             item_title_ids=processor.item_title_ids(),
             fusion=self.stage.fusion,
             cf_residual=self.stage.cf_residual,
+            cf_fold_in=self.stage.cf_fold_in,
+            fold_in_decay=self.stage.fold_in_decay,
+            slot_dropout=self.stage.slot_dropout,
             score_head=self.recipe.score_head,
             yes_token_id=yes,
             no_token_id=no,
@@ -258,6 +280,7 @@ class StageRun:
             history_window=processor.history_window,
             cf_snapshots=snapshots,
             max_candidates=self.stage.max_candidates if packed else 1,
+            fold_in_items=processor.fold_in_items,
         )
 
 
@@ -391,10 +414,15 @@ def summary(trainer: CCFLLMTrainer, history: list[dict[str, float]]) -> dict[str
     }
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: Any) -> None:
     """Write JSON under a temporary name, then move it into place."""
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write under a temporary name, then move it into place."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 

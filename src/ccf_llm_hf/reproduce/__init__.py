@@ -1,0 +1,1 @@
+"""The tables, figures and analyses of a results section."""

@@ -1,0 +1,183 @@
+"""The rows of the results table: which arm, on which track, over which CF model, trained how.
+
+A cell is one row and one seed. What a stage does not say here is the recipe's default.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ccf_llm_hf.errors import InputError
+
+TRACKS = {
+    "protocol": "CF fitted on the train split only, histories of earlier likes (CoLLM's protocol)",
+    "open": "CF fitted on every rating before the validation split, signed histories (ours)",
+}
+BUDGETS = ("quick", "full")
+SMOLLM = "smollm2-135m-instruct"
+GEMMA = "gemma-3-270m"
+# CF models with a row of their own, and those that a language model is fused with.
+PROTOCOL_CF = ("mf", "mf_nobias", "lightgcn", "sasrec")
+FUSED_CF = ("mf", "lightgcn", "sasrec")
+# Labels that a stage of the quick budget trains on: what carries titles costs ten times as much.
+QUICK_LABELS, QUICK_TITLE_LABELS = 12_000, 2_500
+
+TITLES: dict[str, Any] = {
+    "fusion": "text_only",
+    "train": ["lora"],
+    "history_window": [5, 16],
+    "labels_per_step": 128,
+    "lora_learning_rate": 1e-3,
+}
+SLOTS: dict[str, Any] = {
+    "history_format": "slot",
+    "candidate_format": "slot",
+    "history_window": [20, 16],
+    "labels_per_step": 128,
+    "fusion_learning_rate": 3e-3,
+    "gate_learning_rate": 2e-4,
+    "lora_learning_rate": 1e-3,
+}
+CONCAT = SLOTS | {"fusion": "concat", "candidate_format": "title_slot"}
+FOLDED = {"cf_residual": True, "cf_fold_in": True, "fold_in_items": 220, "fold_in_decay": 0.995}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table and one seed.
+
+    `cf` names a CF table of the track, or is empty. `stage` holds the settings of its only stage;
+    None marks a row without a language model. `starts_from` names the row whose LoRA a two-stage
+    cell takes and freezes; `average_of` the two rows whose scores are averaged. `titles` says that
+    labels cost the tokens of titles, `quick` that the row belongs to the quick budget too.
+    """
+
+    track: str
+    arm: str
+    cf: str = ""
+    training: str = ""
+    backbone: str = ""
+    seed: int = 0
+    stage: dict[str, Any] | None = None
+    starts_from: str = ""
+    average_of: tuple[str, ...] = ()
+    use_cf_snapshots: bool = True
+    titles: bool = False
+    quick: bool = False
+
+    @property
+    def row(self) -> str:
+        """Name of the row that the seeds share, for `--only`."""
+        parts = (self.track, self.arm, self.cf, self.training, self.backbone)
+        name = "-".join(part for part in parts if part)
+        return re.sub(r"[^\w.-]+", "_", name.replace("+", "and"))
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the row depends on a seed."""
+        return self.stage is not None or bool(self.average_of)
+
+    @property
+    def name(self) -> str:
+        """Name of the cell: of its result file and its folder."""
+        return f"{self.row}-seed{self.seed}" if self.seeded else self.row
+
+
+def plan(tracks: Sequence[str], budget: str, seeds: int, dataset: str) -> list[Cell]:
+    """All cells in the order in which they are computed: controls, then seed after seed.
+
+    Args:
+        tracks: which, of `TRACKS`.
+        budget: `quick` has the rows that are marked quick only.
+        seeds: 0 to `seeds` - 1.
+        dataset: `ml-1m` has all rows, any other data set the quick ones.
+
+    Raises:
+        InputError: an unknown track or budget, or no seeds.
+    """
+    if budget not in BUDGETS:
+        raise InputError(f"--budget must be one of {', '.join(BUDGETS)}, not {budget!r}")
+    if seeds < 1:
+        raise InputError(f"--seeds must be at least 1, not {seeds}")
+    if unknown := [track for track in tracks if track not in TRACKS]:
+        raise InputError(f"--tracks must be of {', '.join(TRACKS)}, not {unknown[0]!r}")
+    rows = [
+        row for track in tracks for row in (protocol_rows if track == "protocol" else open_rows)()
+    ]
+    if budget == "quick" or dataset != "ml-1m":
+        rows = [row for row in rows if row.quick]
+    fixed = [row for row in rows if not row.seeded]
+    return fixed + [replace(row, seed=seed) for seed in range(seeds) for row in rows if row.seeded]
+
+
+def protocol_rows() -> list[Cell]:
+    """Rows comparable with the literature."""
+    text_only = Cell("protocol", "text_only", "", "LoRA", SMOLLM, stage=TITLES, titles=True)
+    arms = {name: SLOTS | {"fusion": name} for name in ("gate", "scalar_gate", "sum", "cf_only")}
+    gate = arms["gate"]
+    titled = gate | {"candidate_format": "title_slot"}
+    return [
+        *(Cell("protocol", arm, quick=True) for arm in ("item mean", "item + user mean")),
+        *(Cell("protocol", "CF", cf, quick=cf.startswith("mf")) for cf in PROTOCOL_CF),
+        replace(text_only, quick=True),
+        *(_joint(arm, stage, quick=True) for arm, stage in arms.items()),
+        _joint("gate and CF logit", gate | {"cf_residual": True}, quick=True),
+        replace(
+            text_only,
+            arm="average of CF and text_only",
+            cf="mf",
+            stage=None,
+            average_of=("protocol-CF-mf", text_only.row),
+            quick=True,
+        ),
+        _joint("gate, in-sample CF", gate, use_cf_snapshots=False),
+        _joint(
+            "gate, in-sample CF, slot dropout", gate | {"slot_dropout": 0.3}, use_cf_snapshots=False
+        ),
+        _joint("gate, k-fold CF", gate, cf="mf_folds"),
+        *(_staged(text_only, arm, stage) for arm, stage in arms.items()),
+        *(_joint("gate", gate, cf=cf) for cf in FUSED_CF[1:]),
+        _joint("gate", gate, backbone=GEMMA),
+        _joint("gate, title candidates", titled, titles=True),
+        *(_joint("concat", CONCAT, cf=cf, titles=True) for cf in FUSED_CF),
+        *(_staged(text_only, "concat", CONCAT, cf=cf, titles=True) for cf in FUSED_CF),
+        _joint("gate, question last", gate | {"layout": "question_last"}, titles=True),
+    ]
+
+
+def open_rows() -> list[Cell]:
+    """Rows of what a practitioner would do with the same data."""
+    gate = SLOTS | {"fusion": "gate"}
+    return [
+        *(Cell("open", arm, quick=True) for arm in ("item mean", "item + user mean")),
+        Cell("open", "CF", cf="mf", quick=True),
+        Cell("open", "CF, folded in", cf="mf", quick=True),
+        _joint("gate and folded CF logit", gate | FOLDED, track="open", quick=True),
+        _joint("cf_only and folded CF logit", SLOTS | FOLDED | {"fusion": "cf_only"}, track="open"),
+        _joint("gate", gate, track="open"),
+    ]
+
+
+def _joint(
+    arm: str, stage: dict[str, Any], *, track: str = "protocol", cf: str = "mf", **more: Any
+) -> Cell:
+    """One stage that trains fusion and LoRA together."""
+    settings = {"backbone": SMOLLM, "training": "joint"} | more
+    return Cell(track, arm, cf=cf, stage=stage | {"train": ["fusion", "lora"]}, **settings)
+
+
+def _staged(
+    first: Cell, arm: str, stage: dict[str, Any], *, cf: str = "mf", titles: bool = False
+) -> Cell:
+    """The paper's second stage: the LoRA of the `first` row, frozen, and a fresh fusion."""
+    return Cell(
+        "protocol",
+        arm,
+        cf,
+        "two-stage",
+        first.backbone,
+        stage=stage | {"train": ["fusion"]},
+        starts_from=first.row,
+        titles=titles,
+    )

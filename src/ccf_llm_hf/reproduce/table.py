@@ -1,0 +1,105 @@
+"""The results table: `table.json` from the cells' results, and the same as Markdown."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+from ccf_llm_hf.training.stage import write_json, write_text
+
+ROW = ("track", "arm", "cf", "training", "backbone", "budget")
+CF_NAMES = {"mf": "MF", "mf_nobias": "MF without biases", "mf_folds": "MF, five folds"}
+CF_NAMES |= {"lightgcn": "LightGCN", "sasrec": "SASRec"}
+PUBLISHED = (  # method, AUC, UAUC on the same ML-1M split, as their papers report them
+    ("MF", ".648", ".636", "CoLLM (arXiv 2310.19488)"),
+    ("LightGCN", ".596", ".650", "CoLLM"),
+    ("SASRec", ".708", ".688", "CoLLM"),
+    ("DIN", ".717", ".646", "CoLLM"),
+    ("TALLRec, 7B", ".710", ".682", "CoLLM"),
+    ("CoLLM-MF, 7B", ".730", ".688", "CoLLM"),
+    ("CoLLM-DIN, 7B", ".735", ".692", "CoLLM"),
+    ("CoLLM-MF, Qwen2-1.5B", ".735", ".695", "a reproduction"),
+    ("BinLLM, 7B", ".743", ".696", "BinLLM (ACL 2024)"),
+    ("CoRA, 7B", ".741", ".706", "CoRA"),
+    ("ARROW, 7B", ".758", ".715", "ARROW"),
+    ("SAILRec, 7B", ".757", "", "SAILRec"),
+    ("SeLLa-Rec, 7B", ".761", "", "SeLLa-Rec; its UAUC is defined otherwise"),
+)
+
+
+def write_table(results: Path) -> list[dict[str, Any]]:
+    """Gather `cells/*.json` into `table.json` and `table.md`.
+
+    Returns:
+        A dict a row: track, arm, cf, training, backbone, budget, seeds, auc, auc_ci, uauc, uauc_ci,
+        logloss, ece, minutes, the standard deviations over seeds, and validation figures. Means are
+        over seeds; an interval's bounds are the means of the seeds' bounds.
+    """
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for file in sorted((results / "cells").glob("*.json")):
+        cell = json.loads(file.read_text())
+        groups[tuple(cell[key] for key in ROW)].append(cell)
+    rows = [_row(key, cells) for key, cells in groups.items()]
+    rows.sort(key=lambda row: (row["track"] != "protocol", row["budget"], row["auc"]))
+    write_json(results / "table.json", rows)
+    write_text(results / "table.md", markdown(rows))
+    return rows
+
+
+def _row(key: tuple[str, ...], cells: list[dict[str, Any]]) -> dict[str, Any]:
+    tests = [cell["test"] for cell in cells]
+    row: dict[str, Any] = dict(zip(ROW, key, strict=True))
+    row["seeds"] = len(cells)
+    for metric in ("auc", "uauc"):
+        row[metric] = mean(test[metric] for test in tests)
+        bounds = zip(*(test[f"{metric}_ci"] for test in tests), strict=True)
+        row[f"{metric}_ci"] = [mean(side) for side in bounds]
+        row[f"{metric}_sd"] = pstdev([test[metric] for test in tests])
+        row[f"validation_{metric}"] = mean(cell["validation"][metric] for cell in cells)
+    for metric in ("logloss", "ece"):
+        row[metric] = mean(test[metric] for test in tests)
+    row["minutes"] = mean(cell["minutes"] for cell in cells)
+    return row
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The tracks as tables, each sorted by test AUC, and what others published."""
+    lines = []
+    for track, budget in dict.fromkeys((row["track"], row["budget"]) for row in rows):
+        name = f"{track.capitalize()} track" + ", quick budget" * (budget == "quick")
+        lines += [
+            f"### {name}",
+            "",
+            *_track([r for r in rows if (r["track"], r["budget"]) == (track, budget)]),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _track(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| arm | CF | trained | backbone | seeds | AUC | UAUC | log loss | ECE "
+        "| validation AUC / UAUC | min |",
+        "| --- | --- | --- | --- | --: | --- | --- | --: | --: | --- | --: |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['arm']} | {CF_NAMES.get(row['cf'], row['cf'])} | {row['training']} "
+            f"| {row['backbone']} | {row['seeds']} | {_value(row, 'auc')} | {_value(row, 'uauc')} "
+            f"| {row['logloss']:.4f} | {row['ece']:.3f} "
+            f"| {row['validation_auc']:.4f} / {row['validation_uauc']:.4f} | {row['minutes']:.1f} |"
+        )
+    return lines
+
+
+def _value(row: dict[str, Any], metric: str) -> str:
+    low, high = row[f"{metric}_ci"]
+    spread = f" ± {row[f'{metric}_sd']:.4f}" if row["seeds"] > 1 else ""
+    return f"{row[metric]:.4f}{spread} [{low:.3f}, {high:.3f}]"
+
+
+def published() -> str:
+    """What others report on the same split, as Markdown."""
+    lines = ["| method | AUC | UAUC | source |", "| --- | --: | --: | --- |"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in PUBLISHED)]) + "\n"

@@ -1,0 +1,178 @@
+"""Folding users in from signed histories: the CF model's own optimum, in every way of packing."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import BuildModel
+
+from ccf_llm_hf import CCFLLMConfig, CCFLLMForCTR, CCFLLMProcessor
+from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.data.grouping import Group
+from ccf_llm_hf.inference.scoring import score_groups
+from ccf_llm_hf.modeling.cf_table_ccf_llm import CFTable
+from ccf_llm_hf.modeling.loading_ccf_llm import cf_settings
+from ccf_llm_hf.modeling.pipeline_ccf_llm import cf_logits
+
+PRECISION = [1.0, 2.0, 0.5, 1.5, 3.0, 0.0]  # the last dimension is fixed, as the "1" of MF is
+FOLDED = {"cf_residual": True, "cf_fold_in": True, "fold_in_decay": 0.9}
+SIGNED = {"history_labels": "signed", "history_window": (2, 2), "fold_in_items": 3}
+
+
+def disliked(item: str) -> dict[str, object]:
+    return {"id": item, "liked": False}
+
+
+HISTORY = ["i0", disliked("i3"), "i4", disliked("i1"), "i5", disliked("i7"), "i6", "a new title"]
+CANDIDATES = ["i2", "i1", "i6", "i3"]
+
+
+@pytest.fixture
+def cf(cf: CFEmbeddings) -> CFEmbeddings:
+    cf.item_vectors /= 3
+    return replace(cf, metadata={"user_precision": json.dumps(PRECISION)})
+
+
+def table_of(cf: CFEmbeddings, decay: float = 1.0) -> CFTable:
+    table = CFTable(CCFLLMConfig(**cf_settings(cf), fold_in_decay=decay))
+    table.fill(cf)
+    return table
+
+
+def objective(
+    cf: CFEmbeddings, user: torch.Tensor, rows: list[int], liked: list[int], decay: float
+) -> torch.Tensor:
+    """The CF model's own loss of one user on the last snapshot, written out."""
+    known = cf.item_known[-1]
+    loss = 0.5 * (torch.tensor(PRECISION) * (user - cf.default_user[-1]).square()).sum()
+    for age, (row, label) in enumerate(zip(reversed(rows), reversed(liked), strict=True)):
+        if 0 <= row < len(known) and known[row]:
+            logit = (user * cf.item_vectors[-1, row]).sum() + cf.offset[-1]
+            loss = loss + decay**age * torch.nn.functional.softplus(logit - 2 * label * logit)
+    return loss
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.8])
+def test_a_folded_user_minimizes_the_cf_models_loss(cf: CFEmbeddings, decay: float) -> None:
+    rows, liked = [0, 3, 7, 4, 99, 1], [1, 0, 1, 1, 0, 0]  # 7 is not known, 99 not in the table
+    user = table_of(cf, decay).folded_users(
+        torch.tensor([[*rows, -1]]),
+        torch.tensor([[*liked, 1]]).bool(),
+        torch.tensor([6]),
+        torch.tensor([1]),
+    )[0]
+    assert user[-1] == cf.default_user[-1, -1]
+    user = user.requires_grad_()
+    objective(cf, user, rows, liked, decay).backward()
+    assert user.grad is not None
+    assert user.grad[:-1].abs().max() < 1e-3
+    assert (user - cf.default_user[-1]).abs().max() > 0.1
+
+
+def test_without_a_history_the_default_user_stands(cf: CFEmbeddings) -> None:
+    items = torch.full((2, 1), -1)
+    users = table_of(cf).folded_users(
+        items, items.bool(), torch.tensor([0, 0]), torch.tensor([0, 1])
+    )
+    torch.testing.assert_close(users, cf.default_user)
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "question_last"])
+@pytest.mark.parametrize("fusion", ["gate", "concat", "text_only"])
+def test_packed_equals_alone(build: BuildModel, fusion: str, layout: str) -> None:
+    model, processor = build(fusion, layout, prompt=SIGNED, **FOLDED)
+    lengths = [0, 1, 3, 2]
+    common = {"user": "u0", "earlier": HISTORY[:3], "snapshot": 0}
+    packed = processor(
+        **common, history=HISTORY[3:7], candidates=CANDIDATES, history_lengths=lengths
+    )
+    alone = [
+        processor(
+            **common,
+            history=HISTORY[3 : 3 + length],
+            candidates=[item],
+            history_lengths=[length],
+        )
+        for item, length in zip(CANDIDATES, lengths, strict=True)
+    ]
+    expected = torch.stack([model(**batch).logits[0, 0] for batch in alone])
+    torch.testing.assert_close(model(**packed).logits[0], expected, atol=1e-4, rtol=0)
+
+
+def test_the_score_is_the_backbones_plus_the_folded_cf_logit(
+    build: BuildModel, cf: CFEmbeddings
+) -> None:
+    model, processor = build(prompt=SIGNED, **FOLDED)
+    batch = processor(user="u0", history=HISTORY, candidates=CANDIDATES)
+    both = model(**batch).logits[0]
+    rows = torch.tensor([int(item[1:]) for item in CANDIDATES])
+    residual = cf_logits(model, processor, "u0", HISTORY, rows)
+    model.residual_scale.data.zero_()
+    torch.testing.assert_close(both - model(**batch).logits[0], residual, atol=1e-5, rtol=0)
+    # The window begins at item 6, and three items before it are folded in too.
+    shown = [{"i4": 4, "i5": 5, "i6": 6}.get(str(item), -1) for item in HISTORY[3:]]
+    shown[0], shown[2] = 1, 7
+    liked = torch.tensor([[0, 1, 0, 1, 1]]).bool()
+    users = table_of(cf, 0.9).folded_users(
+        torch.tensor([shown]), liked, torch.tensor([5]), torch.tensor([1])
+    )
+    expected = (users * cf.item_vectors[1, rows]).sum(-1) + cf.offset[1]
+    torch.testing.assert_close(residual, expected, atol=1e-5, rtol=0)
+
+
+def test_scoring_in_parts_on_cached_keys_changes_no_score(build: BuildModel) -> None:
+    model, processor = build(prompt=SIGNED, **FOLDED)
+    group = Group("u1", HISTORY[3:], CANDIDATES, [5, 5, 5, 5], earlier=HISTORY[:3])
+    (whole,) = score_groups(model, processor, [group], progress=False)
+    (parts,) = score_groups(model, processor, [group], progress=False, max_tokens_per_batch=3)
+    torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole), atol=1e-5, rtol=0)
+
+
+def test_dislikes_are_shown_as_such_and_only_to_models_that_read_them(build: BuildModel) -> None:
+    _, processor = build(prompt=SIGNED)
+    batch = processor(user="u0", history=["i0", disliked("i1")], candidates=["i2"])
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    assert "<|ccf_item|> not<|ccf_item|><|ccf_item|>" in text
+    assert batch["history_items"].tolist() == [[0, 1]]
+    assert batch["history_liked"].tolist() == [[True, False]]
+    _, likes_only = build()
+    assert "history_items" not in likes_only(user="u0", history=["i0"], candidates=["i2"])
+    with pytest.raises(ValueError, match="reads likes only"):
+        likes_only(user="u0", history=[disliked("i1")], candidates=["i2"])
+
+
+def test_a_saved_model_folds_in_alike(build: BuildModel, tmp_path, backbone_folder) -> None:
+    model, processor = build(prompt=SIGNED, **FOLDED)
+    model.save_pretrained(tmp_path, form="slim")
+    processor.save_pretrained(tmp_path)
+    again = CCFLLMForCTR.from_pretrained(tmp_path, backbone=str(backbone_folder("llama")))
+    read = CCFLLMProcessor.from_pretrained(tmp_path)
+    batch = {"user": "u0", "history": HISTORY, "candidates": CANDIDATES}
+    torch.testing.assert_close(again(**read(**batch)).logits, model(**processor(**batch)).logits)
+
+
+def test_a_checkpoint_without_the_new_settings_still_loads(build: BuildModel, tmp_path) -> None:
+    _, processor = build()
+    processor.save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    settings = json.loads(file.read_text())
+    del settings["history_labels"], settings["fold_in_items"]
+    file.write_text(json.dumps(settings))
+    assert CCFLLMProcessor.from_pretrained(tmp_path).history_labels == "positives"
+
+
+def test_a_model_that_folds_in_says_what_it_lacks(build: BuildModel) -> None:
+    model, processor = build(**FOLDED)  # a processor of likes only
+    with pytest.raises(ValueError, match="history_labels"):
+        model(**processor(user="u0", history=["i0"], candidates=["i2"]))
+    with pytest.raises(ValueError, match="cf_user_precision"):
+        CCFLLMConfig(cf_residual=True, cf_fold_in=True)
+
+
+def test_slot_dropout_takes_cf_vectors_away_in_training_only(build: BuildModel) -> None:
+    model, _ = build(slot_dropout=0.5)
+    known = torch.ones(2000, dtype=torch.bool)
+    assert model.model.eval().some_dropped(known).all()
+    share = model.model.train().some_dropped(known).float().mean()
+    assert 0.45 < share < 0.55
