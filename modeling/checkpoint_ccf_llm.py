@@ -131,11 +131,20 @@ def read_tensors(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
     Raises:
-        OSError: naming the file, when it is truncated or no safetensors file.
+        OSError: naming the file, when it is truncated, no safetensors file, or of another format
+            version than this code reads.
     """
     try:
         with safe_open(file, framework="pt") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+            metadata = handle.metadata() or {}
+            # Files by other libraries, such as an adapter by PEFT, have no such version.
+            version = metadata.get("format_version", FORMAT_VERSION)
+            if version != FORMAT_VERSION:
+                raise OSError(
+                    f"{file} has format version {version}, and this code reads version "
+                    f"{FORMAT_VERSION}: load it with a newer ccf-llm-hf."
+                )
+            return {key: handle.get_tensor(key) for key in handle.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise OSError(
             f"{file} is damaged or truncated ({error}): copy or download it again."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from numbers import Integral
 from os import PathLike
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Pipeline
+from transformers import DynamicCache, Pipeline
 
 from .checkpoint_ccf_llm import Publishable
 from .layout_ccf_llm import window_start
@@ -29,6 +29,11 @@ CUSTOM_PIPELINES = {
 INPUT_KEYS = ("user", "history", "candidates", "top_k")
 ID_TYPES = (str, Integral)  # NumPy's integers are of the second
 MAX_CANDIDATES = 128  # packed behind one history; attention grows with their square
+MAX_TOKENS = 2048  # of a longer list's candidates in one forward pass
+CONTENT = ("input_ids", "item_slots", "user_slots")
+LAYOUT = ("position_ids", "sequence_ids", "block_ids", "history_depths")
+NEW_TITLES = ("new_title_ids", "new_title_lengths")
+HISTORIES = ("history_items", "history_liked", "history_unshown")
 
 
 @dataclass
@@ -157,6 +162,44 @@ def rank_items(
             logits[best].tolist(), probabilities, shares, strict=True
         )
     ]
+
+
+def score_long_row(model: Any, batch: Mapping[str, Tensor], max_tokens: int) -> Tensor:
+    """Logits `(num_candidates,)` of one user's candidates, at most `max_tokens` at a time.
+
+    The instruction, prefix and history go through the backbone once, and their keys and values are
+    kept for all candidates. `batch` is the processor's for one user in the shared-prefix layout.
+    """
+    context = int((batch["block_ids"][0] == 0).sum())
+    answers = batch["answer_positions"][0]
+    extra = {name: batch[name] for name in NEW_TITLES if name in batch}
+    histories = {name: batch[name] for name in HISTORIES if name in batch}
+    cache = DynamicCache()
+    row = {name: batch[name] for name in CONTENT + LAYOUT}
+    if context:  # a template of one's own may leave nothing to share
+        model.model(**{k: v[:, :context] for k, v in row.items()}, **extra, past_key_values=cache)
+    logits = []
+    first, start = 0, context
+    while first < len(answers):
+        within = torch.searchsorted(answers, start + max_tokens - 1, right=True)
+        last = max(first + 1, int(within))  # a block longer than the budget goes alone
+        end = int(answers[last - 1]) + 1
+        some = slice(first, last)
+        output = model(
+            **{name: row[name][:, start:end] for name in CONTENT},
+            **{n: torch.cat([row[n][:, :context], row[n][:, start:end]], 1) for n in LAYOUT},
+            **extra,
+            **histories,
+            answer_positions=(answers[some] - start)[None],
+            candidate_items=batch["candidate_items"][:, some],
+            candidate_mask=batch["candidate_mask"][:, some],
+            candidate_users=batch["candidate_users"],
+            past_key_values=cache,
+        )
+        logits.append(output.logits[0])
+        cache.crop(start - end)
+        first, start = last, end
+    return torch.cat(logits)
 
 
 @dataclass
@@ -296,31 +339,36 @@ class CTRRankingPipeline(Publishable, Pipeline):
     def _forward(  # type: ignore[override]
         self, input_tensors: list[Request]
     ) -> list[tuple[Request, Tensor]]:
-        """Each request with the logits of its candidates; long lists are scored in pieces."""
-        pieces = [
-            (place, first)
-            for place, request in enumerate(input_tensors)
-            for first in range(0, len(request.candidates), MAX_CANDIDATES)
+        """Each request with the logits of its candidates; a long list goes through by itself."""
+        short = [one for one in input_tensors if len(one.candidates) <= MAX_CANDIDATES]
+        scores = iter(self._score(short) if short else [])
+        return [
+            (one, next(scores) if len(one.candidates) <= MAX_CANDIDATES else self._score_long(one))
+            for one in input_tensors
         ]
-        scores: list[list[Tensor]] = [[] for _ in input_tensors]
-        for start in range(0, len(pieces), len(input_tensors)):
-            batch = pieces[start : start + len(input_tensors)]
-            for (place, _), logits in zip(batch, self._score(input_tensors, batch), strict=True):
-                scores[place].append(logits)
-        return list(zip(input_tensors, map(torch.cat, scores), strict=True))
 
-    def _score(self, requests: list[Request], pieces: list[tuple[int, int]]) -> list[Tensor]:
-        lists = [
-            requests[place].candidates[first : first + MAX_CANDIDATES] for place, first in pieces
-        ]
+    def _score(self, requests: list[Request]) -> list[Tensor]:
+        """Logits of each request's candidates, all in one forward pass."""
+        logits = self.model(**self._inputs(requests)).logits.float()
+        return [row[: len(one.candidates)] for row, one in zip(logits, requests, strict=True)]
+
+    def _score_long(self, request: Request) -> Tensor:
+        if self.processor.layout == "shared_prefix":
+            return score_long_row(self.model, self._inputs([request]), MAX_TOKENS).float()
+        parts = (
+            replace(request, candidates=request.candidates[first : first + MAX_CANDIDATES])
+            for first in range(0, len(request.candidates), MAX_CANDIDATES)
+        )
+        return torch.cat([self._score([part])[0] for part in parts])
+
+    def _inputs(self, requests: list[Request]) -> dict[str, Tensor]:
         batch = self.processor(
-            user=[requests[place].user for place, _ in pieces],
-            history=[requests[place].history for place, _ in pieces],
-            candidates=lists,
+            user=[one.user for one in requests],
+            history=[one.history for one in requests],
+            candidates=[one.candidates for one in requests],
             return_tensors="pt",
         )
-        logits = self.model(**self.ensure_tensor_on_device(**batch)).logits.float()
-        return [row[: len(items)] for row, items in zip(logits, lists, strict=True)]
+        return self.ensure_tensor_on_device(**batch)
 
     def postprocess(  # type: ignore[override]
         self, model_outputs: tuple[Request, Tensor]

@@ -282,7 +282,12 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             return row, self.item_titles[row]
         if key not in self._warned:
             self._warned.add(key)
-            logger.warning("Item %r is no id or title of the catalog: taken as a new title.", key)
+            example = (
+                f" (ids of this catalog look like {self.item_ids[0]!r})" if self.item_ids else ""
+            )
+            logger.warning(
+                "Item %r is no id or title of the catalog: taken as a new title%s.", key, example
+            )
         return None, key
 
     def likes(self, item: Item) -> bool:

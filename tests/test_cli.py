@@ -150,6 +150,25 @@ def test_prepare_prints_json_and_writes_the_folder(capsys, tmp_path):
     assert (tmp_path / "data" / "protocol.json").is_file()
 
 
+HELP = """
+import sys
+from ccf_llm_hf import cli
+for argv in (["--help"], ["prepare", "--help"], ["rank", "--help"], ["push", "--help"]):
+    try:
+        cli.main(argv)
+    except SystemExit as stop:
+        assert stop.code == 0
+print("HEAVY", {"numpy", "pandas", "pyarrow", "torch", "transformers"} & set(sys.modules))
+"""
+
+
+def test_help_imports_nothing_heavy(tmp_path):
+    script = tmp_path / "ccf-llm"  # by this name the package knows its command
+    script.write_text(HELP)
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert run.stdout.endswith("HEAVY set()\n")
+
+
 def test_module_runs_as_a_script():
     finished = subprocess.run(
         [sys.executable, "-m", "ccf_llm_hf.cli", "train", "missing.yaml"],

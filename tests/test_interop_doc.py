@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny import BuildModel
 
 from ccf_llm_hf import cli
+from ccf_llm_hf.data.assets import ASSETS
 from ccf_llm_hf.training.recipe import StageConfig, is_hub_repo
 
 TEXT = (Path(__file__).parents[1] / "docs" / "interop.md").read_text(encoding="utf-8")
@@ -36,12 +39,22 @@ def trained(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
-    """A folder in which `runs/demo` is a tiny model's; it is the current one."""
+    """The current folder, as `make demo` leaves it but for a tiny model: the checkpoint names a
+    backbone of the Hub, whose copy is in the cache of assets and nowhere else."""
     model, processor = build(lora=True)
-    model.config.backbone_name = str(backbone_folder())
-    folder = tmp_path / "runs" / "demo" / "checkpoint-slim"
-    model.save_pretrained(folder, form="slim")
-    processor.save_pretrained(folder)
+    asset = ASSETS["smollm2-135m-instruct"]
+    model.config.backbone_name = asset.hub_id
+    for form, name in (("slim", "checkpoint-slim"), ("full", "checkpoint")):
+        folder = tmp_path / "runs" / "demo" / name
+        model.save_pretrained(folder, form=form)
+        processor.save_pretrained(folder)
+    shutil.copytree(backbone_folder(), tmp_path / "cache" / asset.name)
+    for name, value in (
+        ("CCF_LLM_CACHE", str(tmp_path / "cache")),
+        ("HF_HOME", str(tmp_path / "home")),
+        ("HF_HUB_OFFLINE", "1"),
+    ):
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -49,7 +62,7 @@ def trained(
 def test_python_snippets_run(trained: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-c", "\n".join([*blocks("python"), CHECKS])],
-        env={**os.environ, "HF_MODULES_CACHE": str(trained / "modules"), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_MODULES_CACHE": str(trained / "modules")},
         capture_output=True,
         text=True,
         check=False,
@@ -57,6 +70,23 @@ def test_python_snippets_run(trained: Path) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
     assert "Heat (1995)" in run.stdout and "ids_fingerprint" in run.stdout
     assert (trained / "runs" / "books" / "config.json").is_file()
+
+
+def test_the_adapter_is_not_attached_to_other_weights(trained: Path) -> None:
+    """The snippet stops where the cached copy is not the one that was trained on."""
+    weights = trained / "cache" / "smollm2-135m-instruct" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1.5
+    save_file(tensors, weights, {"format": "pt"})
+    (snippet,) = [block for block in blocks("python") if "PeftModel" in block]
+    run = subprocess.run(
+        [sys.executable, "-c", 'slim = "runs/demo/checkpoint-slim"\n' + snippet],
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1 and "AssertionError" in run.stderr
 
 
 def test_commands_run(trained: Path) -> None:

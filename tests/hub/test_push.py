@@ -223,6 +223,18 @@ def test_a_repository_needs_an_owner_and_a_name(save: Save, unchecked: None, rep
         pass
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--repo", "films"], "org/name"), (["--repo", REPO, "--revision", "a" * 40], "a branch")],
+)
+def test_names_are_checked_before_anything_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    assert cli.main(["push", str(tmp_path), *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line
+
+
 # --- how it is sent
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hub.loopback import Fault, LoopbackHub
-from huggingface_hub import HfApi, SpaceCard
+from huggingface_hub import HfApi, SpaceCard, constants
 from packaging.requirements import Requirement
 
 from ccf_llm_hf import cli
@@ -90,11 +90,51 @@ def test_again_shows_another_revision(hub: LoopbackHub, model: str) -> None:
     assert push_space(MODEL, DEMO, revision=model).revision == model
 
 
-def test_a_dry_run_sends_nothing(hub: LoopbackHub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_finds_the_model_and_sends_nothing(
+    hub: LoopbackHub, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.inject(None)
     assert cli.main(["push-space", MODEL, "--repo", DEMO, "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert f"would be uploaded to {DEMO}, showing {MODEL}" in text
+    assert text.endswith(f"would be uploaded to {DEMO}, showing {MODEL} at {model}\n")
     assert "app.py" in text
+    assert [request.method for request in hub.requests] == ["GET"]
+    assert "there is no model acme/typo" in refusal(
+        capsys, "acme/typo", "--repo", DEMO, "--dry-run"
+    )
+
+
+def test_an_offline_dry_run_says_what_it_did_not_check(
+    hub: LoopbackHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dry = ["push-space", MODEL, "--repo", DEMO, "--revision", "v1", "--dry-run"]
+    hub.inject(Fault("error", times=None))
+    assert cli.main(dry) == 0
+    text = capsys.readouterr().out
+    assert f"would be uploaded to {DEMO}, showing {MODEL} at v1" in text
+    assert "note: it was not checked that this model is there: the Hub answered with" in text
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert cli.main(dry) == 0
+    assert "not checked that this model is there: the Hub cannot be" in capsys.readouterr().out
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert cli.main([*dry, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["unchecked"] == "HF_HUB_OFFLINE is set"
+
+
+@pytest.mark.parametrize("name", ["acme/films", "runs/demo/checkpoint", "checkpoint"])
+def test_a_local_folder_is_to_be_published_first(
+    hub: LoopbackHub,
+    name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir(parents=True)
+    for flags in ([], ["--dry-run"]):
+        line = refusal(capsys, name, "--repo", DEMO, *flags)
+        assert f"error: {name} is a folder on this machine" in line
+        assert f"ccf-llm push {name} --repo org/name" in line
     assert hub.requests == []
 
 

@@ -68,8 +68,9 @@ def test_a_run_cut_off_goes_on_and_ends_the_same(ranker, tmp_path, monkeypatch):
         "_score",
         lambda self, shard, first: (scored.append(first), original(self, shard, first))[1],
     )
-    PairScorer(ranker, "x", shard_rows=2).run(pairs, tmp_path / "broken")
+    manifest = PairScorer(ranker, "x", shard_rows=2).run(pairs, tmp_path / "broken")
     assert scored == [0, 2, 4, 6], "no shard is scored twice"
+    assert (manifest["rows"], manifest["new_rows"]) == (7, 3)
     for file in sorted((tmp_path / "whole").iterdir()):
         assert file.read_bytes() == (tmp_path / "broken" / file.name).read_bytes()
 
@@ -164,6 +165,8 @@ def test_the_command_scores_and_says_so(checkpoint, tmp_path, capsys):
     model = CTRRanker.from_pretrained(str(checkpoint)).model
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["checkpoint"] == checkpoint_identity(str(checkpoint), model)
+    assert main(call) == 0
+    assert "all 7 pairs were scored already" in capsys.readouterr().out
     assert main([*call, "--shard-rows", "3"]) == 2
     assert "other shard_rows" in capsys.readouterr().err
 
@@ -172,3 +175,41 @@ def test_a_history_in_a_csv_is_refused_not_ignored(ranker, tmp_path):
     (tmp_path / "p.csv").write_text("user_id,item_id,history\na,3,2|5\n")
     with pytest.raises(InputError, match="only parquet can hold"):
         PairScorer(ranker, "x").run(tmp_path / "p.csv", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("user_id,item_id\na,1\nb,2,3\n", ["line 3 has 3 values where the header has 2"]),
+        ("user_id,item_id\n\na,1\n\nb\n", ["line 5 has 1 value where the header has 2"]),
+        (
+            "user_id,item_id\na,Lion King, The (1994)\n",
+            ["line 2 has 3 values", "in quotes"],
+        ),
+        ('user_id,item_id\na,1\nb,"2\nc,3\n', ["line 3 opens a quote"]),
+        ('user_id,item_id\na,1\nb,"2' + "\nc,3" * 40_000, ["line 3 opens a quote"]),
+        ("user_id,item_id\na,\udcff\n", ["line 2 is not UTF-8"]),
+        ("", ["Empty CSV file"]),
+        # Past the first block, which is read when the file is opened.
+        ("user_id,item_id\n" + "a,1\n" * 300_000 + "b\n", ["line 300002 has 1 value where"]),
+    ],
+)
+def test_a_malformed_csv_is_refused_by_line(ranker, tmp_path, monkeypatch, text, fragments):
+    monkeypatch.setattr(ranker, "pair_logits", lambda pairs: np.zeros(len(pairs), dtype=np.float32))
+    pairs = tmp_path / "p.csv"
+    pairs.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(InputError) as caught:
+        PairScorer(ranker, "x", shard_rows=200_000).run(pairs, tmp_path / "out")
+    assert str(caught.value).startswith(f"{pairs} is not a well-formed CSV file: ")
+    assert "\n" not in str(caught.value)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_other_columns_of_a_csv_may_hold_anything(ranker, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranker, "pair_logits", lambda pairs: np.zeros(len(pairs), dtype=np.float32))
+    pairs = tmp_path / "p.csv"
+    # Over a megabyte of integers, then none: a type guessed from the beginning would not hold.
+    pairs.write_text("user_id,item_id,rank\n" + "a,1,1\n" * 200_000 + "a,1,first\n")
+    manifest = PairScorer(ranker, "x", shard_rows=300_000).run(pairs, tmp_path / "out")
+    assert manifest["rows"] == 200_001

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import BACKBONES, BuildModel, inject_lora
 from transformers import (
@@ -19,6 +20,8 @@ from transformers import (
 )
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.modeling.configuration_ccf_llm import FUSION_ARMS
 
 CALL = {
@@ -209,6 +212,29 @@ def test_a_cf_table_of_another_catalog_is_refused(
     save_file(load_file(file), file, {"ids_fingerprint": "another"})
     with pytest.raises(OSError, match=r"cf_embeddings\.safetensors"):
         AutoModel.from_pretrained(folder, backbone=str(backbone_folder()))
+
+
+@pytest.mark.parametrize("name", ["cf_embeddings.safetensors", "fusion.safetensors"])
+def test_a_newer_format_is_refused_in_one_sentence(
+    build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    model, processor = build()
+    folder = save(model, processor, tmp_path, "slim")
+    file = folder / name
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["format_version"] == "1"
+    # What else a newer version changes must not be complained of first.
+    tensors = {"weights": torch.zeros(1)}
+    save_file(tensors, file, metadata | {"format_version": "2", "ids_fingerprint": "another"})
+    with pytest.raises(OSError, match=rf"{name} has format version 2, .* newer ccf-llm-hf") as one:
+        AutoModel.from_pretrained(folder, backbone=str(backbone_folder()))
+    assert "\n" not in str(one.value)
+    with pytest.raises(InputError, match=rf"{name} has format version 2"):
+        load_checkpoint(str(folder), backbone=str(backbone_folder()))
+    if name == "fusion.safetensors":
+        with pytest.raises(OSError, match="has format version 2"):
+            model.load_trained_weights(folder)
 
 
 @pytest.mark.parametrize("form", ["full", "slim"])

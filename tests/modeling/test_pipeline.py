@@ -14,7 +14,8 @@ import torch
 from tiny import BuildModel
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, Pipeline, pipeline
 
-from ccf_llm_hf import CCFLLMForCTR, CTRRanker
+from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor, CTRRanker
+from ccf_llm_hf.modeling import pipeline_ccf_llm
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CODE_FILES
 from ccf_llm_hf.modeling.pipeline_ccf_llm import MAX_CANDIDATES, CTRRankingPipeline
 
@@ -55,6 +56,10 @@ def assert_same_lists(found: list[dict[str, Any]], wanted: list[dict[str, Any]])
         assert one == pytest.approx(other, abs=1e-5)
 
 
+def by_title(found: list[dict[str, Any]]) -> dict[str, float]:
+    return {item["title"]: item["logit"] for item in found}
+
+
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_a_list_is_that_of_the_ranker(ranker: Pipeline, inputs: dict[str, Any]) -> None:
     found = ranker(inputs)
@@ -93,14 +98,46 @@ def test_users_share_a_forward_pass(
         assert_same_lists(one, expected(ranker, inputs))
 
 
-def test_long_lists_are_scored_in_pieces(ranker: Pipeline) -> None:
+def test_long_lists_share_one_reading_of_the_history(
+    ranker: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     titles = [f"Sequel {number}" for number in range(MAX_CANDIDATES + 2)]
-    inputs = {"history": ["i0"], "candidates": titles, "top_k": 1000}
-    alone = ranker(inputs)
-    assert len(alone) == len(titles)
-    assert_same_lists(alone, expected(ranker, inputs))
-    for found in ranker([inputs, INPUTS[0]], batch_size=2)[:1]:
-        assert_same_lists(found, alone)
+    inputs = {"history": ["i0", "i1"], "candidates": titles, "top_k": 1000}
+    wanted = expected(ranker, inputs)
+    lengths: list[int] = []
+    forward = ranker.model.model.forward
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        lengths.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(ranker.model.model, "forward", counting)
+    monkeypatch.setattr(pipeline_ccf_llm, "MAX_TOKENS", 64)
+    alone = by_title(ranker(inputs))
+    row = ranker.processor(history=["i0", "i1"], candidates=titles)["input_ids"]
+    assert len(lengths) > 2 and sum(lengths) == row.shape[1], "every token goes through once"
+    # By title: titles of the same tokens in another order tie, up to rounding.
+    assert alone == pytest.approx(by_title(wanted), abs=1e-5) and len(alone) == len(titles)
+    both = ranker([INPUTS[0], inputs, INPUTS[1]], batch_size=3)
+    assert by_title(both[1]) == pytest.approx(alone, abs=1e-5)
+    assert_same_lists(both[0], expected(ranker, INPUTS[0]))
+    assert_same_lists(both[2], expected(ranker, INPUTS[1]))
+
+
+@pytest.mark.parametrize(
+    "prompt", [{"layout": "question_last"}, {"templates": {"prefix": ""}}], ids=str
+)
+def test_long_lists_work_in_every_prompt(build: BuildModel, prompt: dict[str, Any]) -> None:
+    model, processor = build()
+    settings = {name: getattr(processor, name) for name in ("history_format", "candidate_format")}
+    catalog = (processor.item_ids, processor.item_titles, processor.user_ids)
+    processor = CCFLLMProcessor(processor.tokenizer, *catalog, **settings, **prompt)
+    ranker = pipeline("ctr-ranking", model=model, processor=processor)
+    titles = [f"Sequel {number}" for number in range(MAX_CANDIDATES + 2)]
+    found = by_title(ranker({"candidates": titles, "top_k": 1000}))
+    for title in (titles[0], titles[-1]):
+        (alone,) = ranker({"candidates": [title]})
+        assert found[title] == pytest.approx(alone["logit"], abs=1e-4)
 
 
 def test_top_k_and_preselect_are_parameters_of_pipeline_and_call(ranker: Pipeline) -> None:

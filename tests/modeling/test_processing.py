@@ -107,6 +107,18 @@ def test_items_by_id_title_or_both(tokenizer: PreTrainedTokenizerFast) -> None:
         processor.resolve_item({})
 
 
+def test_an_unknown_id_is_told_what_ids_look_like(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    processor = CCFLLMProcessor.from_catalog(tokenizer, TITLES[:2], TITLES[:2], [])
+    assert processor.resolve_item("1") == processor.resolve_item(1) == (None, "1")
+    CCFLLMProcessor(tokenizer).resolve_item("2")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "'1' is no id or title of the catalog: taken as a new title" in first
+    assert "(ids of this catalog look like 'Toy Story (1995)')" in first
+    assert "look like" not in second, "an empty catalog has none to show"
+
+
 def test_new_titles_share_one_slot_and_carry_their_tokens(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:

@@ -81,8 +81,7 @@ def publish(
     Raises:
         InputError: the Hub refuses, cannot be reached, or breaks off.
     """
-    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise InputError(f"revision {revision} is a commit: name a branch to push to")
+    check_branch(revision)
     api = HfApi(token=token, library_name="ccf-llm-hf")
     try:
         head = open_repo(api, check_repo_id(repo_id), private, revision)
@@ -106,6 +105,12 @@ def publish(
         unchanged=commit.oid == head.sha,
         load=load_lines(staged, repo_id, commit.oid),
     )
+
+
+def check_branch(revision: str | None) -> None:
+    """Raise an InputError when the branch to push to is a commit's name."""
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise InputError(f"revision {revision} is a commit: name a branch to push to")
 
 
 def push_object(

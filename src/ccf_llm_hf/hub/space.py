@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, RepoCard
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 import ccf_llm_hf.hub_cards
 from ccf_llm_hf.errors import InputError
@@ -19,20 +24,27 @@ SPACE = Path(ccf_llm_hf.hub_cards.__file__).with_name("space")
 
 @dataclass
 class SpacePush:
-    """What was, or in a dry run would be, uploaded: sizes in bytes by file name."""
+    """What was, or in a dry run would be, uploaded: sizes in bytes by file name.
+
+    `unchecked` says why a dry run could not look whether the model is there; None if it did.
+    """
 
     repo: str
     checkpoint: str
     revision: str | None
     files: dict[str, int]
     url: str | None
+    unchecked: str | None = None
 
     def as_text(self) -> str:
         """The upload for a terminal."""
         lines = [f"{size:>9,}  {name}" for name, size in self.files.items()]
         pinned = f" at {self.revision}" if self.revision else ""
         done = f"uploaded to {self.url}" if self.url else f"would be uploaded to {self.repo}"
-        return "\n".join([*lines, f"{done}, showing {self.checkpoint}{pinned}"])
+        lines.append(f"{done}, showing {self.checkpoint}{pinned}")
+        if self.unchecked:
+            lines.append(f"note: it was not checked that this model is there: {self.unchecked}")
+        return "\n".join(lines)
 
 
 def push_space(
@@ -51,18 +63,27 @@ def push_space(
         revision: branch, tag or commit of the checkpoint. The Space is pinned to the commit that
             it stands for now, since it will run the repository's code. Default: the newest.
         private: a new Space is private; one that is public is refused.
-        dry_run: only list the files; nothing is sent or looked up.
+        dry_run: only list the files, and look whether the model is there; nothing is sent. Where
+            the Hub cannot be reached, the result says that this was not checked.
 
     Raises:
-        InputError: a malformed name, no such checkpoint, or the Hub refuses or cannot be reached.
+        InputError: a local folder or a malformed name, no such checkpoint, or the Hub refuses or
+            cannot be reached.
     """
-    check_repo_id(checkpoint)
     check_repo_id(repo)
+    if Path(checkpoint).is_dir():
+        raise InputError(
+            f"{checkpoint} is a folder on this machine, and a Space loads a published model: "
+            f"publish it first with ccf-llm push {checkpoint} --repo org/name, then name that "
+            "repository here"
+        )
+    check_repo_id(checkpoint)
+    api = HfApi(library_name="ccf-llm-hf")
     with tempfile.TemporaryDirectory() as folder:
         if dry_run:
-            files = write_space(Path(folder), checkpoint, revision)
-            return SpacePush(repo, checkpoint, revision, files, None)
-        api = HfApi(library_name="ccf-llm-hf")
+            commit, unchecked = _looked_up(api, checkpoint, revision)
+            files = write_space(Path(folder), checkpoint, commit)
+            return SpacePush(repo, checkpoint, commit, files, None, unchecked)
         try:
             commit = _commit_of(api, checkpoint, revision)
             files = write_space(Path(folder), checkpoint, commit)
@@ -72,6 +93,20 @@ def push_space(
         except Exception as error:  # of httpx and of the Hub: they share no class
             raise InputError(explain(error, repo)) from error
         return SpacePush(repo, checkpoint, commit, files, f"{api.endpoint}/spaces/{repo}")
+
+
+def _looked_up(api: HfApi, checkpoint: str, revision: str | None) -> tuple[str | None, str | None]:
+    """The commit to show; or the revision as given, and why the Hub could not tell."""
+    try:
+        return _commit_of(api, checkpoint, revision), None
+    except InputError:
+        raise
+    except OfflineModeIsEnabled:
+        return revision, "HF_HUB_OFFLINE is set"
+    except HfHubHTTPError as error:
+        return revision, f"the Hub answered with error {error.response.status_code}"
+    except Exception as error:  # of httpx: the Hub's libraries share no class for it
+        return revision, f"the Hub cannot be reached ({' '.join(str(error).split())})"
 
 
 def _upload(api: HfApi, folder: Path, repo: str, private: bool | None, message: str) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.inference.malformed_csv import malformed_line
 from ccf_llm_hf.inference.ranker import CTRRanker
 
 KEYS = ("user_id", "item_id")
@@ -51,7 +53,8 @@ class PairScorer:
             out: folder, made if missing.
 
         Returns:
-            The manifest: what was scored, with what, and how many rows.
+            The manifest: what was scored, with what, and how many `rows`; and `new_rows`, how many
+            of them this call scored.
 
         Raises:
             InputError: the input cannot be read, lacks a column or holds a null; or `out` holds the
@@ -67,7 +70,7 @@ class PairScorer:
             "shard_rows": self.shard_rows,
         }
         _claim(out, manifest)
-        rows = 0
+        rows = new_rows = 0
         with tqdm(total=source.rows, desc="scoring", unit=" pairs") as bar:
             for number, shard in enumerate(source.shards(self.shard_rows)):
                 path = out / f"part-{number:05d}.parquet"
@@ -75,13 +78,14 @@ class PairScorer:
                     partial = path.with_name(path.name + ".partial")
                     pq.write_table(self._score(shard, first=rows), partial)
                     partial.replace(path)
+                    new_rows += len(shard)
                 rows += len(shard)
                 bar.update(len(shard))
         if not rows:
             raise InputError(f"{pairs} has no rows: nothing to score")
         finished = manifest | {"rows": rows, "finished": True}
         _write_json(out / MANIFEST, finished)
-        return finished
+        return finished | {"new_rows": new_rows}
 
     def _score(self, shard: pa.Table, first: int) -> pa.Table:
         columns = {name: shard[name].to_pylist() for name in shard.column_names}
@@ -109,10 +113,13 @@ class _Source:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.is_csv = path.suffix.lower() in (".csv", ".tsv")
+        self.delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
         try:
             reader = None if self.is_csv else pq.ParquetFile(path)
             names = self._csv().schema.names if reader is None else reader.schema_arrow.names
         except (OSError, pa.ArrowException) as error:
+            if self.is_csv and path.is_file():
+                raise self._malformed(error) from error
             raise InputError(
                 f"{path} cannot be read as pairs: give a parquet or CSV file"
             ) from error
@@ -129,12 +136,20 @@ class _Source:
         self.columns = [*KEYS, *(["history"] * ("history" in names and not self.is_csv))]
         self.rows = None if reader is None else reader.metadata.num_rows
 
-    def _csv(self) -> pa_csv.CSVStreamingReader:
+    def _csv(self, columns: list[str] | None = None) -> pa_csv.CSVStreamingReader:
         # Ids stay as written: 007 is not 7.
-        options = pa_csv.ConvertOptions(column_types=dict.fromkeys(KEYS, pa.string()))
-        delimiter = "\t" if self.path.suffix.lower() == ".tsv" else ","
-        parse = pa_csv.ParseOptions(delimiter=delimiter)
+        options = pa_csv.ConvertOptions(
+            column_types=dict.fromkeys(KEYS, pa.string()), include_columns=columns
+        )
+        parse = pa_csv.ParseOptions(delimiter=self.delimiter)
         return pa_csv.open_csv(self.path, convert_options=options, parse_options=parse)
+
+    def _malformed(self, error: Exception | None = None) -> InputError:
+        where = malformed_line(self.path, self.delimiter) or " ".join(str(error).split())
+        return InputError(
+            f"{self.path} is not a well-formed CSV file: {where}: mend it (a value that holds the "
+            "delimiter or a quote is written in quotes), or give parquet"
+        )
 
     def fingerprint(self) -> str:
         """Of size, beginning and end, where parquet keeps the places and counts of its rows."""
@@ -162,11 +177,17 @@ class _Source:
     def _batches(self, rows: int) -> Iterator[pa.RecordBatch]:
         try:
             if self.is_csv:
-                yield from (batch.select(self.columns) for batch in self._csv())
+                for batch in self._csv(self.columns):
+                    # Arrow takes all that follows an open quote for one value.
+                    if any(pc.any(pc.match_substring(batch[key], "\n")).as_py() for key in KEYS):
+                        raise self._malformed()
+                    yield batch
             else:
                 with pq.ParquetFile(self.path) as file:
                     yield from file.iter_batches(min(rows, 65_536), columns=self.columns)
         except (OSError, pa.ArrowException) as error:
+            if self.is_csv:
+                raise self._malformed(error) from error
             raise InputError(f"{self.path} is damaged: write it again ({error})") from error
 
 

@@ -7,15 +7,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import DynamicCache
 
 from ccf_llm_hf.data.grouping import Group, cut_by_budget, group_rows
 from ccf_llm_hf.errors import InputError
-
-CONTENT = ("input_ids", "item_slots", "user_slots")
-LAYOUT = ("position_ids", "sequence_ids", "block_ids", "history_depths")
-NEW_TITLES = ("new_title_ids", "new_title_lengths")
-HISTORIES = ("history_items", "history_liked", "history_unshown")
+from ccf_llm_hf.modeling.pipeline_ccf_llm import score_long_row
 
 
 def processor_inputs(groups: Sequence[Group]) -> dict[str, Any]:
@@ -36,43 +31,9 @@ def _score_batch(
     batch = processor(**processor_inputs(groups))
     batch = {key: value.to(model.device) for key, value in batch.items()}
     if len(groups) == 1 and batch["input_ids"].shape[1] > max_tokens:
-        return [_score_long_row(model, batch, max_tokens)]
+        return [score_long_row(model, batch, max_tokens).float().cpu().numpy()]
     logits = model(**batch).logits.float().cpu().numpy()
     return [row[: len(group.candidates)] for row, group in zip(logits, groups, strict=True)]
-
-
-def _score_long_row(model: Any, batch: dict[str, torch.Tensor], max_tokens: int) -> np.ndarray:
-    """Logits of one user's candidates, some at a time: the instruction, prefix and history go
-    through the backbone once, and their keys and values are kept for all candidates."""
-    context = int((batch["block_ids"][0] == 0).sum())
-    answers = batch["answer_positions"][0]
-    extra = {name: batch[name] for name in NEW_TITLES if name in batch}
-    histories = {name: batch[name] for name in HISTORIES if name in batch}
-    cache = DynamicCache()
-    row = {name: batch[name] for name in CONTENT + LAYOUT}
-    model.model(**{k: v[:, :context] for k, v in row.items()}, **extra, past_key_values=cache)
-    logits = []
-    first, start = 0, context
-    while first < len(answers):
-        within = torch.searchsorted(answers, start + max_tokens - 1, right=True)
-        last = max(first + 1, int(within))  # a block longer than the budget goes alone
-        end = int(answers[last - 1]) + 1
-        some = slice(first, last)
-        output = model(
-            **{name: row[name][:, start:end] for name in CONTENT},
-            **{n: torch.cat([row[n][:, :context], row[n][:, start:end]], 1) for n in LAYOUT},
-            **extra,
-            **histories,
-            answer_positions=(answers[some] - start)[None],
-            candidate_items=batch["candidate_items"][:, some],
-            candidate_mask=batch["candidate_mask"][:, some],
-            candidate_users=batch["candidate_users"],
-            past_key_values=cache,
-        )
-        logits.append(output.logits[0].float().cpu().numpy())
-        cache.crop(start - end)
-        first, start = last, end
-    return np.concatenate(logits)
 
 
 @torch.inference_mode()

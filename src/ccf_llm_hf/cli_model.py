@@ -1,0 +1,325 @@
+"""The commands that train a model and use it, from `train` to `explain`."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ccf_llm_hf.cli_arguments import add_config_arguments, config_from_arguments
+from ccf_llm_hf.cli_command import (
+    Command,
+    Output,
+    check_checkpoint,
+    checkpoint_arguments,
+    existing_folder,
+)
+from ccf_llm_hf.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", help="YAML file; any entry can be overridden with --key value behind it"
+    )
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> Output:
+    if not Path(arguments.recipe).is_file():
+        raise InputError(
+            f"recipe {arguments.recipe} does not exist: name a YAML file like "
+            "examples/configs/demo.yaml"
+        )
+    from ccf_llm_hf.training.run import run_recipe
+
+    result = run_recipe(["--config", arguments.recipe, *overrides])
+    return Output("\n".join(f"{key}: {value}" for key, value in result.items()), result)
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    checkpoint_arguments(parser)
+    parser.add_argument("--data", required=True, help="prepared folder (see ccf-llm prepare)")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="(default: test)")
+    parser.add_argument("--out", required=True, help="parquet file to write the scores to")
+    parser.add_argument(
+        "--sample-rows",
+        type=int,
+        default=0,
+        help="score a seeded sample of whole users with about this many rows; 0: the whole split",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="other methods to compare with: scores written by --out, or folders of fit-cf",
+    )
+    parser.add_argument(
+        "--average",
+        nargs="+",
+        default=[],
+        metavar="NAME,NAME",
+        help="pairs of these methods whose averaged scores are a further method",
+    )
+    parser.add_argument("--name", default="CCF-LLM", help="of this method (default: CCF-LLM)")
+    parser.add_argument("--metrics-out", help="JSON file for the whole report")
+    parser.add_argument("--plot", help="PNG file for the calibration plot")
+    parser.add_argument(
+        "--card",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="checkpoint folders whose README.md shall show these results",
+    )
+    parser.add_argument(
+        "--max-tokens-per-batch",
+        type=int,
+        default=2048,
+        help="tokens scored at once; lower it when memory is short (default: 2048)",
+    )
+
+
+def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
+    data = existing_folder(arguments.data, "--data", "ccf-llm prepare")
+    paths = dict(_name_and_path(text) for text in arguments.compare)
+    averages = [_pair(text, {arguments.name, *paths}) for text in arguments.average]
+    check_checkpoint(arguments.checkpoint)
+    from ccf_llm_hf.cf.scoring import load_scores
+    from ccf_llm_hf.data.prepared import load_prepared
+    from ccf_llm_hf.evaluation import evaluate_scores, format_report, plot_calibration
+    from ccf_llm_hf.inference.checkpoint import load_checkpoint
+    from ccf_llm_hf.inference.gate import gate_report
+    from ccf_llm_hf.inference.score_table import sample_users, score_table, write_scores
+
+    split = load_prepared(data).splits[arguments.split]
+    if arguments.sample_rows:
+        split = sample_users(split, arguments.sample_rows)
+    compare = {name: load_scores(path, data, arguments.split) for name, path in paths.items()}
+    model, processor = load_checkpoint(arguments.checkpoint, backbone=arguments.backbone)
+    scores = score_table(
+        model, processor, split, max_tokens_per_batch=arguments.max_tokens_per_batch
+    )
+    write_scores(scores, arguments.out)
+    report = evaluate_scores(
+        scores,
+        data,
+        arguments.split,
+        compare,
+        name=arguments.name,
+        averages=averages,
+        sample=bool(arguments.sample_rows),
+    )
+    report["gate"] = gate_report(model, processor, data)
+    if arguments.metrics_out:
+        _write_text(arguments.metrics_out, json.dumps(report, indent=2) + "\n")
+    if arguments.plot:
+        plot_calibration(scores, arguments.plot, name=arguments.name)
+    for folder in arguments.card:
+        from ccf_llm_hf.hub.model_card import describe_run
+
+        describe_run(folder, data, report)
+    return Output(format_report(report), report)
+
+
+def _name_and_path(text: str) -> tuple[str, Path]:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise InputError(f"--compare {text} is not NAME=PATH: write for example mf=runs/cf")
+    if not Path(path).exists():
+        raise InputError(
+            f"--compare {text}: {path} does not exist, write it with evaluate --out or fit-cf"
+        )
+    return name, Path(path)
+
+
+def _pair(text: str, names: set[str]) -> tuple[str, str]:
+    parts = text.split(",")
+    if len(parts) != 2 or not set(parts) <= names:
+        raise InputError(
+            f"--average {text} is not NAME,NAME with names of {', '.join(sorted(names))}"
+        )
+    return parts[0], parts[1]
+
+
+def _write_text(path: str, text: str) -> None:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(target)
+
+
+def _user_arguments(parser: argparse.ArgumentParser) -> None:
+    checkpoint_arguments(parser)
+    parser.add_argument("--user", help="user id; one the model has not seen is a new user")
+    history = parser.add_mutually_exclusive_group()
+    history.add_argument(
+        "--history", nargs="+", metavar="ITEM", help="liked items, oldest first: ids or titles"
+    )
+    history.add_argument("--data", help="prepared folder to take the history of --user from")
+
+
+def _ranker_and_history(arguments: argparse.Namespace) -> tuple[Any, list[str]]:
+    if arguments.data is not None and arguments.user is None:
+        raise InputError("--data is there to look up the history of a user: add --user ID")
+    if arguments.user is None and not arguments.history:
+        raise InputError("nothing is known of this user: give --history ITEM ..., or --user ID")
+    check_checkpoint(arguments.checkpoint)
+    history = list(arguments.history or [])
+    if arguments.data is not None:
+        from ccf_llm_hf.inference.history import stored_history
+
+        data = existing_folder(arguments.data, "--data", "ccf-llm prepare")
+        history = stored_history(data, arguments.user)
+    elif not history:
+        print(
+            f"note: no history of user {arguments.user} was given, so none is used: "
+            "--data FOLDER takes it from a prepared folder",
+            file=sys.stderr,
+        )
+    from ccf_llm_hf.inference.ranker import CTRRanker
+
+    return CTRRanker.from_pretrained(arguments.checkpoint, backbone=arguments.backbone), history
+
+
+def _rank_arguments(parser: argparse.ArgumentParser) -> None:
+    _user_arguments(parser)
+    parser.add_argument(
+        "--candidates", nargs="+", metavar="ITEM", help="ids or titles (default: the catalog)"
+    )
+    parser.add_argument("--top-k", type=int, default=10, help="items to return (default: 10)")
+    parser.add_argument(
+        "--preselect",
+        type=int,
+        default=100,
+        help="items of the catalog that the CF model picks for scoring (default: 100)",
+    )
+
+
+def _rank(arguments: argparse.Namespace, _: list[str]) -> Output:
+    ranker, history = _ranker_and_history(arguments)
+    ranked = ranker.rank(
+        user=arguments.user,
+        history=history,
+        candidates=arguments.candidates,
+        top_k=arguments.top_k,
+        preselect=arguments.preselect,
+    )
+    lines = [f"{'':>4}  prob    text  CF    item"]
+    for place, item in enumerate(ranked, start=1):
+        note = "" if item.known else "  (not in the CF model)"
+        lines.append(
+            f"{place:>3}.  {item.probability:.3f}   {item.text_share:4.0%}  {item.cf_share:4.0%}"
+            f"  {item.title}{note}"
+        )
+    data = {"user": arguments.user, "history": history, "items": [asdict(item) for item in ranked]}
+    return Output("\n".join(lines), data)
+
+
+def _score_arguments(parser: argparse.ArgumentParser) -> None:
+    checkpoint_arguments(parser)
+    parser.add_argument(
+        "--pairs",
+        required=True,
+        help="parquet or CSV with user_id and item_id; parquet also history",
+    )
+    parser.add_argument("--out", required=True, help="folder of the shards; run again to go on")
+    parser.add_argument(
+        "--data", help="prepared folder with the users' likes, for pairs without history"
+    )
+    parser.add_argument(
+        "--shard-rows", type=int, default=20_000, help="rows of a shard (default: 20000)"
+    )
+
+
+def _score(arguments: argparse.Namespace, _: list[str]) -> Output:
+    check_checkpoint(arguments.checkpoint)
+    from ccf_llm_hf.inference.history import stored_histories
+    from ccf_llm_hf.inference.ranker import CTRRanker
+    from ccf_llm_hf.inference.score_pairs import PairScorer, checkpoint_identity
+
+    histories = stored_histories(arguments.data) if arguments.data else {}
+    ranker = CTRRanker.from_pretrained(arguments.checkpoint, backbone=arguments.backbone)
+    scorer = PairScorer(
+        ranker,
+        checkpoint_identity(arguments.checkpoint, ranker.model),
+        histories,
+        arguments.shard_rows,
+    )
+    manifest = scorer.run(Path(arguments.pairs), Path(arguments.out))
+    rows, new_rows = manifest["rows"], manifest["new_rows"]
+    text = f"scored {new_rows:,} pairs into {arguments.out}"
+    if new_rows < rows:
+        text += f"; the other {rows - new_rows:,} were scored already"
+    if not new_rows:
+        text = f"all {rows:,} pairs were scored already, in {arguments.out}"
+    return Output(text, manifest)
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    _user_arguments(parser)
+    parser.add_argument("--item", required=True, help="id or title of the candidate")
+
+
+def _explain(arguments: argparse.Namespace, _: list[str]) -> Output:
+    ranker, history = _ranker_and_history(arguments)
+    explanation = ranker.explain(user=arguments.user, history=history, item=arguments.item)
+    return Output(explanation.as_text(), asdict(explanation))
+
+
+def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    from ccf_llm_hf.configs import REPRODUCIBLE, ReproduceConfig
+
+    parser.add_argument("dataset", choices=REPRODUCIBLE, help="which data set")
+    add_config_arguments(parser, ReproduceConfig, skip=("dataset",))
+
+
+def _reproduce(arguments: argparse.Namespace, _: list[str]) -> Output:
+    from ccf_llm_hf.configs import ReproduceConfig
+    from ccf_llm_hf.reproduce.run import reproduce
+    from ccf_llm_hf.reproduce.table import markdown
+
+    rows = reproduce(config_from_arguments(ReproduceConfig, arguments))
+    return Output(markdown(rows), rows)
+
+
+COMMANDS = {
+    "train": Command(
+        "train by a recipe",
+        "ccf-llm train examples/configs/demo.yaml --output_dir runs/mine",
+        _train_arguments,
+        _train,
+    ),
+    "evaluate": Command(
+        "score a split: AUC, UAUC, intervals, slices, controls",
+        "ccf-llm evaluate runs/demo/checkpoint --data runs/demo/data --out scores.parquet",
+        _evaluate_arguments,
+        _evaluate,
+    ),
+    "reproduce": Command(
+        "the results table: every arm and its controls, with intervals",
+        "ccf-llm reproduce ml-1m --budget quick --seeds 1",
+        _reproduce_arguments,
+        _reproduce,
+    ),
+    "rank": Command(
+        "the best items for a user or a history",
+        'ccf-llm rank runs/demo/checkpoint --history "Toy Story (1995)" "Heat (1995)" --top-k 5',
+        _rank_arguments,
+        _rank,
+    ),
+    "score": Command(
+        "score a table of pairs of any length, in shards",
+        "ccf-llm score runs/demo/checkpoint-slim --pairs pairs.parquet --out runs/scores",
+        _score_arguments,
+        _score,
+    ),
+    "explain": Command(
+        "one prediction, taken apart",
+        'ccf-llm explain runs/demo/checkpoint --history "Toy Story (1995)" --item "Heat (1995)"',
+        _explain_arguments,
+        _explain,
+    ),
+}
