@@ -1,6 +1,7 @@
 """Small generated data sets, written in every raw format."""
 
 import gzip
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pandas as pd
 from ccf_llm_hf.data.sources import ML_100K_GENRES
 
 START, END = 991_353_600, 1_044_057_600  # 2001-06-01 and 2003-02-01: ML-1M's splits
-FORMATS = ("dat", "recbole-1m", "u-files", "recbole-100k", "csv", "tsv.gz", "parquet")
+FORMATS = ("dat", "recbole-1m", "u-files", "recbole-100k", "latest", "csv", "tsv.gz", "parquet")
 
 
 @dataclass
@@ -35,6 +36,8 @@ def write_raw(raw: Raw, kind: str, folder: Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     if kind in ("csv", "tsv.gz", "parquet"):
         return _write_tables(raw, kind, folder)
+    if kind == "latest":
+        return _write_latest(raw, folder)
     source = "ml-1m" if kind in ("dat", "recbole-1m") else "ml-100k"
     if kind == "dat":
         _write(folder / "ratings.dat", ["::".join(row) for row in raw.rows])
@@ -55,6 +58,26 @@ def write_raw(raw: Raw, kind: str, folder: Path) -> dict:
         items = [f"{i}\t{t}\t{y}\t{g.replace('|', ' ')}" for i, t, y, g in raw.items]
         _write(folder / f"{source}.item", [head, *items], "utf-8")
     return {"source": source, "input": str(folder)}
+
+
+def _write_latest(raw: Raw, folder: Path) -> dict:
+    ratings = pd.DataFrame(raw.rows, columns=["userId", "movieId", "rating", "timestamp"])
+    movies = pd.DataFrame(
+        [(i, _dated(t, y), g) for i, t, y, g in raw.items], columns=["movieId", "title", "genres"]
+    )
+    ratings.to_csv(folder / "ratings.csv", index=False)
+    movies.to_csv(folder / "movies.csv", index=False)
+    return {"source": "ml-latest-small", "input": str(folder)}
+
+
+def pickled_table(columns: dict[str, list], protocol: int = 5) -> bytes:
+    """A pickled pandas table as CoLLM's and dslabs's are: text as objects, in blocks by type."""
+    table = pd.DataFrame({name: pd.Series(cells) for name, cells in columns.items()})
+    for name, cells in columns.items():
+        if not all(isinstance(cell, int | float) for cell in cells):
+            table[name] = pd.Series(cells, dtype=object)
+    table.columns = pd.Index(list(columns), dtype=object)
+    return pickle.dumps(table._consolidate(), protocol=protocol)
 
 
 def _dated(title: str, year: str) -> str:

@@ -7,9 +7,14 @@ from ccf_llm_hf.cli_command import Command, Output, existing_folder
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    from ccf_llm_hf.configs import PrepareConfig
+    from ccf_llm_hf.configs import SOURCES, PrepareConfig
 
-    parser.add_argument("source", choices=("ml-1m", "ml-100k", "table"), help="what to prepare")
+    parser.add_argument(
+        "source",
+        choices=SOURCES,
+        help="MovieLens (ml-*: downloaded), Amazon Reviews of books (--input), CoLLM's published "
+        "pickles (--input), or a table of your own (--interactions)",
+    )
     parser.add_argument("--out", required=True, help="folder to write")
     add_config_arguments(parser, PrepareConfig, skip=("source", "out"))
 

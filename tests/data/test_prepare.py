@@ -160,7 +160,7 @@ def test_milliseconds(prepared_config: Make) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "netflix"}, "unknown source 'netflix': choose one of ml-1m, ml-100k, table"),
+        ({"source": "netflix"}, "unknown source 'netflix': choose one of ml-1m, ml-100k, ml-la"),
         ({"out": ""}, "--out"),
         ({"interactions": None}, "--interactions FILE"),
         ({"interactions": "nowhere.csv"}, "nowhere.csv does not exist"),
@@ -178,6 +178,7 @@ def test_milliseconds(prepared_config: Make) -> None:
         ({"max_history": 0}, "--max-history"),
         ({"input": "x"}, "--input has no meaning for the source table"),
         ({"source": "ml-1m"}, "--interactions has no meaning for the source ml-1m"),
+        ({"source": "collm"}, "--interactions has no meaning for the source collm"),
     ],
 )
 def test_bad_options_are_input_errors(options: dict, message: str, prepared_config: Make) -> None:
@@ -192,6 +193,24 @@ def test_bad_options_are_input_errors(options: dict, message: str, prepared_conf
 def test_protocol_options_cannot_change_movielens(prepared_config: Make) -> None:
     with pytest.raises(InputError, match="--positive-threshold has no meaning"):
         prepare(prepared_config(None, "dat", positive_threshold=3.0))
+
+
+@pytest.mark.parametrize("source", ["amazon-books", "collm"])
+def test_sources_that_cannot_be_fetched_need_their_folder(source: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with pytest.raises(InputError, match=f"`{source}` needs --input FOLDER"):
+        prepare(PrepareConfig(source=source, out=out))
+    with pytest.raises(InputError, match="--offline has no meaning for the source"):
+        prepare(PrepareConfig(source=source, out=out, input=str(tmp_path), offline=True))
+
+
+def test_latest_small_names_its_edition(prepared_config: Make) -> None:
+    data = load_prepared(prepare(prepared_config(None, "latest"), summary=False))
+    raw = small_raw()
+    last = max(datetime.datetime.fromtimestamp(int(row[3]), datetime.UTC) for row in raw.rows)
+    assert f"{len(raw.rows)} ratings, the last of {last:%Y-%m-%d}" in data.protocol["source"]
+    assert data.protocol["redistributable"] is False
+    assert [split["rows"] for split in data.protocol["splits"].values()] == [43, 6, 5]
 
 
 def test_summary_and_protocol(prepared_config: Make, capsys: pytest.CaptureFixture[str]) -> None:

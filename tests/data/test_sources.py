@@ -4,12 +4,13 @@ import pyarrow.parquet as pq
 import pytest
 from raw_data import FORMATS, Raw, small_raw, write_raw
 
+from ccf_llm_hf.data.prepare import MOVIELENS
 from ccf_llm_hf.data.sources import (
     ColumnNames,
     RawTables,
     read_fields,
     read_movielens_1m,
-    read_movielens_100k,
+    read_movielens_latest_small,
     read_tables,
 )
 from ccf_llm_hf.errors import InputError
@@ -20,7 +21,7 @@ def read(kind: str, folder: Path, raw: Raw) -> RawTables:
     if options["source"] == "table":
         interactions, items = Path(options["interactions"]), Path(options["items"])
         return read_tables(interactions, items, ColumnNames(rating="rating"))
-    return (read_movielens_1m if options["source"] == "ml-1m" else read_movielens_100k)(folder)
+    return MOVIELENS[options["source"]](folder)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -36,7 +37,7 @@ def test_every_format_gives_the_same_tables(kind: str, tmp_path: Path) -> None:
     else:
         assert tables.items["title"].tolist() == [f"{t} ({y})" for _, t, y, _ in raw.items]
         assert tables.items["year"].tolist() == [int(item[2]) for item in raw.items]
-        assert tables.rating_range == (1, 5)
+        assert tables.rating_range == ((0.5, 5) if kind == "latest" else (1, 5))
     assert tables.items["genres"].tolist() == [item[3] for item in raw.items]
 
 
@@ -45,6 +46,21 @@ def test_line_numbers_point_into_the_file(kind: str, tmp_path: Path) -> None:
     tables = read(kind, tmp_path, small_raw())
     header = 0 if kind in ("dat", "u-files", "parquet") else 1
     assert tables.interactions["_line"].tolist()[:3] == [1 + header, 2 + header, 3 + header]
+
+
+def test_latest_small_genres_titles_and_half_stars(tmp_path: Path) -> None:
+    (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,7,0.5,964982703\n")
+    (tmp_path / "movies.csv").write_text(
+        "movieId,title,genres\n"
+        '7,"American President, The (1995)",Comedy|Drama\n'
+        "8,Hamlet (2000),Drama\n9,Hamlet (2000),(no genres listed)\n10,Babylon 5,Sci-Fi\n"
+    )
+    tables = read_movielens_latest_small(tmp_path)
+    titles = ["American President, The (1995)", "Hamlet (2000)", "Hamlet (2000)", "Babylon 5"]
+    assert tables.items["title"].tolist() == titles
+    assert tables.items["genres"].tolist() == ["Comedy|Drama", "Drama", "", "Sci-Fi"]
+    assert tables.items["year"].isna().tolist() == [False, False, False, True]
+    assert tables.interactions["rating"].tolist() == ["0.5"]
 
 
 def test_latin_1_and_utf_8_titles_survive(tmp_path: Path) -> None:

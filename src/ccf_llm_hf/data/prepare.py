@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ccf_llm_hf.configs import PrepareConfig
-from ccf_llm_hf.data import assets
+from ccf_llm_hf.configs import SOURCES, PrepareConfig
+from ccf_llm_hf.data import amazon, assets, collm
 from ccf_llm_hf.data.folder import check_output, write_folder
 from ccf_llm_hf.data.prepared import FORMAT, HISTORY_LABELS
 from ccf_llm_hf.data.protocol import (
@@ -25,6 +25,7 @@ from ccf_llm_hf.data.sources import (
     RawTables,
     read_movielens_1m,
     read_movielens_100k,
+    read_movielens_latest_small,
     read_tables,
 )
 from ccf_llm_hf.data.validation import (
@@ -35,7 +36,11 @@ from ccf_llm_hf.data.validation import (
 )
 from ccf_llm_hf.errors import InputError
 
-SOURCES = ("ml-1m", "ml-100k", "table")
+MOVIELENS = {
+    "ml-1m": read_movielens_1m,
+    "ml-100k": read_movielens_100k,
+    "ml-latest-small": read_movielens_latest_small,
+}
 UNKNOWN_LICENSE = "that of the source"
 SIGNED_HISTORY_RULE = (
     "all items of the user's rows at earlier times, oldest first, rows outside all splits too, "
@@ -61,15 +66,27 @@ def prepare(config: PrepareConfig, *, summary: bool = True) -> Path:
     out = Path(config.out).expanduser()
     check_output(out)
     with tqdm(total=4, desc=f"prepare {config.source}: read", unit="step") as bar:
-        raw, protocol = _read_source(config)
-        _advance(bar, config, "check rows")
         report = RejectionReport()
-        items = clean_items(raw, report)
-        rows = clean_interactions(raw, items, report, config.time_unit)
-        del raw
-        _advance(bar, config, "split")
-        split = _choose_split(config, rows["timestamp"].to_numpy(), protocol)
-        samples = _label_and_split(config, rows, split)
+        if config.source == "collm":
+            samples, rows, items = collm.read_collm(_input_folder(config))
+            protocol = _protocol(config) | _published_protocol(collm.is_movielens(items))
+            bar.update(2)
+        else:
+            raw, protocol = _read_source(config)
+            _advance(bar, config, "check rows")
+            items = clean_items(raw, report)
+            rows = clean_interactions(raw, items, report, config.time_unit)
+            del raw
+            _advance(bar, config, "split")
+            if config.source == "ml-latest-small":
+                # GroupLens renews it: which edition it is shows in what it holds only.
+                last = _date(int(rows["timestamp"].max()))
+                protocol["source"] += f", {len(rows):,} ratings, the last of {last}"
+            if config.source == "amazon-books":
+                rows, protocol["split_rule"] = amazon.keep_active(rows)
+                items = items[items["item_id"].isin(rows["item_id"])].reset_index(drop=True)
+            split = _choose_split(config, rows["timestamp"].to_numpy(), protocol)
+            samples = _label_and_split(config, rows, split)
         protocol["splits"] = split_statistics(samples)
         protocol["accepted_rows"], protocol["catalog_items"] = len(rows), len(items)
         protocol["item_columns"] = [c for c in items.columns if c not in ("item_id", "title")]
@@ -100,6 +117,8 @@ def _check_options(config: PrepareConfig) -> None:
         )
     if config.max_history is not None and config.max_history < 1:
         raise InputError(f"--max-history must be at least 1, not {config.max_history}")
+    if config.source in ("amazon-books", "collm") and not config.input:
+        raise InputError(f"the source `{config.source}` needs --input FOLDER with its files")
     if config.source != "table":
         return
     if not config.interactions:
@@ -118,24 +137,28 @@ def _check_options(config: PrepareConfig) -> None:
 
 def _refuse_idle_options(config: PrepareConfig) -> None:
     """Refuse an option that the source would not look at: silence would change the protocol."""
-    movielens = ("input", "offline", "cache_dir")
-    general = ("source", "out", "history_labels", "max_history")
+    fetched = {"input", "offline", "cache_dir"}
+    histories = {"history_labels", "max_history"}
+    options = {option.name for option in fields(config)}
+    if config.source == "table":
+        used = options - fetched
+    elif config.source in MOVIELENS:
+        used = fetched | histories
+    else:
+        used = {"input"} if config.source == "collm" else {"input"} | histories
     default = PrepareConfig()
-    for option in fields(config):
-        name = option.name
-        if name in general or (name in movielens) == (config.source != "table"):
-            continue
+    for name in sorted(options - used - {"source", "out"}):
         if getattr(config, name) != getattr(default, name):
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} has no meaning for the source {config.source}: leave it out")
 
 
-def _read_source(config: PrepareConfig) -> tuple[RawTables, dict]:
-    """Raw tables, and the part of protocol.json that depends on the source only."""
+def _protocol(config: PrepareConfig) -> dict:
+    """The part of protocol.json that every source begins with."""
     protocol: dict = {
         "format": FORMAT,
         "name": config.name or config.source,
-        "label_rule": f"1 if rating >= {config.positive_threshold:g}, else 0",
+        "label_rule": f"1 if rating >= {_threshold(config):g}, else 0",
         "split_rule": "",
         "history_rule": HISTORY_RULE,
         "history_labels": config.history_labels,
@@ -147,6 +170,33 @@ def _read_source(config: PrepareConfig) -> tuple[RawTables, dict]:
             f"; only the latest {config.max_history} are stored, `history_dropped` counts the "
             "others"
         )
+    return protocol
+
+
+def _threshold(config: PrepareConfig) -> float:
+    return 5.0 if config.source == "amazon-books" else config.positive_threshold
+
+
+def _input_folder(config: PrepareConfig) -> Path:
+    assert config.input is not None
+    return Path(config.input).expanduser()
+
+
+def _published_protocol(movielens: bool) -> dict:
+    made_of = "MovieLens-1M" if movielens else "Amazon Reviews, Books"
+    return {
+        **collm.RULES,
+        "source": f"CoLLM's published files of {made_of} (https://github.com/zyang1580/CoLLM)",
+        "license": assets.MOVIELENS_LICENSE if movielens else amazon.LICENSE,
+        "redistributable": False,
+        "citation": collm.CITATION,
+        "language": "en",
+    }
+
+
+def _read_source(config: PrepareConfig) -> tuple[RawTables, dict]:
+    """Raw tables, and the part of protocol.json that depends on the source only."""
+    protocol = _protocol(config)
     if config.source == "table":
         assert config.interactions is not None
         interactions = Path(config.interactions).expanduser()
@@ -167,12 +217,20 @@ def _read_source(config: PrepareConfig) -> tuple[RawTables, dict]:
         if config.label_column:
             protocol["label_rule"] = f"column {config.label_column!r}"
         return read_tables(interactions, items, columns), protocol
+    if config.source == "amazon-books":
+        raw, edition = amazon.read_amazon_books(_input_folder(config))
+        protocol["source"] = (
+            f"Amazon Reviews {edition}, Books: {raw.interactions_file} and {raw.items_file}"
+        )
+        protocol |= {"license": amazon.LICENSE, "redistributable": False, "language": "en"}
+        protocol["citation"] = amazon.CITATIONS[edition]
+        return raw, protocol
 
     folder = assets.get_asset(
         config.source, path=config.input, offline=config.offline, cache_dir=config.cache_dir
     )
     asset = assets.ASSETS[config.source]
-    raw = (read_movielens_1m if config.source == "ml-1m" else read_movielens_100k)(folder)
+    raw = MOVIELENS[config.source](folder)
     protocol["source"] = f"{asset.description}; read from {raw.interactions_file}"
     protocol |= {"license": asset.license, "redistributable": False, "citation": asset.citation}
     protocol["language"] = "en"
@@ -190,6 +248,12 @@ def _choose_split(config: PrepareConfig, timestamps: np.ndarray, protocol: dict)
         start = "by UTC month counted from the first rating's (April 2000), CoLLM's protocol: "
         months = "train 14-23, validation 24-28, test 29-33; earlier and later rows in none; "
         rule = start + months + "no filter on cold users or items"
+    elif config.source == "amazon-books":
+        split = amazon.split_2017(timestamps)
+        months = (
+            "2017 by UTC: train January to November, validation and test the halves of December"
+        )
+        rule = f"{months}, test from {_date(split.test_start)}; {protocol['split_rule']}"
     elif config.source == "table" and config.split == "time":
         unit = config.time_unit
         valid = _parse_option("--valid-start", config.valid_start, unit)
@@ -224,7 +288,7 @@ def _label_and_split(config: PrepareConfig, rows: pd.DataFrame, split: TimeSplit
     if "label" in rows:
         rows["rating"] = np.nan
     else:
-        rows["label"] = (rows["rating"] >= config.positive_threshold).astype("int64")
+        rows["label"] = (rows["rating"] >= _threshold(config)).astype("int64")
     rows["split"] = split.assign(rows["timestamp"].to_numpy())
     return build_samples(rows, config.max_history, signed=config.history_labels == "signed")
 

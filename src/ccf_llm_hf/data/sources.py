@@ -31,7 +31,9 @@ class RawTables:
     `interactions` has columns `user_id`, `item_id`, `timestamp`, `_line` (int64, 1-based) and
     `rating` or `label`; `items` has `item_id`, `title`, `_line` and any other column. Values are
     strings as they stand in a text file, or the column's own type in a parquet file. `malformed_*`
-    are numbers of lines with a wrong number of fields, which are in neither table.
+    are numbers of lines with a wrong number of fields, which are in neither table. `untitled_items`
+    has the first line, in the interactions, of each item that is left out of `items` for want of a
+    title.
     """
 
     interactions: pd.DataFrame
@@ -41,6 +43,7 @@ class RawTables:
     malformed_interactions: list[int] = field(default_factory=list)
     malformed_items: list[int] = field(default_factory=list)
     rating_range: tuple[float, float] | None = None
+    untitled_items: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -103,6 +106,24 @@ def read_movielens_100k(folder: Path) -> RawTables:
     if (folder / "u.data").is_file() and (folder / "u.item").is_file():
         return _read_u_files(folder)
     return _read_recbole(folder, "ml-100k")
+
+
+def read_movielens_latest_small(folder: Path) -> RawTables:
+    """MovieLens latest-small from the official CSV files, or from the parquet files with the same
+    columns that the asset cache holds; "(no genres listed)" becomes no genre."""
+    suffix = "csv" if (folder / "ratings.csv").is_file() else "parquet"
+    tables = read_tables(
+        folder / f"ratings.{suffix}",
+        folder / f"movies.{suffix}",
+        ColumnNames("userId", "movieId", "timestamp", "title", rating="rating"),
+    )
+    items = tables.items
+    require_columns(items, ["genres"], tables.items_file, "get the files again")
+    items["genres"] = items["genres"].fillna("").replace("(no genres listed)", "")
+    items["year"] = _years(items["title"].str.extract(YEAR_IN_TITLE)[0])
+    tables.items = items[["item_id", "title", "genres", "year", "_line"]]
+    tables.rating_range = (0.5, 5)
+    return tables
 
 
 def _read_dat(folder: Path) -> RawTables:

@@ -24,6 +24,7 @@ POLICIES = {
     "malformed_item_line": "items table, wrong number of fields: dropped",
     "missing_item_id": "items table, empty id: dropped",
     "duplicate_item": "items table, id occurs again: first kept",
+    "untitled_item": "rated item without a title in the metadata: dropped with its rows",
     "missing_title": "items table, empty title: kept, the id stands for the title",
 }
 MAX_BAD_SHARE = 0.5
@@ -67,6 +68,7 @@ def clean_items(raw: RawTables, report: RejectionReport) -> pd.DataFrame:
     """Usable items: `item_id` str (unique), `title` str (never empty), other columns as read."""
     items, file = raw.items.copy(deep=False), raw.items_file
     report.add("malformed_item_line", file, raw.malformed_items)
+    report.add("untitled_item", raw.interactions_file, raw.untitled_items)
     total = len(items) + len(raw.malformed_items)
     items["item_id"] = as_ids(items["item_id"])
     items["title"] = _as_text(items["title"]).str.replace(r"\s*[\r\n\t]\s*", " ", regex=True)
