@@ -72,7 +72,7 @@ class CFTable(nn.Module):
         return (user * item).sum(-1) + self.offset[snapshots]
 
     @torch.no_grad()
-    def folded_users(self, items: Tensor, liked: Tensor, depths: Tensor, when: Tensor) -> Tensor:
+    def folded_users(self, items: Tensor, targets: Tensor, depths: Tensor, when: Tensor) -> Tensor:
         """The user vectors that histories ask for: the mode of the CF model's posterior.
 
         The CF model's own objective for one user, with the item vectors held (our choice): it
@@ -81,7 +81,8 @@ class CFTable(nn.Module):
         Args:
             items: `(n, longest)` table rows of the histories, oldest first; -1 where padded, rows
                 past the table are unknown. Both count for nothing.
-            liked: `(n, longest)` bool.
+            targets: `(n, longest)` float32, what the CF model would have been fitted to: 1 liked,
+                0 disliked, graded between where ratings are.
             depths: `(n,)` how many of its items each history has.
             when: `(n,)` CF snapshots.
 
@@ -102,7 +103,7 @@ class CFTable(nn.Module):
         for _ in range(STEPS):
             logits = (x @ user[..., None])[..., 0] + base
             p = torch.sigmoid(logits)
-            residual = weight * (p - liked.float())
+            residual = weight * (p - targets)
             gradient = (residual[:, None] @ x)[:, 0] + prior * (user - start)
             # Jaakkola's bound in place of p (1 - p): no step can overshoot.
             bound = weight * torch.where(logits.abs() < 1e-3, 0.25, (p - 0.5) / logits)

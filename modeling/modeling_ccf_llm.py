@@ -358,7 +358,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
         history_items: Tensor | None = None,
-        history_liked: Tensor | None = None,
+        history_targets: Tensor | None = None,
         history_unshown: Tensor | None = None,
         **inputs: Any,
     ) -> CTROutput | tuple[Tensor, ...]:
@@ -371,7 +371,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
             labels: `(batch, num_candidates)` 0/1, -100 where padded.
             num_items_in_batch: labels of the whole optimizer step; the loss is then the sum over
                 this batch divided by it, else the mean.
-            history_items, history_liked: `(num_sequences, longest)`, the signed histories, for
+            history_items, history_targets: `(num_sequences, longest)`, the signed histories, for
                 `cf_fold_in`; -1 where padded.
             history_unshown: `(num_sequences,)`, how many of these come before the prompt's.
         """
@@ -385,7 +385,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
             when = self.model.token_snapshots(sequences, inputs.get("snapshots"))
             if self.config.cf_fold_in:
                 depths = inputs["history_depths"][0, -len(states) :][answer_positions]
-                history = (history_items, history_liked, history_unshown)
+                history = (history_items, history_targets, history_unshown)
                 users = self.folded_users(sequences, depths, when, *history)
                 residual = self.model.cf.folded_logits(users, candidate_items, when)
             else:
@@ -404,11 +404,11 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         depths: Tensor,
         when: Tensor,
         history_items: Tensor | None,
-        history_liked: Tensor | None,
+        history_targets: Tensor | None,
         history_unshown: Tensor | None,
     ) -> Tensor:
         """User vectors `(batch, num_candidates, cf_dim)` by the histories that candidates see."""
-        if history_items is None or history_liked is None or history_unshown is None:
+        if history_items is None or history_targets is None or history_unshown is None:
             raise ValueError(
                 "This model folds users in from signed histories: build the batch with a processor "
                 'of history_labels="signed".'
@@ -417,7 +417,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         (sequence, depth, snapshot), place = torch.unique(asked, dim=1, return_inverse=True)
         users = self.model.cf.folded_users(
             history_items[sequence],
-            history_liked[sequence],
+            history_targets[sequence],
             history_unshown[sequence] + depth,
             snapshot,
         )

@@ -63,13 +63,13 @@ class Pack:
         self.users: list[int] = []
         self.labels: list[list[float]] = []
         self.snapshots: list[int] | None = [] if snapshots else None
-        # Per sequence, its signed history as (table row, liked), and how many of these items come
+        # Per sequence, its signed history as (table row, target), and how many of these items come
         # before what the prompt shows; None where histories hold likes only.
-        self.histories: list[list[tuple[int, bool]]] | None = [] if signed else None
+        self.histories: list[list[tuple[int, float]]] | None = [] if signed else None
         self.unshown: list[int] = []
 
     def start_sample(
-        self, user: int, snapshot: int | None, earlier: list[tuple[int, bool]]
+        self, user: int, snapshot: int | None, earlier: list[tuple[int, float]]
     ) -> None:
         self.answers.append([])
         self.users.append(user)
@@ -86,7 +86,7 @@ class Pack:
         history: list[Span],
         blocks: list[tuple[int, Span]],
         lengths: list[int],
-        signs: list[tuple[int, bool]],
+        signs: list[tuple[int, float]],
     ) -> None:
         """Prefix and history once, then a block per candidate, which sees `lengths` items."""
         sequence = self.num_sequences
@@ -137,12 +137,15 @@ class Pack:
             batch["snapshots"] = torch.tensor(self.snapshots)
         if self.histories is not None:
             longest = max(1, *map(len, self.histories))
-            padded = [
-                history + [(NO_SLOT, False)] * (longest - len(history))
-                for history in self.histories
-            ]
-            table = torch.tensor(padded)
-            batch["history_items"], batch["history_liked"] = table[..., 0], table[..., 1].bool()
+            table = torch.tensor(
+                [
+                    history + [(NO_SLOT, 0.0)] * (longest - len(history))
+                    for history in self.histories
+                ],
+                dtype=torch.float64,
+            )
+            batch["history_items"] = table[..., 0].long()
+            batch["history_targets"] = table[..., 1].float()
             batch["history_unshown"] = torch.tensor(self.unshown)
         if self.new.rows:
             titles = [tokenize(title) if title else [] for title in self.new.rows]

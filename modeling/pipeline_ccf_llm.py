@@ -33,7 +33,7 @@ MAX_TOKENS = 2048  # of a longer list's candidates in one forward pass
 CONTENT = ("input_ids", "item_slots", "user_slots")
 LAYOUT = ("position_ids", "sequence_ids", "block_ids", "history_depths")
 NEW_TITLES = ("new_title_ids", "new_title_lengths")
-HISTORIES = ("history_items", "history_liked", "history_unshown")
+HISTORIES = ("history_items", "history_targets", "history_unshown")
 
 
 @dataclass
@@ -118,9 +118,9 @@ def cf_logits(
     shown = list(history)[max(0, start - processor.fold_in_items) :]
     found = [processor.resolve_item(item)[0] for item in shown]
     items = torch.tensor([[-1 if row is None else row for row in found]], device=rows.device).long()
-    liked = torch.tensor([[processor.likes(item) for item in shown]], device=rows.device).bool()
+    targets = torch.tensor([[processor.target(item) for item in shown]], device=rows.device)
     depth = torch.tensor([len(shown)], device=rows.device)
-    return table.folded_logits(table.folded_users(items, liked, depth, last[:1]), rows, last)
+    return table.folded_logits(table.folded_users(items, targets.float(), depth, last[:1]), rows, last)
 
 
 @torch.inference_mode()

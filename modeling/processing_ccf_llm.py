@@ -1,6 +1,7 @@
 """The hybrid prompt: raw users, items and titles in, token ids, slots and layout tensors out."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ TEMPLATES: dict[str, dict[str, str]] = {
 
 PROMPT_SETTINGS = (
     *("layout", "history_format", "candidate_format"),
-    *("history_window", "history_labels", "fold_in_items", "templates"),
+    *("history_window", "history_labels", "fold_in_items", "rating_scale", "templates"),
 )
 
 Item = str | int | dict[str, Any]
@@ -122,10 +123,13 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             (text only). With `title` for both, the user slot is left out too.
         history_window: `(H, S)`, see [`layout_ccf_llm.window_start`].
         history_labels: `positives` (the papers' protocol): a history holds liked items; `signed`
-            (ours): disliked ones too, each given as `{"id": ..., "liked": False}`, and shown as
-            such.
+            (ours): disliked ones too, each given as `{"id": ..., "liked": False}` or with a
+            `rating`, and shown as such.
         fold_in_items: how many signed items before the window a model with `cf_fold_in` folds in
             besides those that the prompt shows.
+        rating_scale: `(midpoint, slope)` of history items that come with a `rating`: liked above
+            the midpoint; folded in as `sigmoid(slope * (rating - midpoint))`, as the CF model was
+            fitted. None: this model takes no ratings.
         templates: replaces entries of `TEMPLATES[layout]`.
 
     Raises:
@@ -147,6 +151,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         history_window: tuple[int, int] = (20, 16),
         history_labels: str = "positives",
         fold_in_items: int = 0,
+        rating_scale: tuple[float, float] | None = None,
         templates: dict[str, str] | None = None,
     ) -> None:
         for value, allowed, name in (
@@ -174,6 +179,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         self.layout, self.history_window = layout, (history_window[0], history_window[1])
         self.history_format, self.candidate_format = history_format, candidate_format
         self.history_labels, self.fold_in_items = history_labels, fold_in_items
+        self.rating_scale = rating_scale and (float(rating_scale[0]), float(rating_scale[1]))
         self.templates = {**TEMPLATES[layout], **(templates or {})}
         self._set_catalog(item_ids or [], item_titles or [], user_ids or [])
         self._pieces: dict[str, list[int]] = {}
@@ -265,7 +271,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
     def resolve_item(self, item: Item) -> tuple[int | None, str]:
         """Catalog row (None when new) and title of an item given by id, title, or both.
 
-        A dict may hold `id`, `title`, and in a history `liked` (see `likes`). A bare value is
+        A dict may hold `id`, `title`, and in a history `liked` or `rating` (see `likes`). A bare value is
         looked up as id, then as title, else taken as the title of a new item, which has text but no
         CF vector.
         """
@@ -291,17 +297,36 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         return None, key
 
     def likes(self, item: Item) -> bool:
-        """Whether a history item was liked: yes, unless it is a dict whose `liked` is False.
+        """Whether a history item was liked: yes, unless it is a dict whose `liked` is False or
+        whose `rating` does not lie above the midpoint of `rating_scale`.
 
         Raises:
-            ValueError: it was not, and this prompt has no form for that.
+            ValueError: it was not, and this prompt has no form for that; or ratings mean nothing.
         """
-        liked = bool(item.get("liked", True)) if isinstance(item, dict) else True
+        liked = self._graded(item) > 0.5
         if not liked and self.history_labels != "signed":
             raise ValueError(
                 f"The history holds {item!r}, but this model reads likes only: leave it out."
             )
         return liked
+
+    def target(self, item: Item) -> float:
+        """What folding in takes a history item for: 0 disliked to 1 liked."""
+        self.likes(item)
+        return self._graded(item)
+
+    def _graded(self, item: Item) -> float:
+        if not isinstance(item, dict):
+            return 1.0
+        rating = item.get("rating")
+        if rating is None:
+            return float(bool(item.get("liked", True)))
+        if self.rating_scale is None:
+            raise ValueError(
+                f"The history holds {item!r}, but this model takes no ratings: give liked instead."
+            )
+        midpoint, slope = self.rating_scale
+        return 1.0 / (1.0 + math.exp(-slope * (float(rating) - midpoint)))
 
     def resolve_user(self, user: str | int | None) -> int:
         """CF table row of a user; `len(user_ids)`, the cold row, for an unknown one."""
@@ -392,7 +417,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         Returns:
             Tensors `(1, length)` per token, all users in one row, and `answer_positions`,
             `candidate_items`, `candidate_mask`, `labels` `(batch, num_candidates)`; with signed
-            histories also `history_items` and `history_liked` `(num_sequences, longest)`.
+            histories also `history_items` and `history_targets` `(num_sequences, longest)`.
 
         Raises:
             ValueError: on missing candidates or lists whose lengths differ.
@@ -471,10 +496,10 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
                 pack.add_sequence(prefix, shown[:length], [block], [length], signs[:length])
         pack.end_sample(labels)
 
-    def _signs(self, items: list[Any], new: NewTitles) -> list[tuple[int, bool]]:
+    def _signs(self, items: list[Any], new: NewTitles) -> list[tuple[int, float]]:
         if self.history_labels != "signed":
             return []
-        return [(self._slot(item, new)[0], self.likes(item)) for item in items]
+        return [(self._slot(item, new)[0], self.target(item)) for item in items]
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, **kwargs: Any
@@ -506,6 +531,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             "history_window": list(self.history_window),
             "history_labels": self.history_labels,
             "fold_in_items": self.fold_in_items,
+            "rating_scale": self.rating_scale,
             "templates": self.templates,
             "ids_fingerprint": self.ids_fingerprint,
         }

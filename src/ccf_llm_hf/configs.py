@@ -172,6 +172,13 @@ class MFConfig:
             "interaction before the validation split)"
         },
     )
+    targets: str = field(
+        default="labels",
+        metadata={
+            "help": "what to fit: labels (0/1), or graded: sigmoid(1.5 (rating - midpoint)), where "
+            "the midpoint lies between liked and disliked ratings"
+        },
+    )
     seed: int = field(
         default=0, metadata={"help": "of the initial factors, and of the users to tune on"}
     )
@@ -179,6 +186,10 @@ class MFConfig:
     def __post_init__(self) -> None:
         if self.rows not in ("train", "earlier"):
             raise InputError(f"rows={self.rows!r} is unknown: choose train or earlier")
+        if self.targets not in ("labels", "graded"):
+            raise InputError(f"targets={self.targets!r} is unknown: choose labels or graded")
+        if self.targets == "graded" and self.rows != "earlier":
+            raise InputError("targets=graded needs rows=earlier: the train split holds labels only")
         for name in ("dim", "snapshots", "iterations"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -135,7 +135,7 @@ def test_dislikes_are_shown_as_such_and_only_to_models_that_read_them(build: Bui
     text = processor.tokenizer.decode(batch["input_ids"][0])
     assert "<|ccf_item|> not<|ccf_item|><|ccf_item|>" in text
     assert batch["history_items"].tolist() == [[0, 1]]
-    assert batch["history_liked"].tolist() == [[True, False]]
+    assert batch["history_targets"].tolist() == [[True, False]]
     _, likes_only = build()
     assert "history_items" not in likes_only(user="u0", history=["i0"], candidates=["i2"])
     with pytest.raises(ValueError, match="reads likes only"):

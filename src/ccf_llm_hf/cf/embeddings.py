@@ -212,6 +212,12 @@ class CFEmbeddings:
         recorded = self.metadata.get("user_precision")
         return json.loads(recorded) if recorded else None
 
+    @property
+    def rating_scale(self) -> tuple[float, float] | None:
+        """`(midpoint, slope)` of the graded targets that the model was fitted to; None of labels."""
+        recorded = self.metadata.get("rating_scale")
+        return tuple(json.loads(recorded)) if recorded else None
+
     def snapshot_for(self, timestamps: Sequence[int] | np.ndarray | Tensor) -> Tensor:
         """The last snapshot that was fitted on strictly earlier rows only.
 

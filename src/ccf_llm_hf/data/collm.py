@@ -65,6 +65,7 @@ def read_collm(folder: Path) -> tuple[Samples, pd.DataFrame, pd.DataFrame]:
         not_cold=_not_cold(table, split),
         earlier=items[len(table) :],
         earlier_labels=None,
+        earlier_ratings=None,
         history_start=stop - lengths,
         history_stop=stop,
         history_dropped=None,

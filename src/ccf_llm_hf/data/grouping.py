@@ -19,8 +19,8 @@ class Group:
 
     Attributes:
         user_id: raw user id.
-        history: raw item ids of the longest window among the samples, oldest first; a disliked
-            item, where histories are signed, is `{"id": its id, "liked": False}`.
+        history: raw item ids of the longest window among the samples, oldest first; where
+            histories are signed, a dict of the item's `id` with its `rating` or `liked`.
         candidates: raw item ids, one a sample.
         history_lengths: how many of `history` precede each candidate in time.
         labels: 0/1 a sample.
@@ -62,7 +62,7 @@ def group_rows(
         InputError: the split stores histories that are too short for the window.
     """
     names = ["user_id", "item_id", "label", "history"]
-    optional = ("history_dropped", "history_labels")
+    optional = ("history_dropped", "history_labels", "history_ratings")
     names += [name for name in optional if name in split.column_names]
     table = split.select_columns(names).with_format("arrow")[:]
     earlier, starts, stored = _windows(table, history_window)
@@ -74,9 +74,11 @@ def group_rows(
     shown = (starts - stored)[last]
     unshown = np.minimum(shown, fold_in_items)
     histories = history_tails(table["history"], last, shown - unshown)
-    if "history_labels" in table.column_names:
-        signs = history_tails(table["history_labels"], last, shown - unshown)
-        histories = [_signed(items, liked) for items, liked in zip(histories, signs, strict=True)]
+    for column, key in (("history_ratings", "rating"), ("history_labels", "liked")):
+        if column in table.column_names:
+            values = history_tails(table[column], last, shown - unshown)
+            histories = _with_values(histories, key, values)
+            break
     labels = table["label"].to_numpy()
     return [
         Group(
@@ -93,10 +95,17 @@ def group_rows(
     ]
 
 
-def _signed(items: list[Any], liked: list[Any]) -> list[Any]:
+def _with_values(
+    histories: list[list[Any]], key: str, values: list[list[Any]]
+) -> list[list[Any]]:
+    """Items as dicts with a value each; equal ones share a dict, since they occur in many rows."""
+    shared: dict[tuple[str, float], dict[str, Any]] = {}
     return [
-        item if label else {"id": item, "liked": False}
-        for item, label in zip(items, liked, strict=True)
+        [
+            shared.setdefault((item, value), {"id": item, key: value})
+            for item, value in zip(items, of_items, strict=True)
+        ]
+        for items, of_items in zip(histories, values, strict=True)
     ]
 
 

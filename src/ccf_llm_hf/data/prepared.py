@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +29,8 @@ class PreparedData:
 
     `splits` has train, validation and test with columns user_id, item_id (str), label (int64),
     timestamp (int64, Unix seconds), history (list of item ids, oldest first), split_position
-    (int64) and not_cold (bool), and `history_labels` (list of 0/1) where histories are signed;
+    (int64) and not_cold (bool), and where histories are signed `history_labels` (list
+    of 0/1) and, if there are ratings, `history_ratings` (list of float32);
     `items` has item_id, title and any other column; `protocol` is protocol.json.
     """
 
@@ -70,6 +72,24 @@ def interactions(data_dir: str | Path) -> pd.DataFrame:
     """
     load_protocol(Path(data_dir))
     return _read(Path(data_dir), INTERACTIONS_FILE).to_pandas()
+
+
+def rating_midpoint(rows: pd.DataFrame) -> float:
+    """Halfway between the highest disliked and the lowest liked rating.
+
+    Args:
+        rows: interactions with `rating` and `label`.
+
+    Raises:
+        InputError: there are no ratings, or they do not decide the labels.
+    """
+    ratings = rows.groupby("label")["rating"]
+    highest, lowest = ratings.max().get(0, np.nan), ratings.min().get(1, np.nan)
+    if not highest < lowest:
+        raise InputError(
+            "the data has no ratings that decide its labels: fit the labels (--targets labels)"
+        )
+    return float(highest + lowest) / 2
 
 
 def load_protocol(folder: Path) -> dict:

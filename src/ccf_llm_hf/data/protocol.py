@@ -63,7 +63,8 @@ class Samples:
 
     `user` and `item` are indices into `user_names` and `item_names`. The history of row i is
     `earlier[history_start[i]:history_stop[i]]`, indices into `item_names`, with the labels in
-    `earlier_labels` at the same places; None where histories hold likes only. `history_dropped`
+    `earlier_labels` and ratings in `earlier_ratings` at the same places; None where histories hold
+    likes only, or there are no ratings. `history_dropped`
     counts the earlier items that are not stored; None when histories are whole.
     """
 
@@ -76,6 +77,7 @@ class Samples:
     not_cold: np.ndarray
     earlier: np.ndarray
     earlier_labels: np.ndarray | None
+    earlier_ratings: np.ndarray | None
     history_start: np.ndarray
     history_stop: np.ndarray
     history_dropped: np.ndarray | None
@@ -112,11 +114,14 @@ class Samples:
             "split_position": pa.array(self.split_position[rows], pa.int64()),
             "not_cold": pa.array(self.not_cold[rows], pa.bool_()),
         }
-        if self.earlier_labels is not None:
-            labels = pa.array(self.earlier_labels[flat], pa.int8())
-            columns["history_labels"] = pa.ListArray.from_arrays(
-                pa.array(offsets, pa.int32()), labels
-            )
+        for name, values, kind in (
+            ("history_labels", self.earlier_labels, pa.int8()),
+            ("history_ratings", self.earlier_ratings, pa.float32()),
+        ):
+            if values is not None:
+                columns[name] = pa.ListArray.from_arrays(
+                    pa.array(offsets, pa.int32()), pa.array(values[flat], kind)
+                )
         if self.history_dropped is not None:
             columns["history_dropped"] = pa.array(self.history_dropped[rows], pa.int64())
         return pa.table(columns)
@@ -147,6 +152,9 @@ def build_samples(
 
     shown = np.ones(len(user), dtype=bool) if signed else (label == 1) & (split >= 0)
     earlier, earlier_labels = item[shown], label[shown] if signed else None
+    ratings = interactions["rating"].to_numpy()[order] if signed and "rating" in interactions else None
+    if ratings is not None and np.isnan(ratings).any():
+        ratings = None
     stop = np.cumsum(shown) - shown
     start, dropped = stop[_run_starts(user)], None
     if signed:
@@ -172,6 +180,7 @@ def build_samples(
         not_cold=(seen[0][user] > 0) & (seen[1][item] > 0),
         earlier=earlier,
         earlier_labels=earlier_labels,
+        earlier_ratings=ratings,
         history_start=start,
         history_stop=stop,
         history_dropped=dropped,

@@ -17,7 +17,7 @@ def stored_histories(data_dir: str | Path) -> dict[str, list[Any]]:
 
 def stored_history(data_dir: str | Path, user: str) -> list[Any]:
     """Items that a user liked, over all splits, oldest first; in a folder with signed histories all
-    that the user rated, disliked ones as `{"id": ..., "liked": False}`.
+    that the user rated, as dicts of `id` with `rating` or `liked`.
 
     Which rows count is as in the histories that `prepare` writes.
 
@@ -44,8 +44,8 @@ def _shown(data_dir: str | Path, user: str | None = None) -> pd.DataFrame:
     if load_protocol(Path(data_dir)).get("history_labels") != "signed":
         rows = rows[(rows["split"] != "") & (rows["label"] == 1)]
         return rows.assign(shown=rows["item_id"])
+    key, column = ("liked", "label") if rows["rating"].isna().any() else ("rating", "rating")
     signed = [
-        item if liked else {"id": item, "liked": False}
-        for item, liked in zip(rows["item_id"], rows["label"], strict=True)
+        {"id": item, key: value} for item, value in zip(rows["item_id"], rows[column], strict=True)
     ]
     return rows.assign(shown=pd.Series(signed, index=rows.index, dtype=object))

@@ -45,7 +45,7 @@ class CTRRanker(Publishable):
     Items are given as raw ids, as titles, or as `{"id": ..., "title": ...}`; a title outside the
     catalog is a new item, scored by its text. A user the model has not seen is a new user, scored
     by the history. Histories hold liked items, oldest first; a model trained on signed ones takes
-    disliked items too, as `{"id": ..., "liked": False}`.
+    disliked items too, as `{"id": ..., "liked": False}`, or with a `rating`.
 
     Args:
         model: a `CCFLLMForCTR`.
@@ -123,7 +123,7 @@ class CTRRanker(Publishable):
         for place, pair in enumerate(pairs):
             user, history, item = _read_pair(pair, place)
             read = self.processor
-            key = (user, tuple((*read.resolve_item(past), read.likes(past)) for past in history))
+            key = (user, tuple((*read.resolve_item(past), read.target(past)) for past in history))
             requests.setdefault(key, _Request(user, history, [])).candidates.append(item)
             places.setdefault(key, []).append(place)
         logits = np.empty(len(pairs), dtype=np.float32)

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, set_seed
 from ccf_llm_hf.cf.embeddings import CFEmbeddings
 from ccf_llm_hf.data.assets import hub_id, load_backbone_path
 from ccf_llm_hf.data.grouping import Group, group_rows, sample_group
-from ccf_llm_hf.data.prepared import PreparedData, load_prepared
+from ccf_llm_hf.data.prepared import PreparedData, interactions, load_prepared, rating_midpoint
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
@@ -31,6 +31,7 @@ from ccf_llm_hf.training.trainer import CCFLLMTrainer, delete_trainer_checkpoint
 CHECKPOINT = "checkpoint"
 RECORD_FILE = "stage.json"
 ADAPTER_CONFIG = "adapter_config.json"
+STEEP = 1e3  # turns ratings into plain likes and dislikes
 SHARED_SETTINGS = (
     "backbone",
     "backbone_revision",
@@ -171,7 +172,18 @@ class StageRun:
             *self.inputs.catalog(),
             **self.stage.prompt_settings(),
             history_labels=self.history_labels(),
+            rating_scale=self.rating_scale(),
         )
+
+    def rating_scale(self) -> tuple[float, float] | None:
+        """How ratings of the histories are read: as the CF model was fitted to them, else by the
+        side of the label's threshold that they lie on."""
+        data = self.inputs.data
+        if "history_ratings" not in data.splits["train"].column_names:
+            return None
+        if self.inputs.cf is not None and self.inputs.cf.rating_scale:
+            return self.inputs.cf.rating_scale
+        return rating_midpoint(interactions(data.path)), STEEP
 
     def history_labels(self) -> str:
         """What histories hold, likes only or dislikes too: as the data was prepared."""
