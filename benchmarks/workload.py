@@ -89,7 +89,8 @@ class Workload:
     def train_groups(self, window: tuple[int, int] = WINDOW, alone: bool = False) -> list[Group]:
         """Training groups with their CF snapshots, as a recipe packs them."""
         split = self.data.splits["train"]
-        snapshots = self.cf.snapshot_for(np.asarray(split["timestamp"])).tolist()
+        columns = (np.asarray(split[name]) for name in ("user_id", "item_id", "timestamp"))
+        snapshots = self.cf.training_snapshots(*columns).tolist()
         return group_rows(split, window, snapshots, **({"max_candidates": 1} if alone else {}))
 
 

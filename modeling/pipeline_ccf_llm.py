@@ -120,7 +120,9 @@ def cf_logits(
     items = torch.tensor([[-1 if row is None else row for row in found]], device=rows.device).long()
     targets = torch.tensor([[processor.target(item) for item in shown]], device=rows.device)
     depth = torch.tensor([len(shown)], device=rows.device)
-    return table.folded_logits(table.folded_users(items, targets.float(), depth, last[:1]), rows, last)
+    return table.folded_logits(
+        table.folded_users(items, targets.float(), depth, last[:1]), rows, last
+    )
 
 
 @torch.inference_mode()

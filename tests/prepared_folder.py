@@ -34,8 +34,20 @@ def make_rows(rows: int = 1500, seed: int = 0) -> pd.DataFrame:
     )
 
 
+def earlier_likes(rows: pd.DataFrame) -> list[list[str]]:
+    """Of each row's user, oldest first."""
+    likes: dict[str, list[str]] = {}
+    histories = []
+    for user, item, label in rows[["user_id", "item_id", "label"]].itertuples(index=False):
+        histories.append(list(likes.setdefault(user, [])))
+        likes[user] += [item] * label
+    return histories
+
+
 def write_prepared(folder: Path, rows: pd.DataFrame) -> Path:
-    """Write train (first 60 %), validation and test (20 % each) of time-ordered rows."""
+    """Write train (first 60 %), validation and test (20 % each) of time-ordered rows, each with the
+    user's earlier likes as `history`."""
+    rows = rows.assign(history=earlier_likes(rows))
     for name in ("data", "items", "interactions"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     ends = {"train": len(rows) * 3 // 5, "validation": len(rows) * 4 // 5, "test": len(rows)}

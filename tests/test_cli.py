@@ -1,9 +1,12 @@
 import json
+import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from prepared_folder import make_rows, write_prepared
 
 from ccf_llm_hf import cli
 from ccf_llm_hf.errors import InputError
@@ -69,6 +72,10 @@ def test_settings_come_from_the_config_dataclass(capsys):
         (["prepare", "ml-1m"], ["--out"]),
         (["train", "missing.yaml"], ["missing.yaml does not exist", "demo.yaml"]),
         (["fit-cf", "mf", "--data", "missing", "--out", "x"], ["missing", "ccf-llm prepare"]),
+        (["fit-cf", "bpr", "--data", "x", "--out", "x"], ["'bpr'", "mf", "lightgcn", "sasrec"]),
+        (["fit-cf", "mf", "--data", ".", "--out", "x", "--layers", "2"], ["--layers"]),
+        (["fit-cf", "sasrec", "--data", ".", "--out", "x", "--heads", "3"], ["heads=3"]),
+        (["fit-cf", "mf", "--data", ".", "--out", "x", "--scheme", "user"], ["--scheme", "fold"]),
         (
             ["evaluate", "org/model", "--data", "missing", "--out", "x"],
             ["--data missing is not a folder", "ccf-llm prepare"],
@@ -178,6 +185,41 @@ def test_module_runs_as_a_script():
     )
     assert finished.returncode == 2
     assert finished.stderr.strip().splitlines()[-1].startswith("error: recipe missing.yaml")
+
+
+@pytest.mark.parametrize("model", ["mf", "lightgcn", "sasrec"])
+def test_each_cf_model_has_its_own_settings(capsys, model):
+    from ccf_llm_hf.configs import CF_CONFIGS
+
+    code, out, _ = run(capsys, "fit-cf", model, "--help")
+    assert code == 0
+    for name in CF_CONFIGS[model].__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in out
+    assert ("--layers" in out) == (model == "lightgcn")
+    argv = ["--data", "d", "--out", "o", "--dim", "3"]
+    before, after = ["--json", model, *argv], [model, *argv, "--json"]
+    for words, wanted in ((before, True), (after, True), ([model, *argv], False)):
+        arguments = cli._parse(["fit-cf", *words])[1]
+        assert (arguments.json, arguments.model, arguments.dim) == (wanted, model, 3)
+
+
+def test_documented_fits_parse():
+    text = (Path(__file__).parents[1] / "docs" / "cf.md").read_text(encoding="utf-8")
+    commands = re.findall(r"`ccf-llm (fit-cf [^`.]+)`", text)
+    fits = [shlex.split(command) for command in commands if "MODEL" not in command]
+    models = [cli._parse(words)[1].model for words in fits]
+    assert models == ["mf", "lightgcn", "sasrec"]
+
+
+def test_fit_cf_fits_what_it_was_told(capsys, tmp_path):
+    folder = write_prepared(tmp_path / "data", make_rows())
+    argv = ["fit-cf", "lightgcn", "--data", str(folder), "--out", str(tmp_path / "cf")]
+    argv += ["--layers", "1", "--l2", "1", "--learning-rate", "0.03", "--scheme", "fold"]
+    code, out, _ = run(capsys, *argv, "--folds", "2", "--max-steps", "10", "--json")
+    assert code == 0
+    facts = json.loads(out)
+    assert (facts["num_snapshots"], facts["layers"]) == (3, "1")
+    assert float(facts["out_of_fold_train_auc"]) > 0.5
 
 
 def test_config_arguments_cover_the_field_types():

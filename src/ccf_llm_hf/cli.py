@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ccf_llm_hf import cli_data, cli_hub, cli_model
-from ccf_llm_hf.cli_arguments import CommandParser
+from ccf_llm_hf.cli_arguments import CommandParser, add_json_argument
 from ccf_llm_hf.cli_command import Command
 from ccf_llm_hf.errors import InputError
 
@@ -35,8 +35,9 @@ def _parse(argv: list[str]) -> tuple[Command, argparse.Namespace, list[str]]:
         description=command.summary[0].upper() + command.summary[1:] + ".",
         epilog=f"example:\n  {command.example}",
     )
+    parser.set_defaults(json=False)
     command.add_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    add_json_argument(parser)
     arguments, rest = parser.parse_known_args(argv[1:])
     if rest and name != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -67,6 +67,19 @@ def add_config_arguments(
         group.add_argument(*flags, dest=field.name, **_option(field, hints[field.name]))
 
 
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`, which takes any place: a model's parser must not take back what stood before.
+
+    The command's parser holds the default, False.
+    """
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print one JSON document on stdout",
+    )
+
+
 def config_from_arguments(
     config_class: type[Config], arguments: argparse.Namespace, **values: Any
 ) -> Config:

@@ -2,7 +2,11 @@
 
 import argparse
 
-from ccf_llm_hf.cli_arguments import add_config_arguments, config_from_arguments
+from ccf_llm_hf.cli_arguments import (
+    add_config_arguments,
+    add_json_argument,
+    config_from_arguments,
+)
 from ccf_llm_hf.cli_command import Command, Output, existing_folder
 
 
@@ -30,20 +34,29 @@ def _prepare(arguments: argparse.Namespace, _: list[str]) -> Output:
 
 
 def _fit_cf_arguments(parser: argparse.ArgumentParser) -> None:
-    from ccf_llm_hf.configs import MFConfig
+    from ccf_llm_hf.configs import CF_CONFIGS
 
-    parser.add_argument("model", choices=("mf",), help="which CF model to fit")
-    parser.add_argument("--data", required=True, help="prepared folder (see ccf-llm prepare)")
-    parser.add_argument("--out", required=True, help="folder to write")
-    add_config_arguments(parser, MFConfig)
+    models = parser.add_subparsers(
+        dest="model",
+        required=True,
+        metavar="MODEL",
+        help=f"which CF model to fit, one of {', '.join(CF_CONFIGS)}; "
+        "ccf-llm fit-cf MODEL --help shows its settings",
+    )
+    for name, config_class in CF_CONFIGS.items():
+        model = models.add_parser(name)
+        model.add_argument("--data", required=True, help="prepared folder (see ccf-llm prepare)")
+        model.add_argument("--out", required=True, help="folder to write")
+        add_config_arguments(model, config_class)
+        add_json_argument(model)
 
 
 def _fit_cf(arguments: argparse.Namespace, _: list[str]) -> Output:
     data = existing_folder(arguments.data, "--data", "ccf-llm prepare")
-    from ccf_llm_hf.cf.mf import fit_cf
-    from ccf_llm_hf.configs import MFConfig
+    from ccf_llm_hf.cf.fit import fit_cf
+    from ccf_llm_hf.configs import CF_CONFIGS
 
-    config = config_from_arguments(MFConfig, arguments)
+    config = config_from_arguments(CF_CONFIGS[arguments.model], arguments)
     embeddings = fit_cf(arguments.model, data, arguments.out, config)
     facts = {
         "out": arguments.out,
@@ -51,7 +64,7 @@ def _fit_cf(arguments: argparse.Namespace, _: list[str]) -> Output:
         "num_items": len(embeddings.item_ids),
         "num_snapshots": embeddings.num_snapshots,
     }
-    text = "wrote {out}: {num_users} users, {num_items} items, {num_snapshots} snapshots in time"
+    text = "wrote {out}: {num_users} users, {num_items} items, {num_snapshots} snapshots"
     return Output(text.format(**facts), facts | embeddings.metadata)
 
 

@@ -5,6 +5,7 @@ flags, and help must not wait for pandas and torch.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ccf_llm_hf.errors import InputError
 
@@ -154,10 +155,18 @@ class MFConfig:
     snapshots: int = field(
         default=20,
         metadata={
-            "help": "slices of the training rows by time, equal in rows; each slice gets vectors "
-            "fitted on the slices before it (fewer where the tables would pass 1 GB)"
+            "help": "scheme=time: slices of the training rows by time, equal in rows; each slice "
+            "gets vectors fitted on the slices before it (fewer where the tables would pass 1 GB)"
         },
     )
+    scheme: Literal["time", "fold"] = field(
+        default="time",
+        metadata={
+            "help": "which vectors a training row sees: time, those fitted on earlier slices; "
+            "fold, those fitted on all folds of the (user, item) pairs but its own"
+        },
+    )
+    folds: int = field(default=5, metadata={"help": "scheme=fold: folds, at least 2"})
     iterations: int | None = field(
         default=None,
         metadata={
@@ -190,11 +199,118 @@ class MFConfig:
             raise InputError(f"targets={self.targets!r} is unknown: choose labels or graded")
         if self.targets == "graded" and self.rows != "earlier":
             raise InputError("targets=graded needs rows=earlier: the train split holds labels only")
-        for name in ("dim", "snapshots", "iterations"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be at least 1")
-        for name in ("l2_factors", "l2_user_bias", "l2_item_bias"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"{name}={value} must be positive, or the optimum is at infinity")
+        _check_counts(self, "dim", "snapshots", "iterations")
+        _check_positive(self, "l2_factors", "l2_user_bias", "l2_item_bias")
+        _check_scheme(self.scheme, self.folds)
+
+
+@dataclass
+class LightGCNConfig:
+    """How to fit LightGCN. What is left at None is chosen by AUC on all of validation."""
+
+    dim: int = field(default=64, metadata={"help": "dimensions of the vectors"})
+    layers: int | None = field(
+        default=None, metadata={"help": "propagation layers; default: chosen among 1, 2, 3"}
+    )
+    l2: float | None = field(
+        default=None,
+        metadata={"help": "L2 of the vectors before propagation; default: chosen on validation"},
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Adam's; default: chosen on validation"}
+    )
+    max_steps: int = field(
+        default=200, metadata={"help": "full-batch steps of a fit; it stops early on validation"}
+    )
+    snapshots: int = field(
+        default=10,
+        metadata={
+            "help": "scheme=time: slices of the training rows by time, equal in rows; each slice "
+            "gets vectors fitted on the slices before it (fewer where the tables would pass 1 GB)"
+        },
+    )
+    scheme: Literal["time", "fold"] = field(
+        default="time",
+        metadata={
+            "help": "which vectors a training row sees: time, those fitted on earlier slices; "
+            "fold, those fitted on all folds of the (user, item) pairs but its own"
+        },
+    )
+    folds: int = field(default=5, metadata={"help": "scheme=fold: folds, at least 2"})
+    seed: int = field(default=0, metadata={"help": "of the initial vectors"})
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "dim", "layers", "max_steps", "snapshots")
+        _check_positive(self, "l2", "learning_rate")
+        _check_scheme(self.scheme, self.folds)
+
+
+@dataclass
+class SASRecConfig:
+    """How to fit SASRec. What is left at None is chosen by AUC on all of validation."""
+
+    dim: int = field(default=64, metadata={"help": "dimensions of the states and the items"})
+    blocks: int = field(default=2, metadata={"help": "transformer blocks"})
+    heads: int = field(default=1, metadata={"help": "attention heads of a block"})
+    max_history: int = field(default=50, metadata={"help": "latest likes that the encoder reads"})
+    dropout: float | None = field(
+        default=None, metadata={"help": "dropout; default: chosen on validation"}
+    )
+    l2: float | None = field(
+        default=None, metadata={"help": "Adam's L2; default: chosen on validation"}
+    )
+    item_bias: bool | None = field(
+        default=None,
+        metadata={"help": "item and global biases; default: chosen on validation"},
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Adam's"})
+    max_epochs: int = field(
+        default=30, metadata={"help": "epochs of a fit; it stops early on validation"}
+    )
+    snapshots: int = field(
+        default=10,
+        metadata={
+            "help": "slices of the training rows by time, equal in rows; each slice gets vectors "
+            "fitted on the slices before it (fewer where the tables would pass 1 GB)"
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "of initial weights, order and dropout"})
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "dim", "blocks", "heads", "max_history", "max_epochs", "snapshots")
+        _check_positive(self, "learning_rate")
+        if self.dim % self.heads:
+            raise InputError(f"dim={self.dim} must be a multiple of heads={self.heads}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise InputError(f"dropout={self.dropout} must be at least 0 and less than 1")
+        if self.l2 is not None and not 0 <= self.l2 < float("inf"):
+            raise InputError(f"l2={self.l2} must be zero or positive")
+
+
+def _check_counts(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value} must be at least 1")
+
+
+def _check_scheme(scheme: str, folds: int) -> None:
+    if scheme not in ("time", "fold"):
+        raise InputError(f"scheme={scheme!r} must be time or fold")
+    if folds < 2:
+        raise InputError(f"folds={folds} must be at least 2")
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"{name}={value} must be positive, or the optimum is at infinity")
+
+
+CFConfig = MFConfig | LightGCNConfig | SASRecConfig
+CF_CONFIGS: dict[str, type[CFConfig]] = {
+    "mf": MFConfig,
+    "lightgcn": LightGCNConfig,
+    "sasrec": SASRecConfig,
+}

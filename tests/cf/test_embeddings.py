@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ccf_llm_hf.cf import CFEmbeddings
+from ccf_llm_hf.cf.folds import fold_of
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.configuration_ccf_llm import ids_fingerprint
 
@@ -164,6 +165,45 @@ def test_score_keeps_rows_and_gives_probabilities(cf: CFEmbeddings) -> None:
 def test_snapshot_for_gives_strictly_earlier_fits(cf: CFEmbeddings) -> None:
     cf = replace(cf, snapshot_times=torch.tensor([10, 100]))
     assert cf.snapshot_for(np.array([-5, 10, 99, 100, 101])).tolist() == [0, 0, 0, 1, 1]
+
+
+@pytest.fixture
+def folds(cf: CFEmbeddings) -> CFEmbeddings:
+    """Two folds and a fit on all rows."""
+    names = [name for name in TENSOR_NAMES if name != "snapshot_times"]
+    tensors = {name: torch.cat([getattr(cf, name), getattr(cf, name)[-1:]]) for name in names}
+    return replace(cf, **tensors, snapshot_times=torch.tensor([100] * 3), scheme="fold")
+
+
+def test_training_snapshots_go_by_time_or_by_fold(cf: CFEmbeddings, folds: CFEmbeddings) -> None:
+    users, items, times = ["u0", "u1", "u0", "u3"] * 5, ["i0", "i1", "i2", "i3"] * 5, [5, 100] * 10
+    assert cf.training_snapshots(users, items, times).tolist() == [0, 1] * 10
+    found = folds.training_snapshots(users, items, times)
+    assert torch.equal(found, torch.from_numpy(fold_of(users, items, 2)))
+    assert found.max() < folds.num_snapshots - 1
+    with pytest.raises(InputError, match="training_snapshots"):
+        folds.snapshot_for(times)
+
+
+def test_the_scheme_is_saved_and_absent_in_files_of_snapshots_in_time(
+    cf: CFEmbeddings, folds: CFEmbeddings, tmp_path: Path
+) -> None:
+    folds.save(tmp_path / "folds")
+    assert CFEmbeddings.load(tmp_path / "folds").scheme == "fold"
+    assert CFEmbeddings.load(tmp_path / "folds").metadata == {}
+    cf.save(tmp_path / "time")
+    assert CFEmbeddings.load(tmp_path / "time").scheme == "time"
+    assert folds.last().scheme == "time"
+    assert folds.last().num_snapshots == 1
+
+
+def test_a_bad_scheme_is_refused(cf: CFEmbeddings, folds: CFEmbeddings) -> None:
+    with pytest.raises(InputError, match="2 snapshots by fold"):
+        replace(cf, scheme="fold")
+    with pytest.raises(InputError, match="'user' is neither"):
+        replace(cf, scheme="user")
+    with pytest.raises(InputError, match="ascend"):
+        replace(folds, scheme="time")
 
 
 def test_last_keeps_the_last_snapshot_only(cf: CFEmbeddings) -> None:

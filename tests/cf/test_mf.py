@@ -8,10 +8,12 @@ import torch
 from prepared_folder import make_rows, write_prepared
 from torch import Tensor
 
-from ccf_llm_hf.cf import CFEmbeddings, MFConfig, fit_cf, fit_mf, load_scores
+from ccf_llm_hf.cf import CFEmbeddings, LightGCNConfig, MFConfig, fit_cf, fit_mf, load_scores
 from ccf_llm_hf.cf import mf as mf_module
 from ccf_llm_hf.cf import solver as solver_module
+from ccf_llm_hf.cf.folds import fold_of
 from ccf_llm_hf.cf.solver import Penalties, Rows, initial_parameters, solve
+from ccf_llm_hf.cf.training_data import load_training_data
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import auc, read_rows
 
@@ -140,7 +142,7 @@ def test_work_in_pieces_changes_nothing(folder: Path, monkeypatch: pytest.Monkey
 def test_tables_stay_within_their_memory(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("ccf_llm_hf.cf.mf.TABLE_BYTES", 4 * 6 * 70 * 4)
+    monkeypatch.setattr("ccf_llm_hf.cf.training_data.TABLE_BYTES", 4 * 6 * 70 * 4)
     assert fit_mf(folder, CONFIG).num_snapshots == 4
     assert "3 snapshots instead of 6" in caplog.text
 
@@ -164,6 +166,12 @@ def test_bad_input_is_refused(folder: Path, tmp_path: Path) -> None:
         MFConfig(l2_factors=0)
     with pytest.raises(InputError, match="snapshots=0"):
         MFConfig(snapshots=0)
+    with pytest.raises(InputError, match="scheme='user'"):
+        MFConfig(scheme="user")
+    with pytest.raises(InputError, match="folds=1"):
+        MFConfig(folds=1)
+    with pytest.raises(InputError, match="LightGCNConfig does not configure mf"):
+        fit_cf("mf", folder, tmp_path / "cf", LightGCNConfig())
     with pytest.raises(InputError, match="not a prepared folder"):
         fit_mf(tmp_path / "nowhere")
     one_class = write_prepared(tmp_path / "one", make_rows().assign(label=1))
@@ -172,7 +180,7 @@ def test_bad_input_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_many_rows_are_tuned_on_some_users(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = mf_module._load(folder)
+    data = load_training_data(folder)
     monkeypatch.setattr(mf_module, "MANY_ROWS", 300)
     sample = mf_module._sample(data, seed=0)
     assert 200 < len(sample.train) <= 300
@@ -180,3 +188,60 @@ def test_many_rows_are_tuned_on_some_users(folder: Path, monkeypatch: pytest.Mon
     found = torch.bincount(sample.train.users).tolist()
     there = torch.bincount(data.train.users).tolist()
     assert len(found) < len(there) and set(found) <= set(there)
+
+
+@pytest.fixture(scope="module")
+def folded(folder: Path) -> CFEmbeddings:
+    return fit_mf(folder, MFConfig(dim=4, scheme="fold", folds=4, **FIXED))
+
+
+def training_logits(embeddings: CFEmbeddings, train: pd.DataFrame) -> np.ndarray:
+    columns = [train[name].to_numpy() for name in ("user_id", "item_id", "timestamp")]
+    snapshots = embeddings.training_snapshots(*columns)
+    return embeddings.score(train, snapshots)["score"].to_numpy()
+
+
+def test_a_fold_never_sees_its_own_rows(folded: CFEmbeddings, folder: Path, tmp_path: Path) -> None:
+    rows, train = make_rows(), read_rows(folder, "train")
+    assert folded.num_snapshots == 5
+    fold = fold_of(rows["user_id"], rows["item_id"], 4)
+    changed = rows.assign(label=np.where(fold == 2, 1 - rows["label"], rows["label"]))
+    config = MFConfig(dim=4, scheme="fold", folds=4, **FIXED)
+    after = fit_mf(write_prepared(tmp_path, changed), config)
+    mine = fold_of(train["user_id"], train["item_id"], 4) == 2
+    before, flipped = (training_logits(found, train)[mine] for found in (folded, after))
+    # The rotation onto the fit on all rows knows them, but it moves no logit.
+    np.testing.assert_allclose(before, flipped, atol=1e-3)
+    assert not torch.allclose(folded.user_vectors[0], after.user_vectors[0], atol=0.05)
+    assert not torch.allclose(folded.user_vectors[-1], after.user_vectors[-1], atol=0.05)
+
+
+def test_folds_stay_aligned_with_the_fit_on_all_rows(tmp_path: Path) -> None:
+    rows = make_rows()
+    users, items = (rows[name].str[1:].astype(int) for name in ("user_id", "item_id"))
+    rows["label"] = np.sin(users * 1.7) * np.sin(items * 2.3) > 0.5 * np.cos(users) * np.cos(items)
+    folder = write_prepared(tmp_path, rows.astype({"label": int}))
+    config = MFConfig(dim=4, use_biases=False, l2_factors=0.5, scheme="fold", folds=4)
+    folded = fit_mf(folder, config)
+    vectors = folded.item_vectors[:, folded.item_known[-1]]
+    for table in vectors[:-1]:
+        assert torch.nn.functional.cosine_similarity(table, vectors[-1]).mean() > 0.9
+
+
+def test_folds_look_held_out_and_all_rows_do_not(folded: CFEmbeddings, folder: Path) -> None:
+    train = read_rows(folder, "train")
+    out_of_fold = auc(train["label"], training_logits(folded, train))
+    assert folded.metadata["out_of_fold_train_auc"] == f"{out_of_fold:.4f}"
+    assert 0.65 < out_of_fold < float(folded.metadata["in_sample_train_auc"]) - 0.01
+    assert (folded.snapshot_times == train["timestamp"].max() + 1).all()
+    whole = fit_mf(folder, MFConfig(dim=4, snapshots=1, **FIXED))
+    np.testing.assert_allclose(folded.score(train)["score"], whole.score(train)["score"], atol=0.05)
+
+
+def test_random_labels_teach_nothing_out_of_fold(tmp_path: Path) -> None:
+    rows = make_rows()
+    rows["label"] = np.random.default_rng(1).integers(0, 2, len(rows))
+    config = MFConfig(dim=4, scheme="fold", l2_factors=0.3, l2_user_bias=1.0, l2_item_bias=1.0)
+    facts = fit_mf(write_prepared(tmp_path, rows), config).metadata
+    assert float(facts["out_of_fold_train_auc"]) < 0.53
+    assert float(facts["in_sample_train_auc"]) > 0.7

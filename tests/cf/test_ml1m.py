@@ -1,11 +1,18 @@
-"""The published protocol on the real ratings: controls, and MF against them."""
+"""The published protocol on the real ratings: controls, and the CF models against them."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from ccf_llm_hf.cf import MFConfig, fit_mf
+from ccf_llm_hf.cf import (
+    LightGCNConfig,
+    MFConfig,
+    SASRecConfig,
+    fit_lightgcn,
+    fit_mf,
+    fit_sasrec,
+)
 from ccf_llm_hf.data import PrepareConfig, prepare
 from ccf_llm_hf.evaluation import evaluate_scores, read_rows
 
@@ -40,3 +47,23 @@ def test_bias_free_mf_matches_the_published_baseline(folder: Path) -> None:
     # Published: AUC .648, UAUC .636; the standard error of UAUC is about .017.
     assert report["methods"]["model"]["auc"] == pytest.approx(0.648, abs=0.015)
     assert report["methods"]["model"]["uauc"] == pytest.approx(0.636, abs=0.03)
+
+
+def test_lightgcn_and_sasrec_reach_their_validation_floors(folder: Path) -> None:
+    # By the settings that their grids choose, so that a run takes seconds.
+    gcn = LightGCNConfig(layers=2, l2=2.0, learning_rate=0.03)
+    found = fit_lightgcn(folder, gcn).metadata
+    assert float(found["validation_auc"]) > 0.69
+    assert float(found["validation_uauc"]) > 0.65
+    assert 0.60 < float(found["out_of_time_train_auc"]) < 0.72
+    sasrec = SASRecConfig(l2=1e-3, dropout=0.2, item_bias=True)
+    found = fit_sasrec(folder, sasrec).embeddings.metadata
+    assert float(found["validation_auc"]) > 0.68
+    assert float(found["validation_uauc"]) > 0.66
+    assert 0.60 < float(found["out_of_time_train_auc"]) < 0.72
+
+
+def test_folds_look_held_out(folder: Path) -> None:
+    found = fit_mf(folder, MFConfig(scheme="fold")).metadata
+    out_of_fold = float(found["out_of_fold_train_auc"])
+    assert 0.74 < out_of_fold < 0.80 < float(found["in_sample_train_auc"])

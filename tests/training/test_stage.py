@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from ccf_llm_hf.cf.folds import fold_of
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.training.collator import PackingCollator
@@ -32,6 +35,19 @@ def test_training_rows_see_earlier_snapshots_only(stage_run, inputs):
     assert {group.snapshot for group in groups} == {0, 1}
     for group in groups:
         assert (inputs.cf.snapshot_times[group.snapshot].item() <= times[group.rows]).all()
+    assert {group.snapshot for group in run.eval_groups(run.processor())} == {-1}
+
+
+def test_training_rows_see_the_table_that_leaves_their_fold_out(stage_run, inputs, monkeypatch):
+    last = inputs.cf.snapshot_times[-1:].expand(3)
+    monkeypatch.setattr(inputs, "cf", replace(inputs.cf, scheme="fold", snapshot_times=last))
+    run = stage_run()
+    split = inputs.data.splits["train"].to_pandas()
+    folds = fold_of(split["user_id"], split["item_id"], 2)
+    groups = run.train_groups(run.processor())
+    assert {group.snapshot for group in groups} == {0, 1}
+    for group in groups:
+        assert (folds[group.rows] == group.snapshot).all()
     assert {group.snapshot for group in run.eval_groups(run.processor())} == {-1}
 
 

@@ -25,6 +25,7 @@ from ccf_llm_hf.cf.files import (
     read_tensors,
     write_lines,
 )
+from ccf_llm_hf.cf.folds import fold_of
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.configuration_ccf_llm import ids_fingerprint
 
@@ -35,8 +36,10 @@ class CFEmbeddings:
 
     Biases are dimensions of the vectors: a user is `[p, b_u, 1]`, an item `[q, 1, b_i]`. Snapshot s
     was fitted on interactions earlier than `snapshot_times[s]` only (our choice): a training row
-    takes the snapshot that [`snapshot_for`] gives for its time and so never meets a vector that was
-    fitted on its own label; evaluation and serving take the last.
+    takes the snapshot that [`training_snapshots`] gives for it and so never meets a vector that was
+    fitted on its own label; evaluation and serving take the last. With `scheme="fold"` the first
+    snapshots are not slices of time but fits that leave out one fold of the (user, item) pairs each
+    (see `cf.folds`), and a row takes the one that leaves out its own.
 
     Args:
         user_ids: raw ids in table order.
@@ -49,13 +52,14 @@ class CFEmbeddings:
         default_user: `(snapshots, dim)` float32, stands for an unknown user in the model's logit.
         default_item: `(snapshots, dim)` float32.
         offset: `(snapshots,)` float32, global bias.
-        snapshot_times: `(snapshots,)` int64, Unix seconds, ascending.
+        snapshot_times: `(snapshots,)` int64, Unix seconds, ascending; with folds all the same.
         model_name: which CF model, for example `mf`.
         metadata: further facts of the fit, strings only.
+        scheme: `time` or `fold`; a file without it is of `time`.
 
     Raises:
-        InputError: the shapes contradict each other, ids repeat, a vector is not finite, or the
-            times do not ascend.
+        InputError: the shapes contradict each other, ids repeat, a vector is not finite, the times
+            do not ascend, or the scheme is unknown.
     """
 
     user_ids: list[str]
@@ -71,6 +75,7 @@ class CFEmbeddings:
     snapshot_times: Tensor
     model_name: str
     metadata: dict[str, str] = field(default_factory=dict)
+    scheme: str = "time"
 
     def __post_init__(self) -> None:
         self._check_ids()
@@ -78,7 +83,18 @@ class CFEmbeddings:
         for name in ("user_vectors", "item_vectors", "default_user", "default_item", "offset"):
             if not torch.isfinite(getattr(self, name)).all():
                 raise InputError(f"CF embeddings: {name} holds NaN or infinity; refit or clean it")
-        if (self.snapshot_times.diff() <= 0).any():
+        self._check_scheme()
+
+    def _check_scheme(self) -> None:
+        if self.scheme == "fold":
+            if self.num_snapshots < 3:
+                raise InputError(
+                    f"CF embeddings: {self.num_snapshots} snapshots by fold; there must be one for "
+                    "each of two folds or more, and one fitted on all rows"
+                )
+        elif self.scheme != "time":
+            raise InputError(f"CF embeddings: scheme {self.scheme!r} is neither time nor fold")
+        elif (self.snapshot_times.diff() <= 0).any():
             raise InputError(
                 "CF embeddings: snapshot_times must ascend strictly; sort the snapshots"
             )
@@ -128,7 +144,7 @@ class CFEmbeddings:
 
     @property
     def num_snapshots(self) -> int:
-        """Number of snapshots in time."""
+        """Number of snapshots: in time, or of folds and of the fit on all rows."""
         return self.user_vectors.shape[0]
 
     @property
@@ -226,14 +242,43 @@ class CFEmbeddings:
 
         Returns:
             `(n,)` int64; 0 before every snapshot (snapshot 0 of our own fits knows nothing).
+
+        Raises:
+            InputError: the snapshots are folds.
         """
+        if self.scheme != "time":
+            raise InputError(
+                "CF embeddings: these snapshots are folds, which no time tells apart; "
+                "ask training_snapshots for those of rows"
+            )
         times = torch.from_numpy(np.array(timestamps, dtype=np.int64))
         return (torch.searchsorted(self.snapshot_times, times, right=True) - 1).clamp(min=0)
+
+    def training_snapshots(
+        self,
+        user_ids: Sequence[str] | np.ndarray,
+        item_ids: Sequence[str] | np.ndarray,
+        timestamps: Sequence[int] | np.ndarray | Tensor,
+    ) -> Tensor:
+        """The snapshot that each training row shall see: one that was not fitted on it.
+
+        Args:
+            user_ids: n raw ids.
+            item_ids: n raw ids.
+            timestamps: `(n,)` int64, Unix seconds.
+
+        Returns:
+            `(n,)` int64.
+        """
+        if self.scheme == "time":
+            return self.snapshot_for(timestamps)
+        return torch.from_numpy(fold_of(user_ids, item_ids, self.num_snapshots - 1))
 
     def last(self) -> "CFEmbeddings":
         """The same with the last snapshot only, which is what a checkpoint carries."""
         names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
-        return replace(self, **{name: getattr(self, name)[-1:].clone() for name in names})
+        last = {name: getattr(self, name)[-1:].clone() for name in names}
+        return replace(self, **last, scheme="time")
 
     def save(self, folder: str | Path) -> None:
         """Write `cf_embeddings.safetensors`, `user_ids.jsonl` and `item_catalog.jsonl`.
@@ -260,15 +305,20 @@ class CFEmbeddings:
                 (temporary / file).replace(folder / file)
 
     def _file_metadata(self) -> dict[str, str]:
-        return self.metadata | {
-            "format_version": FORMAT_VERSION,
-            "cf_model": self.model_name,
-            "dim": str(self.dim),
-            "num_users": str(len(self.user_ids)),
-            "num_items": str(len(self.item_ids)),
-            "num_snapshots": str(self.num_snapshots),
-            "ids_fingerprint": self.fingerprint,
-        }
+        scheme = {} if self.scheme == "time" else {"scheme": self.scheme}
+        return (
+            self.metadata
+            | scheme
+            | {
+                "format_version": FORMAT_VERSION,
+                "cf_model": self.model_name,
+                "dim": str(self.dim),
+                "num_users": str(len(self.user_ids)),
+                "num_items": str(len(self.item_ids)),
+                "num_snapshots": str(self.num_snapshots),
+                "ids_fingerprint": self.fingerprint,
+            }
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> "CFEmbeddings":
@@ -296,7 +346,8 @@ class CFEmbeddings:
                 [i["title"] for i in items],
                 **tensors,
                 model_name=metadata["cf_model"],
-                metadata={k: v for k, v in metadata.items() if k not in RESERVED},
+                metadata={k: v for k, v in metadata.items() if k not in (*RESERVED, "scheme")},
+                scheme=metadata.get("scheme", "time"),
             )
 
     @classmethod

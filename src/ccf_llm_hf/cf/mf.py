@@ -1,18 +1,19 @@
-"""Matrix factorization with and without biases, tuned on validation, in snapshots in time."""
+"""Matrix factorization with and without biases, tuned on validation, in snapshots."""
 
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ccf_llm_hf.cf.alignment import turned
 from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.snapshots import facts_of_fit, logits_not_fitted_on
 from ccf_llm_hf.cf.solver import (
     Parameters,
     Penalties,
@@ -22,37 +23,24 @@ from ccf_llm_hf.cf.solver import (
     refreshed,
     solve,
 )
+from ccf_llm_hf.cf.training_data import (
+    Plan,
+    TrainingData,
+    fold_plan,
+    load_training_data,
+    seen,
+    time_plan,
+)
 from ccf_llm_hf.configs import MFConfig
-from ccf_llm_hf.data.prepared import interactions, rating_midpoint
-from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.evaluation.metrics import auc, uauc
-from ccf_llm_hf.evaluation.rows import read_items, read_rows
+from ccf_llm_hf.evaluation.metrics import auc
 
 logger = logging.getLogger(__name__)
 
 USER_BIAS_GRID = (0.5, 1.0, 2.0, 4.0, 8.0)
 ITEM_BIAS_GRID = (0.125, 0.25, 0.5, 1.0, 2.0)
 FACTOR_GRID = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
-TABLE_BYTES = 1 << 30
-GRADED_SLOPE = 1.5  # best of 1.5, 2 and 2.5 on ML-1M's validation split
 MANY_ROWS = 300_000
 ITERATIONS, ITERATIONS_MANY_ROWS = 100, 30
-
-
-@dataclass
-class _Data:
-    """Rows to fit in order of time, with their times `(n,)`, and of validation, with the users'
-    codes `(n,)`; user and item ids in table order. In `validation` an index below zero is unknown.
-    `split_times` are those of the train split alone, which snapshots are cut by.
-    """
-
-    train: Rows
-    times: np.ndarray
-    split_times: np.ndarray
-    validation: Rows
-    validation_users: np.ndarray
-    users: pd.Index
-    items: pd.DataFrame
 
 
 def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFEmbeddings:
@@ -61,7 +49,9 @@ def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFEmbeddings
 
     The L2 strengths are chosen on the whole validation split (biases first, then factors), then
     each snapshot is solved for the rows before its time, warm-started from the one before. Snapshot
-    0 is fitted on what precedes the train split (nothing, of the training rows); the last on all.
+    0 is fitted on what precedes the train split (nothing, of the training rows); the last on all
+    rows. With `scheme="fold"` each is solved for
+    the rows of all folds but one, and rotated onto the fit on all rows, which is the last.
 
     Args:
         data_dir: folder written by `ccf-llm prepare`.
@@ -71,107 +61,28 @@ def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFEmbeddings
         The vectors: dim + 2 with biases (user `[p, b_u, 1]`, item `[q, 1, b_i]`), else dim.
         `metadata` records the chosen strengths, validation AUC and UAUC, and
         `out_of_time_train_auc`: training rows scored by the snapshots that they get, which is near
-        a held-out AUC unless labels leak.
+        a held-out AUC unless labels leak (`out_of_fold_train_auc` by folds).
 
     Raises:
         InputError: the folder is no prepared one, train is empty, or a split has one class only.
     """
     config = config or MFConfig()
-    data = _load(Path(data_dir), config)
+    data = load_training_data(Path(data_dir), config.rows, config.targets)
     grid = _fits_to_choose(config)
-    times, sizes = _slices(data, config)
-    with tqdm(total=grid + len(times), desc="fit mf", unit=" fits") as bar:
+    plan = _plan(data, config)
+    with tqdm(total=grid + len(plan.rows), desc="fit mf", unit=" fits") as bar:
         penalties = _choose_penalties(data, config, bar)
-        fits = _fit_snapshots(data, config, penalties, sizes, bar)
-    embeddings = _embeddings(data, fits, times, sizes, penalties)
-    embeddings.metadata |= _facts(data, config, penalties, fits, sizes)
+        fits = _fit_tables(data, config, penalties, plan, bar)
+    embeddings = _embeddings(data, fits, plan, penalties, config.scheme)
+    embeddings.metadata |= _facts(data, config, penalties, fits, plan)
     return embeddings
 
 
-def fit_cf(
-    kind: str, data_dir: str | Path, out: str | Path, config: MFConfig | None = None
-) -> CFEmbeddings:
-    """Fit a CF model, save it in `out` and print what was chosen (`ccf-llm fit-cf`).
-
-    Args:
-        kind: `mf`.
-        data_dir: folder written by `ccf-llm prepare`.
-        out: folder to write.
-        config: of the model.
-
-    Raises:
-        InputError: unknown kind, or as `fit_mf`.
-    """
-    if kind != "mf":
-        raise InputError(f"CF model {kind!r} is unknown: choose mf, or import its vectors")
-    embeddings = fit_mf(data_dir, config)
-    embeddings.save(out)
-    facts = {key: value for key, value in embeddings.metadata.items() if key != "user_precision"}
-    print("\n".join(f"{key}: {value}" for key, value in facts.items()))
-    return embeddings
-
-
-def _load(folder: Path, config: MFConfig) -> _Data:
-    train = read_rows(folder, "train").sort_values("timestamp", kind="stable", ignore_index=True)
-    validation, items = read_rows(folder, "validation"), read_items(folder)
-    split_times = train["timestamp"].to_numpy()
-    scale = None
-    if config.rows == "earlier":
-        train = interactions(folder)
-        train = train[train["timestamp"] < validation["timestamp"].min()].reset_index(drop=True)
-    targets = train["label"].to_numpy(dtype=np.float32)
-    if config.targets == "graded":
-        scale = (rating_midpoint(train), GRADED_SLOPE)
-        targets = 1 / (1 + np.exp(-scale[1] * (train["rating"].to_numpy() - scale[0])))
-    for name, split in (("train", train), ("validation", validation)):
-        if split["label"].nunique() < 2:
-            raise InputError(
-                f"{folder}: the {name} split needs rows of both labels to fit MF; prepare it with "
-                "another period or label rule"
-            )
-    users, catalog = pd.Index(train["user_id"].unique()), pd.Index(items["item_id"])
-    rows = _rows(train, users, catalog)
-    if (lost := rows.items < 0).any():
-        raise InputError(
-            f"{folder}: item {train['item_id'][int(lost.nonzero()[0])]!r} of train is not in the "
-            "catalog; prepare it again"
-        )
-    return _Data(
-        rows,
-        train["timestamp"].to_numpy(),
-        split_times,
-        _rows(validation, users, catalog),
-        pd.factorize(validation["user_id"])[0],
-        users,
-        items,
-    )
-
-
-def _rows(table: pd.DataFrame, users: pd.Index, items: pd.Index) -> Rows:
-    return Rows(
-        torch.from_numpy(_places(table["user_id"], users)),
-        torch.from_numpy(_places(table["item_id"], items)),
-        torch.tensor(table["label"].to_numpy(), dtype=torch.float32),
-    )
-
-
-def _places(ids: pd.Series, index: pd.Index) -> np.ndarray:
-    # Each id is looked up once, however many rows it has.
-    codes, names = pd.factorize(ids)
-    return index.get_indexer(names)[codes]
-
-
-def _slices(data: _Data, config: MFConfig) -> tuple[np.ndarray, list[int]]:
-    """Snapshot times, ascending, and how many of the time-ordered rows lie before each."""
-    times = data.split_times
+def _plan(data: TrainingData, config: MFConfig) -> Plan:
     width = config.dim + 2 * config.use_biases
-    most = TABLE_BYTES // (4 * width * (len(data.users) + len(data.items)))
-    count = min(config.snapshots, max(1, most - 1))
-    if count < config.snapshots:
-        logger.warning("%d snapshots instead of %d, to keep within 1 GB", count, config.snapshots)
-    starts = times[np.arange(count) * len(times) // count]
-    found = np.append(np.unique(starts), times[-1] + 1)
-    return found, np.searchsorted(data.times, found, side="left").tolist()
+    if config.scheme == "fold":
+        return fold_plan(data, config.folds, width)
+    return time_plan(data, config.snapshots, width)
 
 
 def _fits_to_choose(config: MFConfig) -> int:
@@ -192,7 +103,7 @@ def _grids(config: MFConfig) -> tuple[tuple[float, ...], tuple[float, ...], tupl
     )
 
 
-def _choose_penalties(data: _Data, config: MFConfig, bar: Any) -> Penalties:
+def _choose_penalties(data: TrainingData, config: MFConfig, bar: Any) -> Penalties:
     """Biases without factors first (convex), then the factors on top; best validation AUC wins."""
     users, items, factors = _grids(config)
     data = _sample(data, config.seed)
@@ -202,7 +113,7 @@ def _choose_penalties(data: _Data, config: MFConfig, bar: Any) -> Penalties:
 
 
 def _best(
-    data: _Data, config: MFConfig, candidates: list[Penalties], dim: int, bar: Any
+    data: TrainingData, config: MFConfig, candidates: list[Penalties], dim: int, bar: Any
 ) -> Penalties:
     if len(candidates) == 1:
         return candidates[0]
@@ -215,7 +126,7 @@ def _best(
     return candidates[int(np.argmax(found))]
 
 
-def _sample(data: _Data, seed: int) -> _Data:
+def _sample(data: TrainingData, seed: int) -> TrainingData:
     """All rows of as many random users as MANY_ROWS allows, in tables of what occurs in them.
 
     The strengths are inverse prior variances, which part of the users tell as well as all. Of
@@ -254,25 +165,44 @@ def _solve(rows: Rows, penalties: Penalties, start: Parameters, config: MFConfig
     return solve(rows, penalties, start, iterations=config.iterations or usual)
 
 
-def _fit_snapshots(
-    data: _Data, config: MFConfig, penalties: Penalties, sizes: list[int], bar: Any
+def _fit_tables(
+    data: TrainingData, config: MFConfig, penalties: Penalties, plan: Plan, bar: Any
 ) -> list[Parameters]:
+    """In time each table starts from the one before it. A fold starts where the fit on all rows
+    started, not where it ended: that knows its labels, and one of many optima would keep them.
+    """
     start = initial_parameters(len(data.users), len(data.items), config.dim, config.seed)
+
+    def fit(rows: slice | Tensor, warm: Parameters) -> Parameters:
+        found = _solve(data.train[rows], penalties, warm, config)
+        bar.update()
+        return found
+
+    if config.scheme == "fold":
+        whole = fit(plan.rows[-1], start)
+        return [*(_turned(fit(rows, start), whole) for rows in plan.rows[:-1]), whole]
     fits: list[Parameters] = []
-    for size in sizes:
+    for rows in plan.rows:
         warm = refreshed(fits[-1], start) if fits else start
         nothing = Parameters(*(torch.zeros_like(tensor) for tensor in start.tensors()))
-        fits.append(_solve(data.train[:size], penalties, warm, config) if size else nothing)
-        bar.update()
+        fits.append(fit(rows, warm) if len(data.train[rows]) else nothing)
     return fits
 
 
+def _turned(fit: Parameters, onto: Parameters) -> Parameters:
+    """The same model, its factors rotated onto another fit's."""
+    users, items = turned(
+        (fit.user_factors, fit.item_factors), (onto.user_factors, onto.item_factors)
+    )
+    return replace(fit, user_factors=users, item_factors=items)
+
+
 def _embeddings(
-    data: _Data,
+    data: TrainingData,
     fits: list[Parameters],
-    times: np.ndarray,
-    sizes: list[int],
+    plan: Plan,
     penalties: Penalties,
+    scheme: str,
 ) -> CFEmbeddings:
     """Vectors of every snapshot; the unknown get the defaults, MF's own answer for them."""
     biases = penalties.use_biases
@@ -293,37 +223,33 @@ def _embeddings(
         item_titles=data.items["title"].tolist(),
         user_vectors=user_vectors,
         item_vectors=item_vectors,
-        user_known=torch.stack([_seen(data.train.users[:n], len(data.users)) for n in sizes]),
-        item_known=torch.stack([_seen(data.train.items[:n], len(data.items)) for n in sizes]),
+        user_known=torch.stack([seen(data.train.users[n], len(data.users)) for n in plan.rows]),
+        item_known=torch.stack([seen(data.train.items[n], len(data.items)) for n in plan.rows]),
         default_user=default_user.repeat(len(fits), 1),
         default_item=default_item.repeat(len(fits), 1),
         offset=torch.cat([fit.offset for fit in fits]),
-        snapshot_times=torch.as_tensor(times, dtype=torch.int64),
+        snapshot_times=torch.as_tensor(plan.times, dtype=torch.int64),
         model_name="mf" if biases else "mf_nobias",
+        scheme=scheme,
     )
 
 
-def _seen(ids: Tensor, size: int) -> Tensor:
-    return torch.bincount(ids, minlength=size) > 0
-
-
 def _facts(
-    data: _Data, config: MFConfig, penalties: Penalties, fits: list[Parameters], sizes: list[int]
+    data: TrainingData,
+    config: MFConfig,
+    penalties: Penalties,
+    fits: list[Parameters],
+    plan: Plan,
 ) -> dict[str, str]:
     last = fits[-1]
-    held_out = last.logits(data.validation).numpy()
-    # A training row is scored by the snapshot before it: rows are in order of time.
-    bounds = zip(fits, sizes, [*sizes[1:], len(data.train)], strict=True)
-    out_of_time = [fit.logits(data.train[start:stop]) for fit, start, stop in bounds]
-    labels, train_labels = data.validation.labels.numpy(), data.train.labels.numpy()
-    later = train_labels[sizes[0] :]
-    facts = {
-        "validation_auc": f"{auc(labels, held_out):.4f}",
-        "validation_uauc": f"{uauc(labels, held_out, data.validation_users):.4f}",
-        "out_of_time_train_auc": f"{auc(later, torch.cat(out_of_time).numpy()):.4f}",
-        "in_sample_train_auc": f"{auc(train_labels, last.logits(data.train).numpy()):.4f}",
-        "l2_factors": f"{penalties.factors:g}",
-    }
+    facts = facts_of_fit(
+        data,
+        last.logits(data.validation),
+        logits_not_fitted_on(data.train, plan, fits),
+        last.logits(data.train),
+        plan.scheme,
+    )
+    facts["l2_factors"] = f"{penalties.factors:g}"
     if penalties.use_biases:
         facts |= {
             "l2_user_bias": f"{penalties.user_bias:g}",
@@ -331,10 +257,8 @@ def _facts(
         }
     precision = penalties.factors * factor_weights(last.item_factors.shape[1])
     prior = precision.tolist() + [penalties.user_bias, 0.0] * penalties.use_biases
+    facts["user_precision"] = json.dumps([round(value, 6) for value in prior])
+    if data.rating_scale:
+        facts["rating_scale"] = json.dumps(data.rating_scale)
     live = last.item_factors.abs().amax(0) > 0
-    return facts | {
-        "live_factors": str(int(live.sum())),
-        "train_rows": str(len(data.train)),
-        "user_precision": json.dumps([round(value, 6) for value in prior]),
-        "seed": str(config.seed),
-    }
+    return facts | {"live_factors": str(int(live.sum())), "seed": str(config.seed)}

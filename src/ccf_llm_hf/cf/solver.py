@@ -137,7 +137,7 @@ def solve(rows: Rows, penalties: Penalties, start: Parameters, *, iterations: in
         penalties.item_bias,
         bias_column=dim + 1,
     )
-    with _threads_for(len(rows)):
+    with threads_for(len(rows)):
         offset = _minimize(matrix, users, items, start.offset, iterations, penalties.use_biases)
     found = Parameters(*(torch.zeros_like(tensor) for tensor in start.tensors()))
     found.user_factors[matrix.users] = users.vectors()[:, :dim]
@@ -258,7 +258,7 @@ def _csr(counts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _threads_for(rows: int) -> Iterator[None]:
+def threads_for(rows: int) -> Iterator[None]:
     """One thread for few rows: the steps are so short that threads would wait more than work, and
     for minutes when another process wants the same cores."""
     threads = torch.get_num_threads()

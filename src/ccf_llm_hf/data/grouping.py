@@ -95,9 +95,7 @@ def group_rows(
     ]
 
 
-def _with_values(
-    histories: list[list[Any]], key: str, values: list[list[Any]]
-) -> list[list[Any]]:
+def _with_values(histories: list[list[Any]], key: str, values: list[list[Any]]) -> list[list[Any]]:
     """Items as dicts with a value each; equal ones share a dict, since they occur in many rows."""
     shared: dict[tuple[str, float], dict[str, Any]] = {}
     return [

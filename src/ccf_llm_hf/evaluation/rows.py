@@ -28,6 +28,15 @@ def read_rows(data_dir: str | Path, split: str) -> pd.DataFrame:
     return _read(Path(data_dir), split_file(split), COLUMNS)
 
 
+def read_history_column(data_dir: str | Path, split: str) -> pd.Series:
+    """The histories of one split, in its order: per row an array of item ids (str), oldest first.
+
+    Raises:
+        InputError: no such folder or split, or the file is damaged.
+    """
+    return _read(Path(data_dir), split_file(split), ("history",))["history"]
+
+
 def read_items(data_dir: str | Path) -> pd.DataFrame:
     """The catalog of a prepared folder: columns item_id, title (str), in its order.
 

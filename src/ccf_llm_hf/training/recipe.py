@@ -212,8 +212,9 @@ class Recipe:
     use_cf_snapshots: bool = field(
         default=True,
         metadata={
-            "help": "Give a training row the CF vectors fitted on earlier rows only. False repeats "
-            "the in-sample leak of the literature, for comparison."
+            "help": "Give a training row CF vectors that were not fitted on it: on earlier rows "
+            "only, or on other folds (fit-cf --scheme fold). False repeats the in-sample leak of "
+            "the literature, for comparison."
         },
     )
     tokens_per_batch: int = field(

@@ -266,11 +266,12 @@ class StageRun:
             )
 
     def train_groups(self, processor: CCFLLMProcessor) -> list[Group]:
-        """Training groups; rows see the CF snapshot of their time."""
+        """Training groups; rows see a CF snapshot that was not fitted on them."""
         split = self.inputs.data.splits["train"]
         snapshots = None
         if self.inputs.cf is not None and self.recipe.use_cf_snapshots and self.stage.reads_cf():
-            snapshots = self.inputs.cf.snapshot_for(np.asarray(split["timestamp"])).tolist()
+            columns = (np.asarray(split[name]) for name in ("user_id", "item_id", "timestamp"))
+            snapshots = self.inputs.cf.training_snapshots(*columns).tolist()
         groups = self._groups(split, processor, snapshots)
         order = torch.randperm(
             len(groups), generator=torch.Generator().manual_seed(self.recipe.seed)

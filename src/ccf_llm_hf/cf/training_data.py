@@ -1,0 +1,168 @@
+"""What a CF model is fitted on: training rows in order of time, cut into slices."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ccf_llm_hf.cf.folds import fold_of
+from ccf_llm_hf.cf.solver import Rows
+from ccf_llm_hf.data.prepared import interactions, rating_midpoint
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.evaluation.rows import read_items, read_rows
+
+logger = logging.getLogger(__name__)
+
+TABLE_BYTES = 1 << 30
+GRADED_SLOPE = 1.5  # best of 1.5, 2 and 2.5 on ML-1M's validation split
+
+
+@dataclass
+class TrainingData:
+    """Rows to fit in order of time, with their times `(n,)`, and of validation, with the users'
+    codes `(n,)`; user and item ids in table order. In `validation` an index below zero is unknown.
+    `split_times` are those of the train split alone, which snapshots are cut by; `rating_scale` is
+    `(midpoint, slope)` of graded labels.
+    """
+
+    train: Rows
+    times: np.ndarray
+    validation: Rows
+    validation_users: np.ndarray
+    users: pd.Index
+    items: pd.DataFrame
+    split_times: np.ndarray
+    rating_scale: tuple[float, float] | None = None
+
+
+def load_training_data(folder: Path, which: str = "train", targets: str = "labels") -> TrainingData:
+    """Rows to fit and validation rows of a prepared folder.
+
+    Args:
+        folder: written by `ccf-llm prepare`.
+        which: `train`, or `earlier` for every interaction before the validation split.
+        targets: `labels`, or `graded` for sigmoid(slope (rating - midpoint)).
+
+    Raises:
+        InputError: the folder is no prepared one, a split lacks a class, or the catalog an item.
+    """
+    train = read_rows(folder, "train").sort_values("timestamp", kind="stable", ignore_index=True)
+    validation, items = read_rows(folder, "validation"), read_items(folder)
+    for name, split in (("train", train), ("validation", validation)):
+        if split["label"].nunique() < 2:
+            raise InputError(
+                f"{folder}: the {name} split needs rows of both labels to fit a CF model; prepare "
+                "it with another period or label rule"
+            )
+    split_times, scale = train["timestamp"].to_numpy(), None
+    if which == "earlier":
+        train = interactions(folder)
+        train = train[train["timestamp"] < validation["timestamp"].min()].reset_index(drop=True)
+    if targets == "graded":
+        scale = (rating_midpoint(train), GRADED_SLOPE)
+        graded = 1 / (1 + np.exp(-scale[1] * (train["rating"] - scale[0])))
+        train = train.assign(label=graded)
+    users, catalog = pd.Index(train["user_id"].unique()), pd.Index(items["item_id"])
+    rows = _rows(train, users, catalog)
+    if (lost := rows.items < 0).any():
+        raise InputError(
+            f"{folder}: item {train['item_id'][int(lost.nonzero()[0])]!r} of train is not in the "
+            "catalog; prepare it again"
+        )
+    return TrainingData(
+        rows,
+        train["timestamp"].to_numpy(),
+        _rows(validation, users, catalog),
+        pd.factorize(validation["user_id"])[0],
+        users,
+        items,
+        split_times,
+        scale,
+    )
+
+
+def _rows(table: pd.DataFrame, users: pd.Index, items: pd.Index) -> Rows:
+    return Rows(
+        torch.from_numpy(places(table["user_id"], users)),
+        torch.from_numpy(places(table["item_id"], items)),
+        torch.tensor(table["label"].to_numpy(), dtype=torch.float32),
+    )
+
+
+def places(ids: pd.Series, index: pd.Index) -> np.ndarray:
+    """Place of each id in the index, -1 where it is not there: `(n,)` int64."""
+    # Each id is looked up once, however many rows it has.
+    codes, names = pd.factorize(ids)
+    return index.get_indexer(names)[codes]
+
+
+def most_tables(data: TrainingData, width: int) -> int:
+    """How many tables of vectors of this width fit into a gigabyte."""
+    return TABLE_BYTES // (4 * width * (len(data.users) + len(data.items)))
+
+
+def time_slices(data: TrainingData, snapshots: int, width: int) -> tuple[np.ndarray, list[int]]:
+    """Slices of the training rows by time, about equal in rows.
+
+    Args:
+        data: its rows.
+        snapshots: slices to make; fewer where the tables would pass a gigabyte, with a warning.
+        width: of a vector.
+
+    Returns:
+        Snapshot times, ascending, one more than there are slices, and how many of the time-ordered
+        rows lie before each: the first is fitted on what precedes the train split, the last on all.
+    """
+    times = data.split_times
+    count = min(snapshots, max(1, most_tables(data, width) - 1))
+    if count < snapshots:
+        logger.warning("%d snapshots instead of %d, to keep within 1 GB", count, snapshots)
+    starts = times[np.arange(count) * len(times) // count]
+    found = np.append(np.unique(starts), times[-1] + 1)
+    return found, np.searchsorted(data.times, found, side="left").tolist()
+
+
+def seen(ids: Tensor, size: int) -> Tensor:
+    """`(size,)` bool, True at the ids that occur."""
+    return torch.bincount(ids, minlength=size) > 0
+
+
+@dataclass
+class Plan:
+    """Which training rows each table is fitted on.
+
+    Attributes:
+        times: `(tables,)` int64, the time before which the rows of each lie.
+        rows: of each table; the last is fitted on all.
+        sees: `(n,)` int64, the table that each row sees; -1 before the train split.
+        scheme: `time` or `fold`.
+    """
+
+    times: np.ndarray
+    rows: list[slice | Tensor]
+    sees: Tensor
+    scheme: str
+
+
+def time_plan(data: TrainingData, snapshots: int, width: int) -> Plan:
+    """Tables by [`time_slices`]: one fitted on nothing, one at the end of each slice."""
+    times, sizes = time_slices(data, snapshots, width)
+    sees = torch.from_numpy(np.searchsorted(times, data.times, side="right") - 1)
+    return Plan(times, [slice(0, size) for size in sizes], sees, "time")
+
+
+def fold_plan(data: TrainingData, folds: int, width: int) -> Plan:
+    """A table for each fold, on the rows of the others, and one on all rows; fewer folds where the
+    tables would pass a gigabyte, with a warning."""
+    count = min(folds, max(2, most_tables(data, width) - 1))
+    if count < folds:
+        logger.warning("%d folds instead of %d, to keep within 1 GB", count, folds)
+    users, items = data.users.to_numpy(), data.items["item_id"].to_numpy()
+    fold = torch.from_numpy(fold_of(users[data.train.users], items[data.train.items], count))
+    rows = [(fold != left_out).nonzero().flatten() for left_out in range(count)]
+    times = np.full(count + 1, data.times[-1] + 1)
+    return Plan(times, [*rows, slice(0, len(data.train))], fold, "fold")
