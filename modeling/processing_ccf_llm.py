@@ -176,6 +176,9 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         slots = tokenizer.convert_tokens_to_ids([ITEM_SLOT, USER_SLOT])
         assert isinstance(slots, list)
         self.item_slot_token_id, self.user_slot_token_id = slots
+        # Gemma, for one, is lost without it; a chat model such as SmolLM2 wants none.
+        bos = [tokenizer.bos_token_id]
+        self._bos_token_ids: list[int] = bos if tokenizer("")["input_ids"][:1] == bos else []
         self.layout, self.history_window = layout, (history_window[0], history_window[1])
         self.history_format, self.candidate_format = history_format, candidate_format
         self.history_labels, self.fold_in_items = history_labels, fold_in_items
@@ -271,9 +274,9 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
     def resolve_item(self, item: Item) -> tuple[int | None, str]:
         """Catalog row (None when new) and title of an item given by id, title, or both.
 
-        A dict may hold `id`, `title`, and in a history `liked` or `rating` (see `likes`). A bare value is
-        looked up as id, then as title, else taken as the title of a new item, which has text but no
-        CF vector.
+        A dict may hold `id`, `title`, and in a history `liked` or `rating` (see `likes`). A bare
+        value is looked up as id, then as title, else taken as the title of a new item, which has
+        text but no CF vector.
         """
         if isinstance(item, dict):
             raw, title = item.get("id"), item.get("title")
@@ -341,10 +344,11 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         return self._pieces[text]
 
     def instruction(self) -> list[int]:
-        """Tokens that all prompts begin with: the prefix up to its user slot, or all of it."""
+        """Tokens that all prompts begin with: the prefix up to its user slot, or all of it, after
+        the tokenizer's beginning-of-sequence token, if it puts one before every text."""
         before, _, after = self.templates["prefix"].partition("{user}")
         words = before if self.uses_slots else before + after
-        return self._tokens(words) if words else []
+        return self._bos_token_ids + (self._tokens(words) if words else [])
 
     def _prefix(self, user: int) -> Span:
         """What follows the instruction: the user slot and the rest of the prefix."""

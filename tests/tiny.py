@@ -4,7 +4,15 @@ from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
 
@@ -51,6 +59,16 @@ def tiny_config(kind: str, vocab_size: int) -> PreTrainedConfig:
         bos_token_id=1,
         eos_token_id=1,
     )
+
+
+def put_bos_first(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Let a tokenizer put a token before every text, as Gemma's does; returns its id."""
+    tokenizer.bos_token = "<|endoftext|>"
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", bos)]
+    )
+    return bos
 
 
 def inject_lora(model: CCFLLMForCTR) -> None:

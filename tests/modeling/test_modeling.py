@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny import BACKBONES, BuildModel
+from tiny import BACKBONES, BuildModel, put_bos_first
+from transformers import PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMConfig, CCFLLMForCTR, CCFLLMProcessor
 from ccf_llm_hf.cf.embeddings import CFEmbeddings
@@ -57,6 +58,18 @@ def test_packed_equals_alone_for_every_backbone(
 ) -> None:
     model, processor = build(backbone=backbone, attn=attn, lora=True)
     packed = packed_logits(model, processor)[0]
+    torch.testing.assert_close(packed, alone_logits(model, processor), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_packed_equals_alone_after_a_bos(
+    build: BuildModel, tokenizer: PreTrainedTokenizerFast, attn: str
+) -> None:
+    without = packed_logits(*build(backbone="gemma3", attn=attn))[0]
+    put_bos_first(tokenizer)
+    model, processor = build(backbone="gemma3", attn=attn)
+    packed = packed_logits(model, processor)[0]
+    assert (packed - without).abs().max() > 1e-3
     torch.testing.assert_close(packed, alone_logits(model, processor), atol=1e-4, rtol=0)
 
 

@@ -1,5 +1,6 @@
 """Properties of the hybrid prompt."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import TITLES
+from tiny import TITLES, put_bos_first
 from transformers import PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMProcessor
@@ -79,6 +80,27 @@ def test_count_tokens_is_the_row_length_without_the_instruction(
         group = SimpleNamespace(history=history, candidates=candidates)
         row = batch["input_ids"].shape[1]
         assert processor.count_tokens(group) == row - len(processor.instruction())
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "question_last"])
+@pytest.mark.parametrize("form", ["slot", "title_slot", "title"])
+def test_a_batch_begins_with_bos_once_where_the_tokenizer_puts_one(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, layout: str, form: str
+) -> None:
+    settings = {"layout": layout, "history_format": form, "candidate_format": form}
+    call = {"user": ["u0", "u1"], "history": [["i0"], []], "candidates": [["i1", "i2"], ["i3"]]}
+    tokenizer.bos_token = "<|endoftext|>"
+    without = make(tokenizer, **settings)(**call)["input_ids"][0].tolist()
+    assert tokenizer.bos_token_id not in without, "SmolLM2 has such a token, but never puts it"
+    bos = put_bos_first(tokenizer)
+    processor = make(tokenizer, **settings)
+    assert processor(**call)["input_ids"][0].tolist() == [bos, *without]
+    assert all(bos not in ids for ids in processor.item_title_ids())
+    assert len(processor.answer_token_ids()) == 2
+    processor.save_pretrained(tmp_path)
+    loaded = CCFLLMProcessor.from_pretrained(tmp_path)
+    assert loaded(**call)["input_ids"][0].tolist() == [bos, *without]
+    assert loaded.with_catalog(["a"], ["A"], []).instruction()[0] == bos
 
 
 def test_titles_that_spell_tokens_or_templates_stay_text(

@@ -230,7 +230,7 @@ class CFEmbeddings:
 
     @property
     def rating_scale(self) -> tuple[float, float] | None:
-        """`(midpoint, slope)` of the graded targets that the model was fitted to; None of labels."""
+        """`(midpoint, slope)` of the graded targets that were fitted; None if labels were."""
         recorded = self.metadata.get("rating_scale")
         return tuple(json.loads(recorded)) if recorded else None
 

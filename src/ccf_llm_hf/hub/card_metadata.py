@@ -14,7 +14,7 @@ from ccf_llm_hf.hub.card_results import eval_results
 
 TAGS = ["recommendation", "ctr-prediction", "collaborative-filtering", "ccf-llm"]
 # Of these backbones the license is known; of others the card claims none.
-LICENSES = {asset.hub_id: asset.license.lower() for asset in ASSETS.values() if asset.hub_id}
+LICENSES = {asset.hub_id: asset.license_id for asset in ASSETS.values() if asset.hub_id}
 
 
 def model_card_data(

@@ -114,6 +114,7 @@ def write_model_card(
         backbone=without_local_paths(config.backbone_name),
         backbone_source=_backbone_source(config, run),
         backbone_asset=_asset_name(config.backbone_name),
+        backbone_terms=_backbone_terms(config.backbone_name),
         example_history=json.dumps(history, ensure_ascii=False),
         example_candidates=json.dumps(candidates, ensure_ascii=False),
         requirements=REQUIREMENTS,
@@ -182,6 +183,12 @@ def _asset_name(backbone: str) -> str:
     """Name under which the package fetches a backbone; empty when it does not."""
     names = [a.name for a in ASSETS.values() if a.hub_id and backbone in (a.name, a.hub_id)]
     return names[0] if names else ""
+
+
+def _backbone_terms(backbone: str) -> str:
+    """The license of a backbone that has another one than the code; empty when it is not known."""
+    asset = ASSETS.get(_asset_name(backbone))
+    return asset.license if asset and asset.license_id != "apache-2.0" else ""
 
 
 def _examples(folder: Path) -> tuple[list[str], list[str]]:

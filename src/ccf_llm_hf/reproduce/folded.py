@@ -44,23 +44,29 @@ def folded_scores(
     table.fill(cf)
     index = {item: row for row, item in enumerate(cf.item_ids)}
     parts = [
-        _logits(table, index, split[start : start + ROWS_AT_ONCE])
+        _logits(table, index, cf.rating_scale, split[start : start + ROWS_AT_ONCE])
         for start in range(0, len(split), ROWS_AT_ONCE)
     ]
     logits = torch.cat(parts).double()
     return pd.DataFrame({"score": logits.numpy(), "prob": logits.sigmoid().numpy()})
 
 
-def _logits(table: CFTable, index: dict[str, int], rows: dict[str, list]) -> Tensor:
+def _logits(
+    table: CFTable,
+    index: dict[str, int],
+    scale: tuple[float, float] | None,
+    rows: dict[str, list],
+) -> Tensor:
     lengths = torch.tensor([len(history) for history in rows["history"]])
     shape = (len(lengths), max(1, int(lengths.max())))
-    items, liked = np.full(shape, -1), np.zeros(shape, dtype=bool)
-    for row, (history, labels) in enumerate(
-        zip(rows["history"], rows["history_labels"], strict=True)
-    ):
+    items, targets = np.full(shape, -1), np.zeros(shape, dtype=np.float32)
+    values = rows["history_labels" if scale is None else "history_ratings"]
+    for row, (history, given) in enumerate(zip(rows["history"], values, strict=True)):
         items[row, : len(history)] = [index[item] for item in history]
-        liked[row, : len(history)] = np.asarray(labels) == 1
+        targets[row, : len(history)] = (
+            given if scale is None else 1 / (1 + np.exp(-scale[1] * (np.array(given) - scale[0])))
+        )
     last = torch.zeros(len(lengths), dtype=torch.long)
-    users = table.folded_users(torch.from_numpy(items), torch.from_numpy(liked), lengths, last)
+    users = table.folded_users(torch.from_numpy(items), torch.from_numpy(targets), lengths, last)
     candidates = torch.tensor([index[item] for item in rows["item_id"]])
     return table.folded_logits(users, candidates, last)

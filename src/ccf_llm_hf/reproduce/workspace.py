@@ -3,18 +3,38 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
-from ccf_llm_hf.cf.mf import fit_cf
-from ccf_llm_hf.configs import MFConfig, PrepareConfig
+from ccf_llm_hf.cf.fit import fit_cf
+from ccf_llm_hf.configs import CFConfig, LightGCNConfig, MFConfig, PrepareConfig, SASRecConfig
 from ccf_llm_hf.data.prepare import prepare
 from ccf_llm_hf.errors import InputError
 
 # Of a signed history the table needs what the prompt shows and what is folded in besides.
 STORED_HISTORY = 256
-# Of the open track. Most ratings lie before the first snapshot already: more snapshots would only
-# cut the packs. The strengths are the best of those tried for users folded in on validation
-# (results/ml-1m/experiments.md); the grid of `fit-cf` looks at the table's own users instead.
-OPEN_MF = MFConfig(rows="earlier", snapshots=8, l2_factors=9.0, l2_user_bias=8.0, l2_item_bias=0.5)
+# By track and name: which CF model, fitted how. The open track's strengths are the best of those
+# tried for users folded in, on validation (results/ml-1m/experiments.md); the grid of `fit-cf`
+# looks at users of the table. Most ratings lie before its first snapshot: few snapshots will do.
+TABLES: dict[str, dict[str, tuple[str, CFConfig]]] = {
+    "protocol": {
+        "mf": ("mf", MFConfig()),
+        "mf_nobias": ("mf", MFConfig(use_biases=False, snapshots=1)),
+        "mf_folds": ("mf", MFConfig(scheme="fold")),
+        "lightgcn": ("lightgcn", LightGCNConfig()),
+        "sasrec": ("sasrec", SASRecConfig()),
+    },
+    "open": {
+        "mf": (
+            "mf",
+            MFConfig(
+                rows="earlier",
+                targets="graded",
+                snapshots=8,
+                l2_factors=5.0,
+                l2_user_bias=5.0,
+                l2_item_bias=0.3,
+            ),
+        ),
+    },
+}
 
 
 @dataclass
@@ -47,17 +67,10 @@ class Workspace:
         Raises:
             InputError: the track has no such table.
         """
+        if name not in TABLES[track]:
+            raise InputError(f"the {track} track has no CF table {name!r}")
         folder = self.folder / f"cf-{track}-{name}"
         if not (folder / "cf_embeddings.safetensors").is_file():
-            self._fit(track, name, folder)
+            kind, config = TABLES[track][name]
+            fit_cf(kind, self.data(track), folder, config)
         return folder
-
-    def _fit(self, track: str, name: str, folder: Path) -> CFEmbeddings:
-        data = self.data(track)
-        if track == "open" and name == "mf":
-            return fit_cf("mf", data, folder, OPEN_MF)
-        if track == "protocol" and name == "mf":
-            return fit_cf("mf", data, folder, MFConfig())
-        if track == "protocol" and name == "mf_nobias":
-            return fit_cf("mf", data, folder, MFConfig(use_biases=False, snapshots=1))
-        raise InputError(f"the {track} track has no CF table {name!r}")
