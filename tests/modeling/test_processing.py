@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import TITLES, put_bos_first
+from tiny import TITLES, BuildModel, put_bos_first
 from transformers import PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMProcessor
@@ -228,3 +228,20 @@ def test_a_changed_catalog_is_refused(tokenizer: PreTrainedTokenizerFast, tmp_pa
     catalog.write_text("not json\n")
     with pytest.raises(ValueError, match="line 1"):
         CCFLLMProcessor.from_pretrained(tmp_path)
+
+
+def test_years_can_be_left_out_of_the_prompt_and_stay_in_what_the_gate_reads(
+    build: BuildModel, tmp_path: Path
+) -> None:
+    forms = {"candidate_format": "title_slot", "history_format": "title", "title_years": False}
+    _, built = build()
+    processor = CCFLLMProcessor(
+        built.tokenizer, built.item_ids, built.item_titles, built.user_ids, **forms
+    )
+    batch = processor(user="u0", history=["i0", "1984 (1984) (1956)"], candidates=["i1"])
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    assert "Toy Story\n1984 (1984)" in text
+    assert "(1956)" not in text and "Heat" in text and "(1995)" not in text
+    assert processor.item_title_ids() == built.item_title_ids()
+    processor.save_pretrained(tmp_path)
+    assert CCFLLMProcessor.from_pretrained(tmp_path).title_years is False

@@ -68,6 +68,9 @@ class StageConfig:
     candidate_format: str = field(
         default="", metadata={"help": f"Rendering of a candidate item, one of {ITEM_FORMATS}."}
     )
+    title_years: bool = field(
+        default=True, metadata={"help": 'Write the year of titles such as "Heat (1995)".'}
+    )
     history_window: list[int] = field(
         default_factory=list,
         metadata={"help": "[H, S]: at most H + S - 1 history items, in windows S apart."},
@@ -181,6 +184,8 @@ class StageConfig:
         settings: dict[str, Any] = {key: value for key, value in chosen.items() if value}
         if self.history_window:
             settings["history_window"] = tuple(self.history_window)
+        if not self.title_years:
+            settings["title_years"] = False
         if self.cf_fold_in:
             settings["fold_in_items"] = self.fold_in_items
         return settings
