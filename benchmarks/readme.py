@@ -25,8 +25,10 @@ MEASURED = ("training", "scoring", "packing", "same_labels")
 WAYS = {  # name in training.json -> what it is
     "packed, slot": "packed, slot-only candidates",
     "packed, title_slot": "packed, title candidates",
+    "packed, bare_title": "packed, title candidates without years",
     "alone, slot": "the same slot-only content, one row a sample",
     "alone, title_slot": "the same content with titles, one row a sample",
+    "alone, bare_title": "the same content with titles without years, one row a sample",
     "question last": "question last, ten titles of history",
     "CoLLM's way": "the same, padded to the longest, whole vocabulary everywhere (CoLLM's way)",
 }

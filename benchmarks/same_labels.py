@@ -25,7 +25,8 @@ from ccf_llm_hf.inference.scoring import score_groups
 from ccf_llm_hf.training.collator import PackingCollator
 from ccf_llm_hf.training.stage import freeze_in_bf16, sample_users, uses_bf16
 
-RATES = {"fusion": 3e-3, "gate": 2e-4, "lora": 1e-3}
+RATES = {"fusion": 1e-2, "gate": 2e-4, "lora": 1e-3}
+LABELS_PER_STEP = 64
 
 
 def optimizer(model: Any, lora: list[torch.nn.Parameter], steps: int) -> tuple[Any, Any]:
@@ -121,11 +122,11 @@ def peers(work: Workload, steps: Sequence[Sequence[Group]], chosen: set[int]) ->
 def main() -> None:
     """Train both, score both, compare."""
     parser = arguments(__doc__, "same_labels.json")
-    parser.add_argument("--labels", type=int, default=1500, help="training labels")
+    parser.add_argument("--labels", type=int, default=4000, help="training labels")
     parser.add_argument("--eval-labels", type=int, default=1000, help="validation labels")
     options = parser.parse_args()
     work = Workload.load(options.data, options.cf)
-    steps = cut_steps(whole_groups(work.train_groups(), options.labels), 96)
+    steps = cut_steps(whole_groups(work.train_groups(), options.labels), LABELS_PER_STEP)
     validation = work.data.splits["validation"]
     sample = sample_users(group_rows(validation, WINDOW), options.eval_labels, seed=0)
     rows = sorted(row for group in sample for row in group.rows)

@@ -17,6 +17,7 @@ import torch
 from baseline import FAIR, Baseline, write_samples
 from workload import (
     FORMATS,
+    PROMPTS,
     WINDOW,
     Workload,
     alternate,
@@ -40,7 +41,7 @@ PEERS = {
     "candidate_format": "title_slot",
     "history_window": (10, 1),
 }
-LATENCY = {"slot": 1.0, "title_slot": 2.5}  # seconds for 100 candidates, at most
+LATENCY = {"slot": 1.0, "title_slot": 2.5, "bare_title": 2.5}  # seconds for 100 candidates, at most
 SIZES = (1, 10, 30, 100, 300, 1000)
 
 
@@ -53,7 +54,7 @@ def split_speed(work: Workload, sample: int, repeats: int) -> tuple[dict[str, An
     samples = write_samples(peers, groups)
     model = work.model(peers).eval()
     baseline = Baseline(model, work.backbone)
-    processors = {form: work.processor(candidate_format=form) for form in FORMATS}
+    processors = {form: work.processor(**PROMPTS[form]) for form in FORMATS}
     ways = {
         form: lambda p=processor: score_split(model, p, test, history_window=WINDOW, progress=False)
         for form, processor in processors.items()
@@ -101,7 +102,7 @@ def latency(work: Workload, calls: int) -> tuple[dict[str, Any], list[dict]]:
     )
     results["baseline_100"] = slow
     for form, text in FORMATS.items():
-        ranker = CTRRanker(model, work.processor(candidate_format=form))
+        ranker = CTRRanker(model, work.processor(**PROMPTS[form]))
         rank_seconds(ranker, user, past, hundred)
         taken = [rank_seconds(ranker, user, past, hundred) for _ in range(calls)]
         results["rank"][form] = spread(taken) | {"p95": float(np.quantile(taken, 0.95))}

@@ -16,6 +16,7 @@ from baseline import COLLM, FAIR, Baseline, Sample, Way, write_samples
 from workload import (
     FORMATS,
     LORA,
+    PROMPTS,
     WINDOW,
     Workload,
     alternate,
@@ -33,9 +34,9 @@ from ccf_llm_hf.training.collator import PackingCollator
 
 TOKENS_PER_BATCH = 1024
 TARGETS = {  # comparison -> at least this many times as fast: slot-only, with titles
-    "the same content alone": {"slot": 10, "title_slot": 4},
-    "question last, ten titles": {"slot": 25, "title_slot": 10},
-    "CoLLM's way, ten titles": {"slot": 40, "title_slot": 15},
+    "the same content alone": {"slot": 10, "title_slot": 4, "bare_title": 4},
+    "question last, ten titles": {"slot": 25, "title_slot": 10, "bare_title": 10},
+    "CoLLM's way, ten titles": {"slot": 40, "title_slot": 15, "bare_title": 15},
 }
 
 
@@ -57,7 +58,7 @@ class Contest:
         self.work = work
         self.groups = whole_groups(work.train_groups(), labels)
         self.rows = {row for group in self.groups for row in group.rows}
-        self.processors = {form: work.processor(candidate_format=form) for form in FORMATS}
+        self.processors = {form: work.processor(**PROMPTS[form]) for form in FORMATS}
         peers = work.processor(
             layout="question_last",
             history_format="title",
@@ -155,7 +156,7 @@ def against_history(work: Workload, model: Any, rows: int) -> list[dict[str, Any
         groups = whole_groups(work.train_groups((length, 16)), rows)
         count = sum(len(group.labels) for group in groups)
         for form in FORMATS:
-            processor = work.processor(candidate_format=form, history_window=(length, 16))
+            processor = work.processor(**PROMPTS[form], history_window=(length, 16))
             packed_pass(model, processor, groups[:1])
             seconds = timed(lambda p=processor, g=groups: packed_pass(model, p, g))
             entry[f"packed, {form}"] = round(count / seconds, 2)

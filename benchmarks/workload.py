@@ -35,7 +35,16 @@ LORA = {
 }
 SEED = 0
 AT_LEAST = 10.0
-FORMATS = {"slot": "slot-only candidates", "title_slot": "title candidates"}
+FORMATS = {
+    "slot": "slot-only candidates",
+    "title_slot": "title candidates",
+    "bare_title": "title candidates without years",
+}
+PROMPTS: dict[str, dict[str, Any]] = {
+    "slot": {"candidate_format": "slot"},
+    "title_slot": {"candidate_format": "title_slot"},
+    "bare_title": {"candidate_format": "title_slot", "title_years": False},
+}
 
 
 @dataclass

@@ -34,13 +34,13 @@ SLOTS: dict[str, Any] = {
     "history_format": "slot",
     "candidate_format": "slot",
     "history_window": [20, 16],
-    "labels_per_step": 128,
-    "fusion_learning_rate": 3e-3,
+    "labels_per_step": 64,
+    "fusion_learning_rate": 1e-2,
     "gate_learning_rate": 2e-4,
     "lora_learning_rate": 1e-3,
 }
 CONCAT = SLOTS | {"fusion": "concat", "candidate_format": "title_slot"}
-FOLDED = {"cf_residual": True, "cf_fold_in": True, "fold_in_items": 220, "fold_in_decay": 0.995}
+FOLDED = {"cf_residual": True, "cf_fold_in": True, "fold_in_items": 220}
 
 
 @dataclass(frozen=True)
