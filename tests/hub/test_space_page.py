@@ -297,3 +297,19 @@ def test_the_note_admits_what_the_bar_does_not_show(recommender: Recommender) ->
         assert "CF model's own estimate, which the bar does not show" in bar_note(config)
     finally:
         config.cf_residual = False
+
+
+def test_dislikes_are_read_by_a_model_of_signed_histories_only(checkpoint: Path) -> None:
+    likes_only = Recommender(*load_checkpoint(str(checkpoint)))
+    assert not likes_only.reads_dislikes
+    model, processor = load_checkpoint(str(checkpoint))
+    processor.history_labels = "signed"
+    signed = Recommender(model, processor)
+    assert signed.reads_dislikes
+    places = signed.rank(HISTORY, disliked=["Psycho (1960)"])
+    assert "Psycho (1960)" not in [place.title for place in places]
+    pieces = signed.prompt(HISTORY, places[0].title, disliked=["Psycho (1960)"])
+    shown = [piece.text for piece in pieces if piece.kind == "history"]
+    assert shown == ["Psycho (1960)", *HISTORY]
+    assert " not" in "".join(piece.text for piece in pieces if piece.kind == "text")
+    assert places != signed.rank(HISTORY, ["Psycho (1960)"])

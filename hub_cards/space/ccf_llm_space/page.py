@@ -33,6 +33,9 @@ DISLIKED_INFO = (
     "This model was trained on likes only and does not read dislikes: "
     "titles named here are merely left out of the ranking."
 )
+DISLIKED_READ_INFO = (
+    "The model reads them as disliked, before the liked ones, and they are left out of the ranking."
+)
 BLANK_INFO = (
     "As if nobody had rated anything yet: every slot is left with its words and a learned stand-in."
 )
@@ -107,7 +110,10 @@ def _controls(recommender: Recommender) -> list[Any]:
     )
     length = length_slider(0)
     disliked = gr.Dropdown(
-        label="Titles you disliked", info=DISLIKED_INFO, elem_id="disliked", **search
+        label="Titles you disliked",
+        info=DISLIKED_READ_INFO if recommender.reads_dislikes else DISLIKED_INFO,
+        elem_id="disliked",
+        **search,
     )
     blank = gr.Checkbox(
         label="Cold start: blank the CF table",
@@ -157,11 +163,12 @@ def show(
     """Status and results as HTML."""
     named, left_out = named_titles(liked, others), clean_titles(disliked)
     history = named[max(len(named) - int(length), 0) :]
-    places = recommender.rank(history, [*named, *left_out], blank=blank)
+    read: dict[str, Any] = {"disliked": left_out} if recommender.reads_dislikes else {}
+    places = recommender.rank(history, [*named, *left_out], blank=blank, **read)
     status = status_line(len(places), len(history), len(left_out), blank)
     if not places:
         return status, ""
-    prompt = recommender.prompt(history, places[0].title, blank=blank)
+    prompt = recommender.prompt(history, places[0].title, blank=blank, **read)
     return status, results_html(places, prompt, recommender.model.config)
 
 

@@ -83,6 +83,11 @@ class Recommender:
         return self.processor.uses_slots and bool(self.model.model.cf.item_known[-1].any())
 
     @property
+    def reads_dislikes(self) -> bool:
+        """Whether the model was trained on histories that hold dislikes too."""
+        return self.processor.history_labels == "signed"
+
+    @property
     def longest_history(self) -> int:
         """Most items that the model ever reads: window (H, S) holds H to H + S - 1."""
         length, stride = self.processor.history_window
@@ -109,6 +114,7 @@ class Recommender:
         *,
         blank: bool = False,
         top_k: int = 10,
+        disliked: Sequence[str] = (),
     ) -> list[Place]:
         """The best `top_k` of the candidates, best first.
 
@@ -117,13 +123,14 @@ class Recommender:
             excluded: titles to leave out besides the history's.
             blank: score as if the CF table knew nobody; the candidates stay the same.
             top_k: length of the list; fewer when there are fewer candidates.
+            disliked: titles that the model reads as such, if it `reads_dislikes`.
         """
-        left_out = {*history, *excluded}
+        left_out = {*history, *excluded, *disliked}
         candidates = [title for title in self.titles if title not in left_out][:CANDIDATES]
         if not candidates:
             return []
         model = self._blank if blank else self.model
-        batch = self._batch(history, candidates)
+        batch = self._batch(history, candidates, disliked)
         logits = model(**batch).logits[0]
         best = logits.argsort(descending=True, stable=True)[:top_k]
         slots = batch["candidate_items"][0][best]
@@ -140,11 +147,18 @@ class Recommender:
         ]
 
     @torch.inference_mode()
-    def prompt(self, history: Sequence[str], candidate: str, *, blank: bool = False) -> list[Piece]:
+    def prompt(
+        self,
+        history: Sequence[str],
+        candidate: str,
+        *,
+        blank: bool = False,
+        disliked: Sequence[str] = (),
+    ) -> list[Piece]:
         """The hybrid prompt of one candidate, slots apart from text."""
         model = self._blank if blank else self.model
-        batch = self._batch(history, [candidate])
-        titles = self._slot_titles([*history, candidate])
+        batch = self._batch(history, [candidate], disliked)
+        titles = self._slot_titles([*disliked, *history, candidate])
         slots = batch["item_slots"][0]
         gates, known = _gates(model, slots[slots >= 0], batch)
         slot_contents = iter(zip(gates.mean(-1).tolist(), known.tolist(), strict=True))
@@ -164,10 +178,16 @@ class Recommender:
                 pieces.append(Piece(kind, titles[item], *next(slot_contents)))
         return [*pieces, *self._text(words)]
 
-    def _batch(self, history: Sequence[str], candidates: Sequence[str]) -> dict[str, Tensor]:
-        # As dicts, because a bare title that looks like an id would be taken for one.
+    def _batch(
+        self, history: Sequence[str], candidates: Sequence[str], disliked: Sequence[str]
+    ) -> dict[str, Tensor]:
+        # As dicts, because a bare title that looks like an id would be taken for one. Nobody said
+        # when: what was liked stands nearer to the candidate.
         batch = self.processor(
-            history=[{"title": title} for title in history],
+            history=[
+                *({"title": title, "liked": False} for title in disliked),
+                *({"title": title} for title in history),
+            ],
             candidates=[{"title": title} for title in candidates],
             return_tensors="pt",
         )
