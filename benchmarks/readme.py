@@ -1,8 +1,8 @@
-"""Write the README's figures from the committed results files, or check that they agree.
+"""Write the figures of README and docs/results.md from the committed results files, or check them.
 
 python benchmarks/readme.py --collect runs/demo   # copy a demo run's results, then write
-python benchmarks/readme.py                       # write README.md from the results files
-python benchmarks/readme.py --check               # exit code 1 when README.md is out of date
+python benchmarks/readme.py                       # write both from the results files
+python benchmarks/readme.py --check               # exit code 1 when one is out of date
 """
 
 import argparse
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import results_sections
 from summary import collect as collect_summary
 from summary import table
 
@@ -19,6 +20,7 @@ from ccf_llm_hf.hub.card_results import differences_table, methods_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+RESULTS_PAGE = ROOT / "docs" / "results.md"
 DEMO = ROOT / "results" / "demo"
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ("training", "scoring", "packing", "same_labels")
@@ -157,7 +159,7 @@ def between(text: str, name: str, lines: list[str]) -> str:
     before, _, rest = text.partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        sys.exit(f"README.md has no section {name!r}: restore its two marker lines")
+        sys.exit(f"the page has no section {name!r}: restore its two marker lines, {begin}")
     return "\n".join([before + begin, "", *lines, "", end + after])
 
 
@@ -165,8 +167,17 @@ def render() -> str:
     """README.md with its measured sections rewritten from the results files."""
     loaded = [json.loads((DEMO / name).read_text(encoding="utf-8")) for name in COLLECTED]
     text = README.read_text(encoding="utf-8")
+    text = between(text, "table", results_sections.main_section())
     text = between(text, "results", demo_section(*loaded))
     return between(text, "speed", speed_section())
+
+
+def render_results() -> str:
+    """docs/results.md with its tables rewritten from the results of `ccf-llm reproduce`."""
+    text = RESULTS_PAGE.read_text(encoding="utf-8")
+    for name, lines in results_sections.sections().items():
+        text = between(text, name, lines)
+    return text
 
 
 def main() -> None:
@@ -177,12 +188,17 @@ def main() -> None:
     options = parser.parse_args()
     if options.collect:
         collect(options.collect)
-    text = render()
-    if options.check:
-        if text != README.read_text(encoding="utf-8"):
-            sys.exit("README.md does not match its results files: run python benchmarks/readme.py")
-        return
-    README.write_text(text, encoding="utf-8")
+    if not results_sections.load_table():
+        folder = results_sections.RESULTS.relative_to(ROOT)
+        print(f"{folder}/table.json has no rows: the pages will say so", file=sys.stderr)
+    for page, text in ((README, render()), (RESULTS_PAGE, render_results())):
+        if not options.check:
+            page.write_text(text, encoding="utf-8")
+        elif text != page.read_text(encoding="utf-8"):
+            sys.exit(
+                f"{page.relative_to(ROOT)} does not match its results files: run python "
+                "benchmarks/readme.py"
+            )
 
 
 if __name__ == "__main__":

@@ -119,6 +119,13 @@ class ReproduceConfig:
         default_factory=list,
         metadata={"help": "only cells whose names contain one of these texts"},
     )
+    analyses: bool = field(
+        default=False,
+        metadata={
+            "help": "after the cells: cold start, gate and calibration of the protocol track's "
+            "main checkpoints, or of those that --only names"
+        },
+    )
     out: str = field(
         default="", metadata={"help": "folder of the results (default: results/DATASET)"}
     )

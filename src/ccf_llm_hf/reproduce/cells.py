@@ -50,7 +50,8 @@ class Cell:
     `cf` names a CF table of the track, or is empty. `stage` holds the settings of its only stage;
     None marks a row without a language model. `starts_from` names the row whose LoRA a two-stage
     cell takes and freezes; `average_of` the two rows whose scores are averaged. `titles` says that
-    labels cost the tokens of titles, `quick` that the row belongs to the quick budget too.
+    labels cost the tokens of titles, `quick` that the row belongs to the quick budget too,
+    `analyzed` that `--analyses` takes it unless told otherwise.
     """
 
     track: str
@@ -65,6 +66,7 @@ class Cell:
     use_cf_snapshots: bool = True
     titles: bool = False
     quick: bool = False
+    analyzed: bool = False
 
     @property
     def row(self) -> str:
@@ -100,6 +102,8 @@ def plan(tracks: Sequence[str], budget: str, seeds: int, dataset: str) -> list[C
         raise InputError(f"--budget must be one of {', '.join(BUDGETS)}, not {budget!r}")
     if seeds < 1:
         raise InputError(f"--seeds must be at least 1, not {seeds}")
+    if not tracks:
+        raise InputError(f"--tracks is empty: give any of {', '.join(TRACKS)}")
     if unknown := [track for track in tracks if track not in TRACKS]:
         raise InputError(f"--tracks must be of {', '.join(TRACKS)}, not {unknown[0]!r}")
     rows = [
@@ -119,10 +123,16 @@ def protocol_rows() -> list[Cell]:
     titled = gate | {"candidate_format": "title_slot"}
     return [
         *(Cell("protocol", arm, quick=True) for arm in ("item mean", "item + user mean")),
-        *(Cell("protocol", "CF", cf, quick=cf.startswith("mf")) for cf in PROTOCOL_CF),
-        replace(text_only, quick=True),
-        *(_joint(arm, stage, quick=True) for arm, stage in arms.items()),
-        _joint("gate and CF logit", gate | {"cf_residual": True}, quick=True),
+        *(
+            Cell("protocol", "CF", cf, quick=cf.startswith("mf"), analyzed=cf == "mf")
+            for cf in PROTOCOL_CF
+        ),
+        replace(text_only, quick=True, analyzed=True),
+        *(
+            _joint(arm, stage, quick=True, analyzed=arm in ("gate", "cf_only"))
+            for arm, stage in arms.items()
+        ),
+        _joint("gate and CF logit", gate | {"cf_residual": True}, quick=True, analyzed=True),
         replace(
             text_only,
             arm="average of CF and text_only",

@@ -24,7 +24,8 @@ from ccf_llm_hf.evaluation.rows import read_rows
 from ccf_llm_hf.evaluation.scores import read_scores
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.inference.score_table import score_table, write_scores
-from ccf_llm_hf.reproduce.cells import QUICK_LABELS, QUICK_TITLE_LABELS, Cell, plan
+from ccf_llm_hf.reproduce.analyses import Subject, analyze
+from ccf_llm_hf.reproduce.cells import QUICK_LABELS, QUICK_TITLE_LABELS, SMOLLM, Cell, plan
 from ccf_llm_hf.reproduce.folded import folded_scores
 from ccf_llm_hf.reproduce.table import write_table
 from ccf_llm_hf.reproduce.workspace import Workspace
@@ -32,6 +33,8 @@ from ccf_llm_hf.training.run import run_recipe
 from ccf_llm_hf.training.stage import write_json
 
 MEANS = {"item mean": item_mean, "item + user mean": item_user_mean}
+# Of the test split, that the analyses of the quick budget score again and again.
+QUICK_ANALYZED_ROWS = 1_500
 # Every cell is compared with these rows of its track, as far as they are there.
 COMPARED = {
     "means of the track": "item_and_user_mean",
@@ -42,11 +45,34 @@ COMPARED = {
 
 @dataclass
 class Reproduction:
-    """The cells of one data set, where they are computed, and where their results go."""
+    """One run of the command.
+
+    Attributes:
+        config: what was asked for.
+        cells: the whole plan, before `config.only` chose from it.
+        workspace: where data, tables, checkpoints and scores are.
+        results: where the figures go.
+    """
 
     config: ReproduceConfig
+    cells: list[Cell]
     workspace: Workspace
     results: Path
+
+    @classmethod
+    def of(cls, config: ReproduceConfig) -> "Reproduction":
+        """With the default folders where the configuration names none.
+
+        Raises:
+            InputError: an unknown budget or track, or no seeds.
+        """
+        work = Path(config.work or f"runs/reproduce/{config.dataset}")
+        return cls(
+            config,
+            plan(config.tracks, config.budget, config.seeds, config.dataset),
+            Workspace(work, config.dataset, config.offline),
+            Path(config.out or f"results/{config.dataset}"),
+        )
 
     def result_file(self, cell: Cell) -> Path:
         """Where a finished cell's figures are."""
@@ -60,12 +86,16 @@ class Reproduction:
         """The cell's folder in the work folder: recipe, checkpoints, scores."""
         return self.workspace.folder / "cells" / self.label(cell)
 
+    def checkpoint(self, cell: Cell) -> Path:
+        """The slim checkpoint that the cell's training leaves."""
+        return self.folder(cell) / "checkpoint-slim"
+
     def run(self, cell: Cell) -> dict[str, Any]:
         """Compute a cell, write its result and return it."""
-        started = time.monotonic()
         folder = self.folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
         trained = self.train(cell) if cell.stage is not None else {}
+        started = time.monotonic()
         scores = {split: self.scores(cell, split) for split in ("validation", "test")}
         for split, table in scores.items():
             write_scores(table, folder / f"{split}.parquet")
@@ -75,7 +105,11 @@ class Reproduction:
             "budget": self.config.budget if cell.seeded else "full",
             **self.figures(cell, scores),
             **trained,
-            "minutes": round((time.monotonic() - started) / 60, 2),
+            # Training counts every sitting of it, which the clock of this one would miss.
+            "minutes": round(
+                trained.get("trained", {}).get("minutes", 0) + (time.monotonic() - started) / 60,
+                2,
+            ),
         }
         self.result_file(cell).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.result_file(cell), result)
@@ -98,19 +132,6 @@ class Reproduction:
 
     def recipe(self, cell: Cell) -> dict[str, Any]:
         """The recipe file of a cell, one stage."""
-        assert cell.stage is not None
-        stage: dict[str, Any] = {"name": "main", "epochs": 1} | cell.stage
-        if self.config.budget == "quick":
-            stage["max_train_labels"] = QUICK_TITLE_LABELS if cell.titles else QUICK_LABELS
-            stage["eval_max_labels"] = 1_500 if cell.titles else 3_000
-        if cell.starts_from:
-            start = self.folder(self.other(cell, cell.starts_from)) / "checkpoint-slim"
-            if not start.is_dir():
-                raise InputError(
-                    f"{cell.name} starts from {cell.starts_from}, whose checkpoint is not in "
-                    f"{start}: delete that row's result and run it again here"
-                )
-            stage["init_from"] = str(start)
         return {
             "data_dir": str(self.workspace.data(cell.track)),
             "cf_dir": str(self.workspace.cf(cell.track, cell.cf)) if cell.cf else "",
@@ -121,20 +142,40 @@ class Reproduction:
             "offline": self.config.offline,
             "full_checkpoint": False,
             "use_cf_snapshots": cell.use_cf_snapshots,
-            "stages": [stage],
+            "stages": [self.stage(cell)],
         }
 
-    def other(self, cell: Cell, row: str) -> Cell:
-        """The cell of another row with this one's seed."""
-        (found,) = [
-            other
-            for other in plan([cell.track], "full", cell.seed + 1, "ml-1m")
-            if other.row == row
-            and other.seed in (cell.seed, 0)
-            and other.name != cell.name
-            and (not other.seeded or other.seed == cell.seed)
-        ]
-        return found
+    def stage(self, cell: Cell) -> dict[str, Any]:
+        """Settings of the cell's only stage, cut to the budget."""
+        assert cell.stage is not None
+        stage: dict[str, Any] = {"name": "main", "epochs": 1} | cell.stage
+        if self.config.budget == "quick":
+            stage["max_train_labels"] = QUICK_TITLE_LABELS if cell.titles else QUICK_LABELS
+            stage["eval_max_labels"] = 1_500 if cell.titles else 3_000
+        if cell.starts_from:
+            first = self.same_seed(cell, cell.starts_from)
+            stage["init_from"] = str(self.left_by(first, self.checkpoint(first), cell))
+        return stage
+
+    def same_seed(self, cell: Cell, row: str) -> Cell:
+        """The planned cell of another row with the seed of `cell`, or the only one of a row whose
+        cells do not depend on a seed."""
+        wanted = (row, f"{row}-seed{cell.seed}")
+        return next(other for other in self.cells if other.name in wanted)
+
+    def left_by(self, first: Cell, file: Path, cell: Cell) -> Path:
+        """A file or folder of the `first` cell that `cell` needs.
+
+        Raises:
+            InputError: it is not there.
+        """
+        if not file.exists():
+            raise InputError(
+                f"{cell.name} builds on {first.name}, of which {file} is missing: compute that "
+                f"cell here first (--only {first.name}; delete {self.result_file(first)} if it is "
+                "there)"
+            )
+        return file
 
     def scores(self, cell: Cell, split: str) -> pd.DataFrame:
         """A split's scores by the cell's method: user_id, item_id, label, score, prob."""
@@ -146,22 +187,22 @@ class Reproduction:
         if cell.arm in MEANS:
             return keys.join(MEANS[cell.arm](self.known_rows(cell.track), rows))
         if cell.average_of:
-            pair = [
-                read_scores(self.folder(self.other(cell, row)) / f"{split}.parquet")
-                for row in cell.average_of
-            ]
-            return keys.join(score_average(*pair))
+            first, second = (self.scores_of(cell, row, split) for row in cell.average_of)
+            return keys.join(score_average(first, second))
         folder = self.workspace.cf(cell.track, cell.cf)
         if cell.arm == "CF, folded in":
             return keys.join(folded_scores(folder, load_prepared(data).splits[split]))
         return load_scores(folder, data, split)
 
+    def scores_of(self, cell: Cell, row: str, split: str) -> pd.DataFrame:
+        """What the cell of another row, averaged by `cell`, has scored."""
+        other = self.same_seed(cell, row)
+        return read_scores(self.left_by(other, self.folder(other) / f"{split}.parquet", cell))
+
     def model_scores(self, cell: Cell, split: str) -> pd.DataFrame:
         """A split's scores by the cell's checkpoint, in full precision."""
         backbone, _ = load_backbone_path(cell.backbone, offline=self.config.offline)
-        model, processor = load_checkpoint(
-            str(self.folder(cell) / "checkpoint-slim"), backbone=backbone
-        )
+        model, processor = load_checkpoint(str(self.checkpoint(cell)), backbone=backbone)
         prepared = load_prepared(self.workspace.data(cell.track))
         return score_table(model, processor, prepared.splits[split])
 
@@ -173,6 +214,28 @@ class Reproduction:
         start = read_rows(data, "validation")["timestamp"].min()
         rows = interactions(data)
         return rows[rows["timestamp"] < start]
+
+    def is_here(self, cell: Cell) -> bool:
+        """Whether the cell is finished and what it left is in the work folder."""
+        left = [self.result_file(cell), self.folder(cell) / "test.parquet"]
+        left += [self.checkpoint(cell)] if cell.stage is not None else []
+        return all(path.exists() for path in left)
+
+    def subject(self, cell: Cell) -> Subject:
+        """A finished cell, as the analyses take it."""
+        if cell.stage is None:
+            table = self.workspace.cf(cell.track, cell.cf)
+            return Subject("MF", self.folder(cell), self.result_file(cell), cf=table)
+        backbone, _ = load_backbone_path(cell.backbone, offline=self.config.offline)
+        usual = ("", "mf", SMOLLM)
+        details = [part for part in (cell.training, cell.cf, cell.backbone) if part not in usual]
+        return Subject(
+            f"{cell.arm} ({', '.join(details)})",
+            self.folder(cell),
+            self.result_file(cell),
+            self.checkpoint(cell),
+            backbone,
+        )
 
     def figures(self, cell: Cell, scores: dict[str, pd.DataFrame]) -> dict[str, Any]:
         """Validation and test figures; probabilities are calibrated on validation."""
@@ -191,7 +254,7 @@ class Reproduction:
             "test": report["methods"][cell.name],
             "slices": {
                 name: {"definition": part["definition"], "rows": part["rows"]}
-                | part["methods"][cell.name]
+                | part["methods"].get(cell.name, {})  # a slice without rows has none
                 for name, part in report["slices"].items()
             },
             "differences": {name: report["differences"][name] for name in self.comparisons(cell)},
@@ -212,7 +275,8 @@ class Reproduction:
 
 
 def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
-    """Compute the cells of a data set that have no result yet, then write the table.
+    """Compute the cells of a data set that have no result yet, write the table, and if asked to
+    the analyses.
 
     Args:
         config: see `ReproduceConfig`.
@@ -223,10 +287,8 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
     Raises:
         InputError: an unknown budget, track or cell, or what preparing and training raise.
     """
-    results = Path(config.out or f"results/{config.dataset}")
-    work = Path(config.work or f"runs/reproduce/{config.dataset}")
-    here = Reproduction(config, Workspace(work, config.dataset, config.offline), results)
-    cells = chosen(plan(config.tracks, config.budget, config.seeds, config.dataset), config.only)
+    here = Reproduction.of(config)
+    cells = chosen(here.cells, config.only)
     left = [cell for cell in cells if not here.result_file(cell).is_file()]
     say(f"{len(cells)} cells, {len(cells) - len(left)} of them done")
     for number, cell in enumerate(left, 1):
@@ -234,8 +296,27 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
         result = here.run(cell)
         test = result["test"]
         say(f"  test AUC {test['auc']:.4f} UAUC {test['uauc']:.4f}, {result['minutes']:.1f} min")
-        write_table(results)
-    return write_table(results)
+        write_table(here.results)
+    rows = write_table(here.results)
+    if config.analyses:
+        most = QUICK_ANALYZED_ROWS if config.budget == "quick" else None
+        analyze(subjects(here), here.workspace.data("protocol"), here.results, most)
+    return rows
+
+
+def subjects(here: Reproduction) -> list[Subject]:
+    """Which cells are analyzed: the protocol track's main rows, or trained ones that `--only`
+    names, of seed 0, as far as they are finished and their checkpoints here. MF goes along.
+    """
+    named = chosen(here.cells, here.config.only) if here.config.only else []
+    return [
+        here.subject(cell)
+        for cell in here.cells
+        if cell.track == "protocol"
+        and cell.seed == 0
+        and (cell in named if named and cell.stage is not None else cell.analyzed)
+        and here.is_here(cell)
+    ]
 
 
 def chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:

@@ -3,9 +3,10 @@
 import json
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean, stdev
 from typing import Any
 
+from ccf_llm_hf.reproduce.plots import plot_table
 from ccf_llm_hf.training.stage import write_json, write_text
 
 ROW = ("track", "arm", "cf", "training", "backbone", "budget")
@@ -29,12 +30,13 @@ PUBLISHED = (  # method, AUC, UAUC on the same ML-1M split, as their papers repo
 
 
 def write_table(results: Path) -> list[dict[str, Any]]:
-    """Gather `cells/*.json` into `table.json` and `table.md`.
+    """Gather `cells/*.json` into `table.json`, `table.md` and, where there are rows, `table.png`.
 
     Returns:
         A dict a row: track, arm, cf, training, backbone, budget, seeds, auc, auc_ci, uauc, uauc_ci,
-        logloss, ece, minutes, the standard deviations over seeds, and validation figures. Means are
-        over seeds; an interval's bounds are the means of the seeds' bounds.
+        logloss, ece, minutes, auc_sd and uauc_sd (the sample standard deviations over seeds, 0 of a
+        single one), and validation figures. Means are over seeds; an interval's bounds are the
+        means of the seeds' bounds.
     """
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for file in sorted((results / "cells").glob("*.json")):
@@ -42,8 +44,11 @@ def write_table(results: Path) -> list[dict[str, Any]]:
         groups[tuple(cell[key] for key in ROW)].append(cell)
     rows = [_row(key, cells) for key, cells in groups.items()]
     rows.sort(key=lambda row: (row["track"] != "protocol", row["budget"], row["auc"]))
+    results.mkdir(parents=True, exist_ok=True)
     write_json(results / "table.json", rows)
     write_text(results / "table.md", markdown(rows))
+    if rows:
+        plot_table(rows, results / "table.png", PUBLISHED)
     return rows
 
 
@@ -55,7 +60,7 @@ def _row(key: tuple[str, ...], cells: list[dict[str, Any]]) -> dict[str, Any]:
         row[metric] = mean(test[metric] for test in tests)
         bounds = zip(*(test[f"{metric}_ci"] for test in tests), strict=True)
         row[f"{metric}_ci"] = [mean(side) for side in bounds]
-        row[f"{metric}_sd"] = pstdev([test[metric] for test in tests])
+        row[f"{metric}_sd"] = stdev([test[metric] for test in tests]) if len(tests) > 1 else 0.0
         row[f"validation_{metric}"] = mean(cell["validation"][metric] for cell in cells)
     for metric in ("logloss", "ece"):
         row[metric] = mean(test[metric] for test in tests)

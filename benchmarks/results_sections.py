@@ -1,0 +1,129 @@
+"""What docs/results.md and the README show of a reproduced table, from its committed files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ccf_llm_hf.reproduce.analyses_text import analyses_markdown
+from ccf_llm_hf.reproduce.cells import TRACKS
+from ccf_llm_hf.reproduce.table import CF_NAMES, PUBLISHED, markdown, published
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "ml-1m"
+COMMAND = "ccf-llm reproduce ml-1m --budget full --seeds 3"
+# The rows of the README's table: what is compared with, and the method.
+MAIN_ARMS = (
+    "item + user mean",
+    "CF",
+    "CF, folded in",
+    "text_only",
+    "average of CF and text_only",
+    "cf_only",
+    "gate",
+    "gate and CF logit",
+    "gate and folded CF logit",
+)
+MAIN_CF = ("", "mf")
+
+
+def load_table() -> list[dict[str, Any]]:
+    """Rows of `table.json`; none where it is missing."""
+    file = RESULTS / "table.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def track_section(track: str) -> list[str]:
+    """One track's tables, or that there is none yet."""
+    rows = [row for row in load_table() if row["track"] == track]
+    if not rows:
+        return missing("table.json", f"rows of the {track} track", COMMAND)
+    return [f"{TRACKS[track]}.", "", *markdown(rows).rstrip().splitlines()]
+
+
+def time_section() -> list[str]:
+    """How long the cells of the table took, by track and budget."""
+    rows = [row for row in load_table() if row["backbone"]]
+    if not rows:
+        return missing("table.json", "trained rows", COMMAND)
+    lines = ["| track | budget | trained cells | hours in all | longest row, minutes a cell |"]
+    lines += ["| --- | --- | --: | --: | --: |"]
+    for track, budget in dict.fromkeys((row["track"], row["budget"]) for row in rows):
+        mine = [row for row in rows if (row["track"], row["budget"]) == (track, budget)]
+        hours = sum(row["minutes"] * row["seeds"] for row in mine) / 60
+        cells, longest = sum(row["seeds"] for row in mine), max(row["minutes"] for row in mine)
+        lines.append(f"| {track} | {budget} | {cells} | {hours:.1f} | {longest:.0f} |")
+    return lines
+
+
+def picture_section(folder: str) -> list[str]:
+    """The picture of the table, if there is one."""
+    if not (RESULTS / "table.png").is_file():
+        return missing("table.png", "picture", COMMAND)
+    return [f"![AUC and UAUC of every row]({folder}results/ml-1m/table.png)"]
+
+
+def analyses_section() -> list[str]:
+    """The analyses' tables, sentences and plots."""
+    file = RESULTS / "analyses.json"
+    if not file.is_file():
+        return missing("analyses.json", "analyses", f"{COMMAND} --analyses")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return analyses_markdown(content, "../results/ml-1m/").rstrip().splitlines()
+
+
+def main_section() -> list[str]:
+    """The README's rows: controls and the method with MF, by track; the best row on validation."""
+    rows = load_table()
+    if not rows:
+        return missing("table.json", "results", COMMAND)
+    lines = ["| track | arm | CF | trained | seeds | AUC | UAUC |"]
+    lines += ["| --- | --- | --- | --- | --: | --- | --- |"]
+    for track in TRACKS:
+        mine = _fullest([row for row in rows if row["track"] == track])
+        best = max(mine, key=lambda row: row["validation_auc"], default=None)
+        main = [r for r in mine if r["arm"] in MAIN_ARMS and r["cf"] in MAIN_CF]
+        shown = [*main, *([best] if best and best not in main else [])]
+        lines += [_main_row(row, row is best) for row in shown]
+    highest = max(PUBLISHED, key=lambda row: float(row[1]))
+    return [
+        *lines,
+        "",
+        "In brackets: 95 % intervals over users. **Bold**: the row of the highest validation AUC "
+        "of its track. Highest AUC that others publish on the protocol track: "
+        f"{highest[1]} ({highest[0]}; {highest[3]}).",
+    ]
+
+
+def _fullest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the quick budget's rows, where there are trained ones of the full budget."""
+    full = [row for row in rows if row["budget"] == "full"]
+    return full if any(row["backbone"] for row in full) else rows
+
+
+def _main_row(row: dict[str, Any], best: bool) -> str:
+    mark = "**" if best else ""
+    values = []
+    for metric in ("auc", "uauc"):
+        low, high = row[f"{metric}_ci"]
+        values.append(f"{mark}{row[metric]:.4f}{mark} ({low:.3f} to {high:.3f})")
+    trained = row["training"] + ", quick budget" * (row["budget"] == "quick")
+    return (
+        f"| {row['track']} | {row['arm']} | {CF_NAMES.get(row['cf'], row['cf'])} | {trained} "
+        f"| {row['seeds']} | {' | '.join(values)} |"
+    )
+
+
+def missing(file: str, what: str, command: str) -> list[str]:
+    """What a section says while its file is not there."""
+    return [f"*`results/ml-1m/{file}` holds no {what} yet: run `{command}`.*"]
+
+
+def sections() -> dict[str, list[str]]:
+    """Of docs/results.md, by the name of their markers."""
+    return {
+        "picture": picture_section("../"),
+        "protocol": track_section("protocol"),
+        "open": track_section("open"),
+        "published": published().rstrip().splitlines(),
+        "times": time_section(),
+        "analyses": analyses_section(),
+    }

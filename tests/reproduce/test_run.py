@@ -1,0 +1,171 @@
+"""A whole tiny table, reproduced: what is computed, what is not computed again, what it holds."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from ccf_llm_hf.cli import main
+from ccf_llm_hf.cf.scoring import load_scores
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.evaluation import auc, fit_temperature
+from ccf_llm_hf.reproduce import run
+from ccf_llm_hf.reproduce.cells import plan
+
+TEXT, GATE = "protocol-text_only-LoRA-tiny-seed0", "protocol-gate-mf-joint-tiny-seed0"
+STAGED = "protocol-gate-mf-two-stage-tiny-seed0"
+AVERAGE = "protocol-average_of_CF_and_text_only-mf-LoRA-tiny-seed0"
+ADAPTER = "checkpoint-slim/adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def rows(world):
+    return world.reproduce(budget="quick")
+
+
+def result_of(world, name):
+    return json.loads((world.results / "cells" / f"{name}.json").read_text())
+
+
+def test_every_cell_has_a_result_and_every_row_is_in_the_table(rows, world):
+    files = {file.stem for file in (world.results / "cells").iterdir()}
+    assert {f"{name}-quick" for name in (TEXT, GATE, STAGED, AVERAGE)} <= files
+    assert {"protocol-CF-mf", "open-CF_folded_in-mf", "open-item_and_user_mean"} <= files
+    assert len(files) == len(rows) == 10
+    assert rows == json.loads((world.results / "table.json").read_text())
+    assert (world.results / "table.png").read_bytes().startswith(b"\x89PNG")
+    for row in rows:
+        assert row["auc_ci"][0] <= row["auc"] <= row["auc_ci"][1]
+        assert row["budget"] == ("quick" if row["backbone"] else "full")
+    assert [*world.results.rglob("*.partial"), *world.results.rglob("*.parquet")] == []
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_result_is_measured_on_the_scores_that_are_kept(world):
+    result = result_of(world, f"{GATE}-quick")
+    folder = world.work / "cells" / f"{GATE}-quick"
+    validation, test = (pd.read_parquet(folder / f"{s}.parquet") for s in ("validation", "test"))
+    assert result["test"]["auc"] == pytest.approx(auc(test["label"], test["score"]))
+    assert result["validation"]["auc"] == pytest.approx(
+        auc(validation["label"], validation["score"])
+    )
+    assert result["temperature"] == fit_temperature(validation["score"], validation["label"])
+    assert set(result["differences"]) == {"MF"}
+    assert set(result["slices"]) >= {"warm_pair"}
+    assert 0 < result["trained"]["train_labels"] <= 96 + 64
+    assert result["minutes"] >= result["trained"]["minutes"]
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_finished_cell_stays_and_a_deleted_result_is_computed_again(world):
+    stamps = {file: file.stat().st_mtime_ns for file in (world.results / "cells").iterdir()}
+    before = result_of(world, f"{GATE}-quick")
+    world.reproduce(budget="quick")
+    assert world.trained == world.scored == []
+    gone = world.results / "cells" / f"{GATE}-quick.json"
+    gone.unlink()
+    world.reproduce(budget="quick")
+    assert world.trained == [GATE] and world.scored == [GATE, GATE]
+    assert result_of(world, f"{GATE}-quick")["test"] == before["test"]
+    for file, stamp in stamps.items():
+        assert (file.stat().st_mtime_ns == stamp) == (file != gone), file
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_two_stage_cell_keeps_the_lora_of_its_starting_row(world):
+    folders = [world.work / "cells" / f"{name}-quick" for name in (TEXT, STAGED, GATE)]
+    first, staged, joint = (load_file(folder / ADAPTER) for folder in folders)
+    assert first.keys() == staged.keys()
+    assert all(staged[name].equal(value) for name, value in first.items())
+    assert not all(joint[name].equal(value) for name, value in first.items())
+    recipe = yaml.safe_load((folders[1] / "recipe.yaml").read_text())
+    assert recipe["stages"][0]["init_from"] == str(folders[0] / "checkpoint-slim")
+
+
+@pytest.mark.usefixtures("rows")
+def test_an_average_is_of_the_two_rows_scores(world):
+    folder = world.work / "cells"
+    names = ("protocol-CF-mf", f"{TEXT}-quick", f"{AVERAGE}-quick")
+    cf, text, average = (pd.read_parquet(folder / n / "test.parquet")["score"] for n in names)
+    scaled = [(scores - scores.mean()) / scores.std(ddof=0) for scores in (cf, text)]
+    np.testing.assert_allclose(average, (scaled[0] + scaled[1]) / 2, atol=1e-9)
+    own = load_scores(world.work / "cf-protocol-mf", world.work / "data-protocol", "test")
+    np.testing.assert_allclose(cf, own["score"])
+
+
+@pytest.mark.usefixtures("rows")
+def test_the_means_of_a_track_know_its_rows_only(world):
+    here = run.Reproduction.of(world.config())
+    data = world.work / "data-protocol" / "data"
+    protocol, opened = here.known_rows("protocol"), here.known_rows("open")
+    assert len(protocol) == len(pd.read_parquet(data / "train.parquet"))
+    start = pd.read_parquet(data / "validation.parquet")["timestamp"].min()
+    assert opened["timestamp"].max() < start
+
+
+def test_a_cell_of_another_row_is_that_of_the_same_seed(world):
+    here = run.Reproduction.of(world.config(budget="full", seeds=3))
+    (cell,) = [c for c in here.cells if c.name == AVERAGE.replace("seed0", "seed2")]
+    names = [here.same_seed(cell, row).name for row in cell.average_of]
+    assert names == ["protocol-CF-mf", TEXT.replace("seed0", "seed2")]
+
+
+def test_a_killed_run_goes_on_behind_the_training(world, monkeypatch):
+    name = "protocol-gate-mf-joint-tiny-seed1"
+    scores = run.Reproduction.model_scores
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Reproduction, "model_scores", killed)
+    with pytest.raises(KeyboardInterrupt):
+        world.reproduce(seeds=2, only=[name])
+    assert not (world.results / "cells" / f"{name}-quick.json").exists()
+    stage = world.work / "cells" / f"{name}-quick" / "stages" / "main" / "stage.json"
+    trained = stage.stat().st_mtime_ns
+    monkeypatch.setattr(run.Reproduction, "model_scores", scores)
+    world.reproduce(seeds=2, only=[name])
+    assert stage.stat().st_mtime_ns == trained
+    result = result_of(world, f"{name}-quick")
+    assert result["seed"] == 1
+    assert result["minutes"] >= result["trained"]["minutes"]
+
+
+def test_what_a_cell_builds_on_must_be_there(world):
+    with pytest.raises(
+        InputError, match=rf"two-stage.*seed3 builds on .*--only protocol-text_only"
+    ):
+        world.reproduce(seeds=4, only=["gate-mf-two-stage-tiny-seed3"])
+    with pytest.raises(InputError, match=r"average.*builds on protocol-text_only"):
+        world.reproduce(seeds=4, only=["average_of_CF_and_text_only-mf-LoRA-tiny-seed3"])
+
+
+def test_only_takes_parts_of_names_and_refuses_others():
+    cells = plan(["protocol"], "full", 2, "ml-1m")
+    assert [cell.name for cell in run.chosen(cells, ["item_mean", "CF-mf_no"])] == [
+        "protocol-item_mean",
+        "protocol-CF-mf_nobias",
+    ]
+    assert run.chosen(cells, []) == cells
+    with pytest.raises(InputError, match=r"--only 'gait' .* names are like protocol-"):
+        run.chosen(cells, ["gate", "gait"])
+
+
+@pytest.mark.parametrize(
+    ("options", "fragment"),
+    [
+        (["--budget", "huge"], "--budget"),
+        (["--tracks", "shut"], "'shut'"),
+        (["--seeds", "0"], "--seeds"),
+        (["--only", "gait"], "--only 'gait'"),
+    ],
+)
+def test_bad_choices_end_with_exit_code_2(capsys, tmp_path, options, fragment):
+    folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert main(["reproduce", "ml-1m", *folders, *options]) == 2
+    message = capsys.readouterr().err.strip()
+    assert fragment in message and "\n" not in message
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,51 @@
+"""Data and CF tables are made once, as each track asks."""
+
+import pytest
+from prepared_folder import make_rows, write_prepared
+
+from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.configs import CF_CONFIGS, MFConfig
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.reproduce import workspace
+from ccf_llm_hf.reproduce.workspace import STORED_HISTORY, TABLES, Workspace
+
+FAST = MFConfig(dim=2, snapshots=1, l2_factors=2.0, l2_user_bias=1.0, l2_item_bias=1.0)
+
+
+def test_data_is_prepared_once_a_track(tmp_path, monkeypatch):
+    asked = []
+
+    def prepared(config):
+        asked.append(config)
+        return write_prepared(tmp_path / "work" / config.out.rsplit("/", 1)[1], make_rows(200))
+
+    monkeypatch.setattr(workspace, "prepare", prepared)
+    here = Workspace(tmp_path / "work", "ml-100k", offline=True)
+    for track in ("protocol", "open", "protocol", "open"):
+        assert (here.data(track) / "protocol.json").is_file()
+    protocol, opened = asked
+    assert protocol.source == opened.source == "ml-100k" and protocol.offline
+    assert (protocol.history_labels, protocol.max_history) == ("positives", None)
+    assert (opened.history_labels, opened.max_history) == ("signed", STORED_HISTORY)
+    assert here.data("protocol") != here.data("open")
+
+
+def test_a_table_is_fitted_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "TABLES", {"protocol": {"mf": ("mf", FAST)}, "open": {}})
+    write_prepared(tmp_path / "data-protocol", make_rows(600))
+    here = Workspace(tmp_path, "ml-100k")
+    folder = here.cf("protocol", "mf")
+    assert CFEmbeddings.load(folder).model_name == "mf"
+    file = folder / "cf_embeddings.safetensors"
+    stamp = file.stat().st_mtime_ns
+    assert here.cf("protocol", "mf") == folder
+    assert file.stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match="the open track has no CF table 'mf'"):
+        here.cf("open", "mf")
+
+
+def test_only_the_open_track_fits_ratings_outside_the_train_split():
+    for name, (kind, config) in TABLES["protocol"].items():
+        assert isinstance(config, CF_CONFIGS[kind]), name
+        assert getattr(config, "rows", "train") == MFConfig().rows == "train"
+    assert TABLES["open"]["mf"][1].rows == "earlier"

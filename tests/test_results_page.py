@@ -1,0 +1,43 @@
+"""What the pages show of a reproduced table: generated, and clear about what is missing."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from results_files import CELLS, write_cells
+
+from ccf_llm_hf.reproduce.table import write_table
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import results_sections
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(results_sections, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_missing_results_are_said_and_not_raised(results):
+    for name, lines in results_sections.sections().items():
+        if name != "published":
+            assert "yet: run `ccf-llm reproduce ml-1m" in lines[0], name
+    (text,) = results_sections.main_section()
+    assert "table.json` holds no results yet" in text
+    (results / "table.json").write_text(json.dumps([]))
+    assert results_sections.main_section() == [text]
+
+
+def test_tables_come_from_the_rows(results):
+    write_cells(results, CELLS)
+    write_table(results)
+    sections = {name: "\n".join(lines) for name, lines in results_sections.sections().items()}
+    assert "0.7500 ± 0.0141" in sections["protocol"] and "0.8100" not in sections["protocol"]
+    assert "0.8100" in sections["open"] and "0.7500" not in sections["open"]
+    assert "| protocol | full | 2 | 0.1 | 4 |" in sections["times"]
+    assert "results/ml-1m/table.png" in sections["picture"]
+    main = "\n".join(results_sections.main_section())
+    assert "| protocol | gate | MF | joint | 2 | **0.7500** (0.730 to 0.770)" in main
+    assert "0.7100" not in main  # the quick budget's, where the full one is there
+    assert ".761 (SeLLa-Rec, 7B" in main
