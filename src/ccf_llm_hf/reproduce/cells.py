@@ -22,6 +22,7 @@ PROTOCOL_CF = ("mf", "mf_nobias", "lightgcn", "sasrec")
 FUSED_CF = ("mf", "lightgcn", "sasrec")
 # Labels that a stage of the quick budget trains on: what carries titles costs ten times as much.
 QUICK_LABELS, QUICK_TITLE_LABELS = 12_000, 2_500
+QUICK_VALIDATION = {False: 3_000, True: 1_500}  # rows that it validates on, by whether they do
 
 TITLES: dict[str, Any] = {
     "fusion": "text_only",

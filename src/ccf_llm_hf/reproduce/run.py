@@ -23,9 +23,16 @@ from ccf_llm_hf.evaluation.metrics import auc, uauc
 from ccf_llm_hf.evaluation.rows import read_rows
 from ccf_llm_hf.evaluation.scores import read_scores
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
-from ccf_llm_hf.inference.score_table import score_table, write_scores
+from ccf_llm_hf.inference.score_table import sample_users, score_table, write_scores
 from ccf_llm_hf.reproduce.analyses import Subject, analyze
-from ccf_llm_hf.reproduce.cells import QUICK_LABELS, QUICK_TITLE_LABELS, SMOLLM, Cell, plan
+from ccf_llm_hf.reproduce.cells import (
+    QUICK_LABELS,
+    QUICK_TITLE_LABELS,
+    QUICK_VALIDATION,
+    SMOLLM,
+    Cell,
+    plan,
+)
 from ccf_llm_hf.reproduce.folded import folded_scores
 from ccf_llm_hf.reproduce.table import write_table
 from ccf_llm_hf.reproduce.workspace import Workspace
@@ -151,7 +158,7 @@ class Reproduction:
         stage: dict[str, Any] = {"name": "main", "epochs": 1} | cell.stage
         if self.config.budget == "quick":
             stage["max_train_labels"] = QUICK_TITLE_LABELS if cell.titles else QUICK_LABELS
-            stage["eval_max_labels"] = 1_500 if cell.titles else 3_000
+            stage["eval_max_labels"] = QUICK_VALIDATION[cell.titles]
         if cell.starts_from:
             first = self.same_seed(cell, cell.starts_from)
             stage["init_from"] = str(self.left_by(first, self.checkpoint(first), cell))
@@ -188,7 +195,10 @@ class Reproduction:
             return keys.join(MEANS[cell.arm](self.known_rows(cell.track), rows))
         if cell.average_of:
             first, second = (self.scores_of(cell, row, split) for row in cell.average_of)
-            return keys.join(score_average(first, second))
+            pair = ["user_id", "item_id"]
+            shared = second[[*pair, "label"]]  # the language model may have scored a sample
+            first = shared.merge(first.drop(columns="label"), on=pair, how="left", validate="1:1")
+            return shared.join(score_average(first, second))
         folder = self.workspace.cf(cell.track, cell.cf)
         if cell.arm == "CF, folded in":
             return keys.join(folded_scores(folder, load_prepared(data).splits[split]))
@@ -200,11 +210,14 @@ class Reproduction:
         return read_scores(self.left_by(other, self.folder(other) / f"{split}.parquet", cell))
 
     def model_scores(self, cell: Cell, split: str) -> pd.DataFrame:
-        """A split's scores by the cell's checkpoint, in full precision."""
+        """A split's scores by the cell's checkpoint, in full precision; of validation the quick
+        budget scores a sample of users."""
         backbone, _ = load_backbone_path(cell.backbone, offline=self.config.offline)
         model, processor = load_checkpoint(str(self.checkpoint(cell)), backbone=backbone)
-        prepared = load_prepared(self.workspace.data(cell.track))
-        return score_table(model, processor, prepared.splits[split])
+        rows = load_prepared(self.workspace.data(cell.track)).splits[split]
+        if split == "validation" and self.config.budget == "quick":
+            rows = sample_users(rows, QUICK_VALIDATION[cell.titles])
+        return score_table(model, processor, rows)
 
     def known_rows(self, track: str) -> pd.DataFrame:
         """The labels that a track's means are taken over."""
