@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import BuildModel
 
 from ccf_llm_hf import cli
-from ccf_llm_hf.data.assets import ASSETS
+from ccf_llm_hf.data.asset_list import ASSETS
 from ccf_llm_hf.training.recipe import StageConfig, is_hub_repo
 
 TEXT = (Path(__file__).parents[1] / "docs" / "interop.md").read_text(encoding="utf-8")

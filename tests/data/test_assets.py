@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ccf_llm_hf.data import assets, get_asset, load_backbone_path
-from ccf_llm_hf.data.assets import ASSETS, Unavailable, Wheel, cache_folder
+from ccf_llm_hf.data.asset_list import ASSETS, Wheel
+from ccf_llm_hf.data.assets import Unavailable, cache_folder
 from ccf_llm_hf.errors import InputError
 
 FILES = {"ratings.dat": b"1::1::5::978300760\n", "movies.dat": b"1::Heat (1995)::Crime\n"}

@@ -15,7 +15,7 @@ from raw_data import Raw, small_raw, write_raw
 
 from ccf_llm_hf import cli
 from ccf_llm_hf.data import PrepareConfig, interactions, load_prepared, prepare
-from ccf_llm_hf.data.assets import MOVIELENS_LICENSE
+from ccf_llm_hf.data.asset_list import MOVIELENS_LICENSE
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.push_dataset import MOVIELENS_TITLES, push_dataset
 

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from ccf_llm_hf.cli import main
 from ccf_llm_hf.cf.scoring import load_scores
+from ccf_llm_hf.cli import main
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import auc, fit_temperature
 from ccf_llm_hf.reproduce import run
@@ -135,9 +135,7 @@ def test_a_killed_run_goes_on_behind_the_training(world, monkeypatch):
 
 
 def test_what_a_cell_builds_on_must_be_there(world):
-    with pytest.raises(
-        InputError, match=rf"two-stage.*seed3 builds on .*--only protocol-text_only"
-    ):
+    with pytest.raises(InputError, match=r"two-stage.*seed3 builds on .*--only protocol-text_only"):
         world.reproduce(seeds=4, only=["gate-mf-two-stage-tiny-seed3"])
     with pytest.raises(InputError, match=r"average.*builds on protocol-text_only"):
         world.reproduce(seeds=4, only=["average_of_CF_and_text_only-mf-LoRA-tiny-seed3"])

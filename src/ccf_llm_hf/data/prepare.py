@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ccf_llm_hf.configs import SOURCES, PrepareConfig
 from ccf_llm_hf.data import amazon, assets, collm
+from ccf_llm_hf.data.asset_list import ASSETS, MOVIELENS_LICENSE
 from ccf_llm_hf.data.folder import check_output, write_folder
 from ccf_llm_hf.data.prepared import FORMAT, HISTORY_LABELS
 from ccf_llm_hf.data.protocol import (
@@ -187,7 +188,7 @@ def _published_protocol(movielens: bool) -> dict:
     return {
         **collm.RULES,
         "source": f"CoLLM's published files of {made_of} (https://github.com/zyang1580/CoLLM)",
-        "license": assets.MOVIELENS_LICENSE if movielens else amazon.LICENSE,
+        "license": MOVIELENS_LICENSE if movielens else amazon.LICENSE,
         "redistributable": False,
         "citation": collm.CITATION,
         "language": "en",
@@ -229,7 +230,7 @@ def _read_source(config: PrepareConfig) -> tuple[RawTables, dict]:
     folder = assets.get_asset(
         config.source, path=config.input, offline=config.offline, cache_dir=config.cache_dir
     )
-    asset = assets.ASSETS[config.source]
+    asset = ASSETS[config.source]
     raw = MOVIELENS[config.source](folder)
     protocol["source"] = f"{asset.description}; read from {raw.interactions_file}"
     protocol |= {"license": asset.license, "redistributable": False, "citation": asset.citation}

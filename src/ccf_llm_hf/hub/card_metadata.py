@@ -9,7 +9,8 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ccf_llm_hf.data.assets import ASSETS, hub_id
+from ccf_llm_hf.data.asset_list import ASSETS
+from ccf_llm_hf.data.assets import hub_id
 from ccf_llm_hf.hub.card_results import eval_results
 
 TAGS = ["recommendation", "ctr-prediction", "collaborative-filtering", "ccf-llm"]

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ccf_llm_hf import __version__
-from ccf_llm_hf.data.assets import ASSETS
+from ccf_llm_hf.data.asset_list import ASSETS
 from ccf_llm_hf.data.prepared import load_protocol
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.card_metadata import hub_backbone, model_card_data

