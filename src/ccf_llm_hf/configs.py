@@ -119,6 +119,10 @@ class ReproduceConfig:
         default_factory=list,
         metadata={"help": "only cells whose names contain one of these texts"},
     )
+    workers: int = field(
+        default=1,
+        metadata={"help": "cells at a time, each in a process with its share of the cores"},
+    )
     analyses: bool = field(
         default=False,
         metadata={

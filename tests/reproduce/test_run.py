@@ -141,6 +141,32 @@ def test_what_a_cell_builds_on_must_be_there(world):
         world.reproduce(seeds=4, only=["average_of_CF_and_text_only-mf-LoRA-tiny-seed3"])
 
 
+@pytest.mark.usefixtures("rows")
+def test_a_cell_is_compared_with_a_control_that_was_computed_elsewhere(world):
+    scores = world.work / "cells" / "protocol-CF-mf" / "test.parquet"
+    gate = world.results / "cells" / f"{GATE}-quick.json"
+    before, kept = json.loads(gate.read_text()), scores.read_bytes()
+    scores.unlink()
+    gate.unlink()
+    world.reproduce(budget="quick")
+    assert json.loads(gate.read_text())["differences"] == before["differences"]
+    assert scores.read_bytes() == kept
+
+
+@pytest.mark.usefixtures("rows")
+def test_cells_side_by_side_give_what_they_give_one_after_another(world, tmp_path):
+    names = ["protocol-item_mean", "open-item_mean", "open-item_and_user_mean"]
+    tables = [
+        run.reproduce(world.config(out=str(tmp_path / str(n)), only=names, workers=n))
+        for n in (1, 2)
+    ]
+    for row in tables[0] + tables[1]:
+        row["minutes"] = 0
+    assert len(tables[0]) == 3 and tables[0] == tables[1]
+    log = world.work / "cells" / "open-item_mean" / "log.txt"
+    assert log.is_file()
+
+
 def test_only_takes_parts_of_names_and_refuses_others():
     cells = plan(["protocol"], "full", 2, "ml-1m")
     assert [cell.name for cell in run.chosen(cells, ["item_mean", "CF-mf_no"])] == [
@@ -158,6 +184,7 @@ def test_only_takes_parts_of_names_and_refuses_others():
         (["--budget", "huge"], "--budget"),
         (["--tracks", "shut"], "'shut'"),
         (["--seeds", "0"], "--seeds"),
+        (["--workers", "0"], "--workers"),
         (["--only", "gait"], "--only 'gait'"),
     ],
 )

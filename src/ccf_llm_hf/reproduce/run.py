@@ -1,10 +1,12 @@
 """`ccf-llm reproduce`: train and score every cell of the results table that has no result yet."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from ccf_llm_hf.reproduce.cells import (
     plan,
 )
 from ccf_llm_hf.reproduce.folded import folded_scores
+from ccf_llm_hf.reproduce.side_by_side import side_by_side
 from ccf_llm_hf.reproduce.table import write_table
 from ccf_llm_hf.reproduce.workspace import Workspace
 from ccf_llm_hf.training.run import run_recipe
@@ -42,7 +45,7 @@ from ccf_llm_hf.training.stage import write_json
 MEANS = {"item mean": item_mean, "item + user mean": item_user_mean}
 # Of the test split, that the analyses of the quick budget score again and again.
 QUICK_ANALYZED_ROWS = 1_500
-# Every cell is compared with these rows of its track, as far as they are there.
+# Every cell is compared with these rows of its track.
 COMPARED = {
     "means of the track": "item_and_user_mean",
     "MF": "CF-mf",
@@ -207,7 +210,32 @@ class Reproduction:
     def scores_of(self, cell: Cell, row: str, split: str) -> pd.DataFrame:
         """What the cell of another row, averaged by `cell`, has scored."""
         other = self.same_seed(cell, row)
+        if not other.seeded:
+            return self.control_scores(other, split)
         return read_scores(self.left_by(other, self.folder(other) / f"{split}.parquet", cell))
+
+    def control_scores(self, cell: Cell, split: str) -> pd.DataFrame:
+        """The scores of a cell without a language model, which may have been computed elsewhere:
+        computed again where they are not in the work folder."""
+        file = self.folder(cell) / f"{split}.parquet"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_scores(self.scores(cell, split), file)
+        return read_scores(file)
+
+    def needs(self, cell: Cell) -> list[str]:
+        """Names of the cells that must be finished before this one."""
+        rows = (cell.starts_from, *cell.average_of)
+        return [self.same_seed(cell, row).name for row in rows if row]
+
+    def make_inputs(self, cells: Sequence[Cell]) -> None:
+        """Prepare the data, the tables and the controls' scores that cells share, so that those
+        computed at the same time find them."""
+        for cell in cells:
+            self.workspace.data(cell.track)
+            if cell.cf:
+                self.workspace.cf(cell.track, cell.cf)
+            self.comparisons(cell)
 
     def model_scores(self, cell: Cell, split: str) -> pd.DataFrame:
         """A split's scores by the cell's checkpoint, in full precision; of validation the quick
@@ -275,15 +303,12 @@ class Reproduction:
         }
 
     def comparisons(self, cell: Cell) -> dict[str, pd.DataFrame]:
-        """Test scores of the track's controls, by name, as far as they are here."""
-        files = {
-            name: self.workspace.folder / "cells" / f"{cell.track}-{row}" / "test.parquet"
-            for name, row in COMPARED.items()
-        }
+        """Test scores of the track's controls, by name; a control is compared with the others."""
+        rows = {f"{cell.track}-{row}": name for name, row in COMPARED.items()}
         return {
-            name: read_scores(file)
-            for name, file in files.items()
-            if file.is_file() and file.parent.name != cell.name
+            rows[other.name]: self.control_scores(other, "test")
+            for other in self.cells
+            if other.name in rows and other.name != cell.name
         }
 
 
@@ -300,21 +325,47 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
     Raises:
         InputError: an unknown budget, track or cell, or what preparing and training raise.
     """
+    if config.workers < 1:
+        raise InputError(f"--workers must be at least 1, not {config.workers}")
     here = Reproduction.of(config)
     cells = chosen(here.cells, config.only)
     left = [cell for cell in cells if not here.result_file(cell).is_file()]
     say(f"{len(cells)} cells, {len(cells) - len(left)} of them done")
-    for number, cell in enumerate(left, 1):
-        say(f"cell {number}/{len(left)}: {here.label(cell)}")
-        result = here.run(cell)
-        test = result["test"]
-        say(f"  test AUC {test['auc']:.4f} UAUC {test['uauc']:.4f}, {result['minutes']:.1f} min")
-        write_table(here.results)
+    if config.workers > 1:
+        here.make_inputs(left)
+        jobs = {cell.name: here.needs(cell) for cell in left}
+        side_by_side(jobs, partial(run_named, config), partial(finished, here), config.workers)
+    else:
+        for number, cell in enumerate(left, 1):
+            say(f"cell {number}/{len(left)}: {here.label(cell)}")
+            finished(here, cell.name, here.run(cell))
     rows = write_table(here.results)
     if config.analyses:
         most = QUICK_ANALYZED_ROWS if config.budget == "quick" else None
         analyze(subjects(here), here.workspace.data("protocol"), here.results, most)
     return rows
+
+
+def run_named(config: ReproduceConfig, name: str) -> dict[str, Any]:
+    """Compute the cell of this name in a process of its own, which from now on prints into
+    `log.txt` in the cell's folder; returns its result."""
+    here = Reproduction.of(config)
+    cell = next(cell for cell in here.cells if cell.name == name)
+    log = here.folder(cell) / "log.txt"
+    say(f"{here.label(cell)}: begun, prints into {log}")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+    return here.run(cell)
+
+
+def finished(here: Reproduction, name: str, result: dict[str, Any]) -> None:
+    """Say what a cell gave, and write the table with it."""
+    test = result["test"]
+    say(f"{name}: test AUC {test['auc']:.4f} UAUC {test['uauc']:.4f}, {result['minutes']:.1f} min")
+    write_table(here.results)
 
 
 def subjects(here: Reproduction) -> list[Subject]:

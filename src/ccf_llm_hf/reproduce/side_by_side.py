@@ -1,0 +1,50 @@
+"""Several jobs at once, each in a process of its own with its share of the cores.
+
+A backbone this small leaves a second core half idle: two cells with a core each take little longer
+than one cell with both.
+"""
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def side_by_side(
+    jobs: Mapping[str, Collection[str]],
+    work: Callable[[str], Result],
+    finished: Callable[[str, Result], None],
+    workers: int,
+) -> None:
+    """Run jobs, `workers` at a time, in their order as far as what they wait for allows.
+
+    Args:
+        jobs: names, and the names that each waits for; those that are no jobs count as done.
+        work: does the job of a name; both go to another process, so they must pickle.
+        finished: called here with a job's name and result as soon as it ends.
+        workers: processes at a time.
+
+    Raises:
+        Exception: what a job raised; no further one is started, and those under way end first.
+    """
+    waiting, running = dict(jobs), dict[Future[Result], str]()
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), _share_cores, (workers,), max_tasks_per_child=1
+    ) as pool:
+        while waiting or running:
+            unfinished = waiting.keys() | set(running.values())
+            ready = [name for name, needs in waiting.items() if not unfinished & set(needs)]
+            for name in ready[: workers - len(running)]:
+                running[pool.submit(work, name)] = name
+                del waiting[name]
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                finished(running.pop(future), future.result())
+
+
+def _share_cores(workers: int) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))

@@ -1,0 +1,41 @@
+"""Jobs in processes of their own: all done once, in an order that respects what they wait for."""
+
+import os
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from ccf_llm_hf.reproduce.side_by_side import side_by_side
+
+JOBS = {"text": (), "gate": (), "staged": ("text",), "average": ("text", "done before")}
+
+
+def note(folder, name):
+    """Leave marks of when the job began and ended; returns where it ran."""
+    if name == "gate":
+        time.sleep(0.5)
+    if name == "broken":
+        raise ValueError("broken on purpose")
+    (folder / name).write_text(" ".join(sorted(file.name for file in folder.iterdir())))
+    return os.getpid(), torch.get_num_threads()
+
+
+def test_every_job_runs_once_behind_what_it_waits_for(tmp_path):
+    results = {}
+    side_by_side(JOBS, partial(note, tmp_path), results.__setitem__, workers=2)
+    assert results.keys() == JOBS.keys()
+    for name, needs in JOBS.items():
+        seen = (tmp_path / name).read_text().split()
+        assert set(needs) & JOBS.keys() <= set(seen)
+    processes = [process for process, _ in results.values()]
+    assert len({*processes, os.getpid()}) == len(JOBS) + 1
+    assert {threads for _, threads in results.values()} == {max(1, (os.cpu_count() or 1) // 2)}
+
+
+def test_what_a_job_raises_ends_the_run_behind_the_jobs_under_way(tmp_path):
+    jobs = {"gate": (), "broken": (), "late": ("gate",)}
+    with pytest.raises(ValueError, match="broken on purpose"):
+        side_by_side(jobs, partial(note, tmp_path), lambda *_: None, workers=2)
+    assert [file.name for file in tmp_path.iterdir()] == ["gate"]
