@@ -36,6 +36,8 @@ class CCFLLMConfig(PreTrainedConfig):
             about its default user; 0 for a dimension that is fixed there. None: not known.
         fold_in_decay: weight of a history item in `cf_fold_in` over that of the next later one.
         slot_dropout: share of CF vectors that training replaces by the cold vectors (our choice).
+        pairwise_share: share of the loss that ranks a user's likes above the dislikes instead of
+            judging each alone (our choice; 0 in the paper).
         score_head: `yes_minus_no` (our choice) or `yes_only` (CoLLM's).
         cf_dim: width of a CF vector.
         num_users, num_items: rows of the CF tables; the item table covers the whole catalog.
@@ -73,6 +75,7 @@ class CCFLLMConfig(PreTrainedConfig):
         cf_user_precision: list[float] | None = None,
         fold_in_decay: float = 1.0,
         slot_dropout: float = 0.0,
+        pairwise_share: float = 0.0,
         score_head: str = "yes_minus_no",
         cf_dim: int = 32,
         num_users: int = 0,
@@ -119,6 +122,7 @@ class CCFLLMConfig(PreTrainedConfig):
         self.cf_user_precision = cf_user_precision
         self.fold_in_decay = fold_in_decay
         self.slot_dropout = slot_dropout
+        self.pairwise_share = pairwise_share
         self.score_head = score_head
         self.cf_dim = cf_dim
         self.num_users = num_users

@@ -27,7 +27,7 @@ from .checkpoint_ccf_llm import Adapter
 from .configuration_ccf_llm import CCFLLMConfig
 from .layout_ccf_llm import Layout, additive, block_mask
 from .loading_ccf_llm import CheckpointMixin
-from .packing_ccf_llm import IGNORED_LABEL
+from .loss_ccf_llm import ctr_loss
 from .tiles_ccf_llm import TILED_ATTENTION, make_tiles, use_tiles
 
 
@@ -393,7 +393,8 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
                 residual = self.model.cf.logits(rows, candidate_items, when)
             logits = logits + self.residual_scale * residual
         logits = logits.masked_fill(~candidate_mask, 0.0)
-        loss = None if labels is None else self.bce(logits, labels, num_items_in_batch)
+        share = self.config.pairwise_share
+        loss = None if labels is None else ctr_loss(logits, labels, num_items_in_batch, share)
         output = CTROutput(loss=loss, logits=logits)
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()
@@ -422,15 +423,6 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
             snapshot,
         )
         return users[place].view(*sequences.shape, -1)
-
-    @staticmethod
-    def bce(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-        """Binary cross-entropy over labels other than -100: mean, or sum / `num_items`."""
-        valid = labels != IGNORED_LABEL
-        total = F.binary_cross_entropy_with_logits(
-            logits[valid], labels[valid].to(logits.dtype), reduction="sum"
-        )
-        return total / (num_items if num_items is not None else valid.sum().clamp(min=1))
 
     @torch.no_grad()
     def item_gates(

@@ -42,6 +42,7 @@ SLOTS: dict[str, Any] = {
 }
 CONCAT = SLOTS | {"fusion": "concat", "candidate_format": "title_slot"}
 FOLDED = {"cf_residual": True, "cf_fold_in": True, "fold_in_items": 220}
+RANKING = {"pairwise_share": 0.5}
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def protocol_rows() -> list[Cell]:
     arms = {name: SLOTS | {"fusion": name} for name in ("gate", "scalar_gate", "sum", "cf_only")}
     gate = arms["gate"]
     titled = gate | {"candidate_format": "title_slot"}
+    joint = _joint("gate", gate, quick=True, analyzed=True)
     return [
         *(Cell("protocol", arm, quick=True) for arm in ("item mean", "item + user mean")),
         *(
@@ -129,19 +131,15 @@ def protocol_rows() -> list[Cell]:
             for cf in PROTOCOL_CF
         ),
         replace(text_only, quick=True, analyzed=True),
+        joint,
         *(
-            _joint(arm, stage, quick=True, analyzed=arm in ("gate", "cf_only"))
-            for arm, stage in arms.items()
+            _joint(arm, arms[arm], quick=True, analyzed=arm == "cf_only")
+            for arm in ("scalar_gate", "sum", "cf_only")
         ),
         _joint("gate and CF logit", gate | {"cf_residual": True}, quick=True, analyzed=True),
-        replace(
-            text_only,
-            arm="average of CF and text_only",
-            cf="mf",
-            stage=None,
-            average_of=("protocol-CF-mf", text_only.row),
-            quick=True,
-        ),
+        _average("average of CF and text_only", "protocol-CF-mf", text_only),
+        _average("average of CF and gate", "protocol-CF-mf", joint),
+        _joint("gate, ranking loss", gate | RANKING),
         _joint("gate, in-sample CF", gate, use_cf_snapshots=False),
         _joint(
             "gate, in-sample CF, slot dropout", gate | {"slot_dropout": 0.3}, use_cf_snapshots=False
@@ -160,11 +158,14 @@ def protocol_rows() -> list[Cell]:
 def open_rows() -> list[Cell]:
     """Rows of what a practitioner would do with the same data."""
     gate = SLOTS | {"fusion": "gate"}
+    folded = _joint("gate and folded CF logit", gate | FOLDED, track="open", quick=True)
     return [
         *(Cell("open", arm, quick=True) for arm in ("item mean", "item + user mean")),
         Cell("open", "CF", cf="mf", quick=True),
         Cell("open", "CF, folded in", cf="mf", quick=True),
-        _joint("gate and folded CF logit", gate | FOLDED, track="open", quick=True),
+        folded,
+        _average("average of folded CF and gate", "open-CF_folded_in-mf", folded),
+        _joint("gate and folded CF logit, ranking loss", gate | FOLDED | RANKING, track="open"),
         _joint("cf_only and folded CF logit", SLOTS | FOLDED | {"fusion": "cf_only"}, track="open"),
         _joint("gate", gate, track="open"),
     ]
@@ -176,6 +177,13 @@ def _joint(
     """One stage that trains fusion and LoRA together."""
     settings = {"backbone": SMOLLM, "training": "joint"} | more
     return Cell(track, arm, cf=cf, stage=stage | {"train": ["fusion", "lora"]}, **settings)
+
+
+def _average(arm: str, cf_row: str, row: Cell) -> Cell:
+    """The average of the standardized scores of a CF row and a trained one."""
+    return replace(
+        row, arm=arm, cf="mf", stage=None, average_of=(cf_row, row.row), quick=True, analyzed=False
+    )
 
 
 def _staged(

@@ -48,6 +48,13 @@ class StageConfig:
         default=0.0,
         metadata={"help": "Share of CF vectors that training replaces by the cold vectors."},
     )
+    pairwise_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the loss that ranks each liked candidate of a user above each "
+            "disliked one packed with it, for UAUC; the rest is cross-entropy."
+        },
+    )
     train: list[str] = field(
         default_factory=lambda: ["fusion"],
         metadata={"help": "Parts that learn: fusion (alignment, gate, cold vectors), lora."},
@@ -157,6 +164,8 @@ class StageConfig:
             raise InputError(f"{place}: `fold_in_decay` must be above 0 and at most 1")
         if not 0 <= self.slot_dropout < 1:
             raise InputError(f"{place}: `slot_dropout` must be at least 0 and below 1")
+        if not 0 <= self.pairwise_share <= 1:
+            raise InputError(f"{place}: `pairwise_share` must be from 0 to 1")
         _one_of(place, "scheduler", self.scheduler, [s.value for s in SchedulerType])
         if not self.train:
             raise InputError(f"{place}: `train` must name at least one of {TRAINABLE_PARTS}")

@@ -215,6 +215,7 @@ class StageRun:
             cf_fold_in=self.stage.cf_fold_in,
             fold_in_decay=self.stage.fold_in_decay,
             slot_dropout=self.stage.slot_dropout,
+            pairwise_share=self.stage.pairwise_share,
             score_head=self.recipe.score_head,
             yes_token_id=yes,
             no_token_id=no,
