@@ -7,6 +7,7 @@ from typing import Any
 from ccf_llm_hf.reproduce.analyses_text import analyses_markdown
 from ccf_llm_hf.reproduce.cells import TRACKS
 from ccf_llm_hf.reproduce.table import CF_NAMES, PUBLISHED, markdown, published
+from ccf_llm_hf.reproduce.words import differences_in_words, targets_in_words
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "ml-1m"
 COMMAND = "ccf-llm reproduce ml-1m --budget full --seeds 3"
@@ -36,7 +37,16 @@ def track_section(track: str) -> list[str]:
     rows = [row for row in load_table() if row["track"] == track]
     if not rows:
         return missing("table.json", f"rows of the {track} track", COMMAND)
-    return [f"{TRACKS[track]}.", "", *markdown(rows).rstrip().splitlines()]
+    lines = [f"{TRACKS[track]}.", "", *markdown(rows).rstrip().splitlines()]
+    said = differences_in_words(_fullest(rows))
+    return [*lines, "", "In words, paired over users:", "", *said] if said else lines
+
+
+def target_section() -> list[str]:
+    """What the best rows reach of the targets."""
+    rows = load_table()
+    said = targets_in_words([row for row in rows if row["budget"] == "full"])
+    return said or missing("table.json", "rows of the full budget", COMMAND)
 
 
 def time_section() -> list[str]:
@@ -125,5 +135,6 @@ def sections() -> dict[str, list[str]]:
         "open": track_section("open"),
         "published": published().rstrip().splitlines(),
         "times": time_section(),
+        "targets": target_section(),
         "analyses": analyses_section(),
     }

@@ -35,8 +35,8 @@ def write_table(results: Path) -> list[dict[str, Any]]:
     Returns:
         A dict a row: track, arm, cf, training, backbone, budget, seeds, auc, auc_ci, uauc, uauc_ci,
         logloss, ece, minutes, auc_sd and uauc_sd (the sample standard deviations over seeds, 0 of a
-        single one), and validation figures. Means are over seeds; an interval's bounds are the
-        means of the seeds' bounds.
+        single one), validation figures, and paired `differences` by the control's name. Means are
+        over seeds; an interval's bounds are the means of the seeds' bounds.
     """
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for file in sorted((results / "cells").glob("*.json")):
@@ -65,7 +65,22 @@ def _row(key: tuple[str, ...], cells: list[dict[str, Any]]) -> dict[str, Any]:
     for metric in ("logloss", "ece"):
         row[metric] = mean(test[metric] for test in tests)
     row["minutes"] = mean(cell["minutes"] for cell in cells)
+    row["differences"] = _differences([cell["differences"] for cell in cells])
     return row
+
+
+def _differences(seeds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Means over seeds of the differences from each control that all seeds were compared with."""
+    found: dict[str, dict[str, Any]] = {}
+    for control in seeds[0]:
+        if not all(control in seed for seed in seeds):
+            continue
+        found[control] = {}
+        for metric in ("auc", "uauc"):
+            bounds = zip(*(seed[control][f"{metric}_ci"] for seed in seeds), strict=True)
+            found[control][metric] = mean(seed[control][metric] for seed in seeds)
+            found[control][f"{metric}_ci"] = [mean(side) for side in bounds]
+    return found
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
