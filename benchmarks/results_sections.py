@@ -24,6 +24,7 @@ MAIN_ARMS = (
     "gate and folded CF logit",
 )
 MAIN_CF = ("", "mf")
+OTHERS = {"ml-100k": "MovieLens-100K", "ml-latest-small": "MovieLens latest-small"}
 
 
 def load_table() -> list[dict[str, Any]]:
@@ -47,6 +48,19 @@ def target_section() -> list[str]:
     rows = load_table()
     said = targets_in_words([row for row in rows if row["budget"] == "full"])
     return said or missing("table.json", "rows of the full budget", COMMAND)
+
+
+def other_section() -> list[str]:
+    """The tables of the other data sets, made by the same command."""
+    lines = []
+    for name in OTHERS:
+        file = RESULTS.parent / name / "table.json"
+        if not file.is_file():
+            return [f"*`results/{name}` holds no results yet: run `ccf-llm reproduce {name}`.*"]
+        text = markdown(json.loads(file.read_text(encoding="utf-8")))
+        text = text.replace("### ", f"### {OTHERS[name]}: ")
+        lines += [*text.rstrip().splitlines(), ""]
+    return lines[:-1]
 
 
 def time_section() -> list[str]:
@@ -136,5 +150,6 @@ def sections() -> dict[str, list[str]]:
         "published": published().rstrip().splitlines(),
         "times": time_section(),
         "targets": target_section(),
+        "others": other_section(),
         "analyses": analyses_section(),
     }

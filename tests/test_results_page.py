@@ -15,14 +15,15 @@ import results_sections
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(results_sections, "RESULTS", tmp_path)
-    return tmp_path
+    monkeypatch.setattr(results_sections, "RESULTS", tmp_path / "ml-1m")
+    (tmp_path / "ml-1m").mkdir()
+    return tmp_path / "ml-1m"
 
 
 def test_missing_results_are_said_and_not_raised(results):
     for name, lines in results_sections.sections().items():
         if name != "published":
-            assert "yet: run `ccf-llm reproduce ml-1m" in lines[0], name
+            assert "yet: run `ccf-llm reproduce ml-1" in lines[0], name
     (text,) = results_sections.main_section()
     assert "table.json` holds no results yet" in text
     (results / "table.json").write_text(json.dumps([]))
@@ -36,8 +37,19 @@ def test_tables_come_from_the_rows(results):
     assert "0.7500 ± 0.0141" in sections["protocol"] and "0.8100" not in sections["protocol"]
     assert "0.8100" in sections["open"] and "0.7500" not in sections["open"]
     assert "| protocol | full | 2 | 0.1 | 4 |" in sections["times"]
+    assert "AUC 0.7500, target 0.7606: **missed**" in sections["targets"]
+    assert "**AUC against MF**: above: gate (mf, joint, tiny)" in sections["protocol"]
     assert "results/ml-1m/table.png" in sections["picture"]
     main = "\n".join(results_sections.main_section())
     assert "| protocol | gate | MF | joint | 2 | **0.7500** (0.730 to 0.770)" in main
     assert "0.7100" not in main  # the quick budget's, where the full one is there
     assert ".761 (SeLLa-Rec, 7B" in main
+
+
+def test_other_data_sets_are_shown_under_their_names(results):
+    for name in results_sections.OTHERS:
+        write_cells(results.parent / name, CELLS)
+        write_table(results.parent / name)
+    text = "\n".join(results_sections.other_section())
+    assert "### MovieLens-100K: Protocol track\n" in text
+    assert "### MovieLens latest-small: Open track\n" in text

@@ -56,7 +56,7 @@ def of_every_kind() -> list[Cell]:
     rows = [row for row in cells.protocol_rows() if row.cf in ("", "mf")]
     rows = [row for row in rows if row.backbone != cells.GEMMA]
     rows = [row for row in rows if (row.arm, row.training) in PROTOCOL]
-    rows += [row for row in cells.open_rows() if row.stage is None]
+    rows += [row for row in cells.open_rows() if not row.seeded]
     return [cells.replace(row, stage=row.stage and row.stage | SMALL) for row in rows]
 
 

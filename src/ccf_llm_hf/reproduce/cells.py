@@ -87,6 +87,13 @@ class Cell:
         """Name of the cell: of its result file and its folder."""
         return f"{self.row}-seed{self.seed}" if self.seeded else self.row
 
+    def is_the_method_for(self, other: "Cell") -> bool:
+        """Whether it is the paper's gate over MF, trained jointly, which the other seeded cells of
+        the track are compared with."""
+        mine = (self.arm, self.cf, self.training, self.backbone, self.track, self.seed)
+        wanted = ("gate", "mf", "joint", SMOLLM, other.track, other.seed)
+        return mine == wanted and other.seeded and self != other and other.track == "protocol"
+
 
 def plan(tracks: Sequence[str], budget: str, seeds: int, dataset: str) -> list[Cell]:
     """All cells in the order in which they are computed: controls, then seed after seed.

@@ -303,13 +303,17 @@ class Reproduction:
         }
 
     def comparisons(self, cell: Cell) -> dict[str, pd.DataFrame]:
-        """Test scores of the track's controls, by name; a control is compared with the others."""
+        """Test scores of the track's controls, by name, and of the paper's method with the same
+        seed, where it has been computed here; a control is compared with the other controls."""
         rows = {f"{cell.track}-{row}": name for name, row in COMPARED.items()}
-        return {
+        found = {
             rows[other.name]: self.control_scores(other, "test")
             for other in self.cells
             if other.name in rows and other.name != cell.name
         }
+        method = next((other for other in self.cells if other.is_the_method_for(cell)), None)
+        scores = method and self.folder(method) / "test.parquet"
+        return found | ({"gate": read_scores(scores)} if scores and scores.is_file() else {})
 
 
 def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
