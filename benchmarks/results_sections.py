@@ -22,6 +22,9 @@ MAIN_ARMS = (
     "gate",
     "gate and CF logit",
     "gate and folded CF logit",
+    "gate and folded CF logit, ranking loss",
+    "average of CF and gate",
+    "average of folded CF and gate",
 )
 MAIN_CF = ("", "mf")
 OTHERS = {"ml-100k": "MovieLens-100K", "ml-latest-small": "MovieLens latest-small"}
