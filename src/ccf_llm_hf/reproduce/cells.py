@@ -22,7 +22,9 @@ PROTOCOL_CF = ("mf", "mf_nobias", "lightgcn", "sasrec")
 FUSED_CF = ("mf", "lightgcn", "sasrec")
 # Labels that a stage of the quick budget trains on: what carries titles costs ten times as much.
 QUICK_LABELS, QUICK_TITLE_LABELS = 12_000, 2_500
-QUICK_VALIDATION = {False: 3_000, True: 1_500}  # rows that it validates on, by whether they do
+# Rows validated on at the end of training, by whether they do. With one epoch nothing is chosen by
+# them; the full budget scores all of validation afterwards, the quick one takes these for it.
+VALIDATION_SAMPLE = {False: 3_000, True: 1_500}
 
 TITLES: dict[str, Any] = {
     "fusion": "text_only",

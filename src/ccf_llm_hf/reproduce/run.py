@@ -30,8 +30,8 @@ from ccf_llm_hf.reproduce.analyses import Subject, analyze
 from ccf_llm_hf.reproduce.cells import (
     QUICK_LABELS,
     QUICK_TITLE_LABELS,
-    QUICK_VALIDATION,
     SMOLLM,
+    VALIDATION_SAMPLE,
     Cell,
     plan,
 )
@@ -158,10 +158,10 @@ class Reproduction:
     def stage(self, cell: Cell) -> dict[str, Any]:
         """Settings of the cell's only stage, cut to the budget."""
         assert cell.stage is not None
-        stage: dict[str, Any] = {"name": "main", "epochs": 1} | cell.stage
+        sample = {"eval_max_labels": VALIDATION_SAMPLE[cell.titles]}
+        stage: dict[str, Any] = {"name": "main", "epochs": 1} | sample | cell.stage
         if self.config.budget == "quick":
             stage["max_train_labels"] = QUICK_TITLE_LABELS if cell.titles else QUICK_LABELS
-            stage["eval_max_labels"] = QUICK_VALIDATION[cell.titles]
         if cell.starts_from:
             first = self.same_seed(cell, cell.starts_from)
             stage["init_from"] = str(self.left_by(first, self.checkpoint(first), cell))
@@ -244,7 +244,7 @@ class Reproduction:
         model, processor = load_checkpoint(str(self.checkpoint(cell)), backbone=backbone)
         rows = load_prepared(self.workspace.data(cell.track)).splits[split]
         if split == "validation" and self.config.budget == "quick":
-            rows = sample_users(rows, QUICK_VALIDATION[cell.titles])
+            rows = sample_users(rows, VALIDATION_SAMPLE[cell.titles])
         return score_table(model, processor, rows)
 
     def known_rows(self, track: str) -> pd.DataFrame:
