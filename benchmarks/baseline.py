@@ -97,7 +97,8 @@ class Baseline:
         yield batch
 
     def logits(self, batch: Sequence[Sample], way: Way, longest: int) -> Tensor:
-        """Logit of Yes minus logit of No for each row; rows are padded on the left."""
+        """The model's logit of each row, with the CF model's own where `model` adds it; rows are
+        padded on the left."""
         length = longest if way.pad_to_longest_of_all else max(len(s.ids) for s in batch)
 
         def padded(name: str, filler: int) -> Tensor:
@@ -122,13 +123,20 @@ class Baseline:
         vocabulary = head((hidden if way.all_logits else hidden[:, -1:]).to(head.weight.dtype))
         last = vocabulary[:, -1]
         config = self.model.config
-        return last[:, config.yes_token_id] - last[:, config.no_token_id]
+        logits = last[:, config.yes_token_id] - last[:, config.no_token_id]
+        logits = self.model.answer_scale * logits
+        if config.cf_residual:
+            if ((items >= 0).sum(1) != 1).any():
+                raise ValueError("the CF logit needs prompts whose only item slot is the candidate")
+            own = fusion.cf.logits(users.amax(1), items.amax(1), when[:, 0])
+            logits = logits + self.model.residual_scale * own
+        return logits
 
     def train_pass(self, samples: Sequence[Sample], way: Way) -> None:
         """Forward and backward over all rows."""
         longest = max(len(sample.ids) for sample in samples)
         for batch in self.batches(samples, way):
-            logits = self.model.answer_scale * self.logits(batch, way, longest)
+            logits = self.logits(batch, way, longest)
             labels = torch.tensor([float(sample.label) for sample in batch])
             loss = torch.nn.functional.binary_cross_entropy_with_logits(
                 logits, labels, reduction="sum"

@@ -71,7 +71,9 @@ class Workload:
             **prompt,
         )
 
-    def model(self, processor: CCFLLMProcessor, lora: bool = False) -> CCFLLMForCTR:
+    def model(
+        self, processor: CCFLLMProcessor, lora: bool = False, cf_residual: bool = False
+    ) -> CCFLLMForCTR:
         """A fresh gate model; with `lora` it and the fusion learn, as in the demo."""
         torch.manual_seed(SEED)
         yes, no = processor.answer_token_ids()
@@ -80,6 +82,7 @@ class Workload:
             cf=self.cf,
             item_title_ids=processor.item_title_ids(),
             fusion="gate",
+            cf_residual=cf_residual,
             yes_token_id=yes,
             no_token_id=no,
             item_slot_token_id=processor.item_slot_token_id,
