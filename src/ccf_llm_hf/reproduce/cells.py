@@ -133,6 +133,7 @@ def protocol_rows() -> list[Cell]:
     gate = arms["gate"]
     titled = gate | {"candidate_format": "title_slot"}
     joint = _joint("gate", gate, quick=True, analyzed=True)
+    staged = _staged(text_only, "gate", gate)
     return [
         *(Cell("protocol", arm, quick=True) for arm in ("item mean", "item + user mean")),
         *(
@@ -154,7 +155,10 @@ def protocol_rows() -> list[Cell]:
             "gate, in-sample CF, slot dropout", gate | {"slot_dropout": 0.3}, use_cf_snapshots=False
         ),
         _joint("gate, k-fold CF", gate, cf="mf_folds"),
-        *(_staged(text_only, arm, stage) for arm, stage in arms.items()),
+        staged,
+        *(_staged(text_only, arm, arms[arm]) for arm in ("scalar_gate", "sum", "cf_only")),
+        _staged(text_only, "gate and CF logit", gate | {"cf_residual": True}),
+        replace(_average("average of CF and gate", "protocol-CF-mf", staged), quick=False),
         *(_joint("gate", gate, cf=cf) for cf in FUSED_CF[1:]),
         _joint("gate", gate, backbone=GEMMA),
         _joint("gate, title candidates", titled, titles=True),
@@ -190,9 +194,8 @@ def _joint(
 
 def _average(arm: str, cf_row: str, row: Cell) -> Cell:
     """The average of the standardized scores of a CF row and a trained one."""
-    return replace(
-        row, arm=arm, cf="mf", stage=None, average_of=(cf_row, row.row), quick=True, analyzed=False
-    )
+    averaged = {"average_of": (cf_row, row.row), "stage": None, "starts_from": ""}
+    return replace(row, arm=arm, cf="mf", **averaged, quick=True, analyzed=False)
 
 
 def _staged(
