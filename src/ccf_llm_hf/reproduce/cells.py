@@ -194,7 +194,7 @@ def _joint(
 
 def _average(arm: str, cf_row: str, row: Cell) -> Cell:
     """The average of the standardized scores of a CF row and a trained one."""
-    averaged = {"average_of": (cf_row, row.row), "stage": None, "starts_from": ""}
+    averaged: dict[str, Any] = {"average_of": (cf_row, row.row), "stage": None, "starts_from": ""}
     return replace(row, arm=arm, cf="mf", **averaged, quick=True, analyzed=False)
 
 
