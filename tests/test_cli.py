@@ -33,6 +33,16 @@ def assert_one_clear_line(result, *fragments):
         assert fragment in lines[0]
 
 
+def test_ctrl_c_ends_a_command_in_one_line(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "rank", cli.COMMANDS["rank"]._replace(run=interrupted))
+    code, out, err = run(capsys, "rank", "somewhere")
+    assert (code, out) == (130, "")
+    assert err == "interrupted: run the same command again to go on\n"
+
+
 def test_overview_names_every_command(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0

@@ -11,6 +11,7 @@ from ccf_llm_hf.cli_arguments import CommandParser, add_json_argument
 from ccf_llm_hf.cli_command import Command
 from ccf_llm_hf.errors import InputError
 
+INTERRUPTED = 130  # as a shell reports it
 # In the order of the overview.
 COMMANDS = {**cli_data.COMMANDS, **cli_model.COMMANDS, **cli_hub.COMMANDS}
 
@@ -45,7 +46,8 @@ def _parse(argv: list[str]) -> tuple[Command, argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, or 2 after `error: ...` for bad input."""
+    """Run one command. Returns the exit code: 0, 2 after `error: ...` for bad input, 130 after
+    Ctrl-C."""
     try:
         command, arguments, rest = _parse(list(sys.argv[1:] if argv is None else argv))
         # Libraries print to stdout at will; there it would break --json.
@@ -54,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
     print(json.dumps(output.data, indent=2) if arguments.json else output.text)
     return 0
 

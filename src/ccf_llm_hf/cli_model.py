@@ -22,7 +22,7 @@ SPLITS = ("train", "validation", "test")
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipe", help="YAML file; any entry can be overridden with --key value behind it"
+        "recipe", help="YAML file; --key value behind it overrides a top-level entry"
     )
 
 

@@ -94,7 +94,11 @@ def world(
     here = World(tmp_path_factory.mktemp("world"))
     ratings = write_ratings(here.folder / "ratings.csv")
     for track, kept in (("protocol", "positives"), ("open", "signed")):
-        options = {"history_labels": kept, "out": str(here.work / f"data-{track}")}
+        options = {
+            "history_labels": kept,
+            "out": str(here.work / f"data-{track}"),
+            "name": "ml-100k",
+        }
         source = {"source": "table", "interactions": str(ratings), "rating_column": "rating"}
         prepare(PrepareConfig(**source, ratios=[0.5, 0.25, 0.25], **options), summary=False)
     shutil.copytree(backbone_folder("llama"), here.folder / "tiny")

@@ -180,6 +180,19 @@ def test_only_takes_parts_of_names_and_refuses_others():
         run.chosen(cells, ["gate", "gait"])
 
 
+def test_folders_of_something_else_are_refused(capsys, tmp_path):
+    file, work = tmp_path / "file", tmp_path / "work"
+    file.write_text("")
+    for options in (["--out", str(file)], ["--work", str(file / "below")]):
+        assert main(["reproduce", "ml-1m", *options]) == 2
+        assert f"{options[0]} {options[1]} is a file" in capsys.readouterr().err
+    (work / "data-protocol").mkdir(parents=True)
+    (work / "data-protocol" / "protocol.json").write_text('{"name": "ml-100k"}')
+    options = ["--work", str(work), "--out", str(tmp_path / "out"), "--only", "protocol-item_mean"]
+    assert main(["reproduce", "ml-1m", *options]) == 2
+    assert "holds ml-100k, not ml-1m" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "fragment"),
     [

@@ -7,6 +7,7 @@ import matplotlib.figure
 import pytest
 from results_files import CELLS, write_cells
 
+from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.reproduce.plots import plot_table
 from ccf_llm_hf.reproduce.table import PUBLISHED, markdown, published, write_table
 
@@ -48,6 +49,21 @@ def test_tracks_and_budgets_are_never_mixed(rows, tmp_path):
     assert heads == ["### Protocol track", "### Protocol track, quick budget", "### Open track"]
     assert "| 0.7500 ± 0.0141 [0.730, 0.770] |" in text
     assert "| 0.8100 [0.790, 0.830] |" in text
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"arm": 1', '"gate"'])
+def test_a_file_that_is_no_result_is_named(tmp_path, content):
+    write_cells(tmp_path, CELLS)
+    (tmp_path / "cells" / "broken.json").write_text(content)
+    with pytest.raises(InputError, match=r"broken\.json holds no cell's result: delete it"):
+        write_table(tmp_path)
+    assert not (tmp_path / "table.json").exists()
+
+
+def test_a_copy_of_a_result_is_no_second_seed(tmp_path):
+    write_cells(tmp_path, [*CELLS, CELLS[1]])
+    with pytest.raises(InputError, match=r"5\.json and .*1\.json hold the same cell"):
+        write_table(tmp_path)
 
 
 def test_no_results_are_an_empty_table(tmp_path):

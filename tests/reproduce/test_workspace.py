@@ -20,11 +20,11 @@ def test_data_is_prepared_once_a_track(tmp_path, monkeypatch):
         return write_prepared(tmp_path / "work" / config.out.rsplit("/", 1)[1], make_rows(200))
 
     monkeypatch.setattr(workspace, "prepare", prepared)
-    here = Workspace(tmp_path / "work", "ml-100k", offline=True)
+    here = Workspace(tmp_path / "work", "synthetic", offline=True)
     for track in ("protocol", "open", "protocol", "open"):
         assert (here.data(track) / "protocol.json").is_file()
     protocol, opened = asked
-    assert protocol.source == opened.source == "ml-100k" and protocol.offline
+    assert protocol.source == opened.source == "synthetic" and protocol.offline
     assert (protocol.history_labels, protocol.max_history) == ("positives", None)
     assert (opened.history_labels, opened.max_history) == ("signed", STORED_HISTORY)
     assert here.data("protocol") != here.data("open")
@@ -33,7 +33,7 @@ def test_data_is_prepared_once_a_track(tmp_path, monkeypatch):
 def test_a_table_is_fitted_once(tmp_path, monkeypatch):
     monkeypatch.setattr(workspace, "TABLES", {"protocol": {"mf": ("mf", FAST)}, "open": {}})
     write_prepared(tmp_path / "data-protocol", make_rows(600))
-    here = Workspace(tmp_path, "ml-100k")
+    here = Workspace(tmp_path, "synthetic")
     folder = here.cf("protocol", "mf")
     assert CFEmbeddings.load(folder).model_name == "mf"
     file = folder / "cf_embeddings.safetensors"
@@ -42,6 +42,12 @@ def test_a_table_is_fitted_once(tmp_path, monkeypatch):
     assert file.stat().st_mtime_ns == stamp
     with pytest.raises(InputError, match="the open track has no CF table 'mf'"):
         here.cf("open", "mf")
+
+
+def test_a_folder_of_another_data_set_is_refused(tmp_path):
+    write_prepared(tmp_path / "data-open", make_rows(200))
+    with pytest.raises(InputError, match="data-open holds synthetic, not ml-1m: .*--work"):
+        Workspace(tmp_path, "ml-1m").data("open")
 
 
 def test_only_the_open_track_fits_ratings_outside_the_train_split():

@@ -75,6 +75,11 @@ def test_bad_recipes_are_refused_in_one_sentence(content, tmp_path, change, mess
     assert capsys.readouterr().err == ""
 
 
+def test_a_setting_of_a_stage_is_no_flag(content, tmp_path):
+    with pytest.raises(InputError, match=r"--epochs is a setting of a stage.*under `stages`"):
+        parse_recipe([*write(tmp_path, content), "--epochs", "2"])
+
+
 def test_a_bad_flag_is_refused_in_one_sentence(content, tmp_path, capsys):
     with pytest.raises(InputError, match=r"--seed.*'abc'") as problem:
         parse_recipe([*write(tmp_path, content), "--seed", "abc"])

@@ -37,7 +37,7 @@ from ccf_llm_hf.reproduce.cells import (
 )
 from ccf_llm_hf.reproduce.folded import folded_scores
 from ccf_llm_hf.reproduce.side_by_side import side_by_side
-from ccf_llm_hf.reproduce.table import write_table
+from ccf_llm_hf.reproduce.table import read_cells, write_table
 from ccf_llm_hf.reproduce.workspace import Workspace
 from ccf_llm_hf.training.run import run_recipe
 from ccf_llm_hf.training.stage import write_json
@@ -333,8 +333,12 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
         raise InputError(f"--workers must be at least 1, not {config.workers}")
     here = Reproduction.of(config)
     cells = chosen(here.cells, config.only)
+    for flag, folder in (("--out", here.results), ("--work", here.workspace.folder)):
+        if any(place.is_file() for place in (folder, *folder.parents)):
+            raise InputError(f"{flag} {folder} is a file, or in one: name a folder")
+    read_cells(here.results)  # a file that is no result should not be found out hours later
     left = [cell for cell in cells if not here.result_file(cell).is_file()]
-    say(f"{len(cells)} cells, {len(cells) - len(left)} of them done")
+    say(f"{len(cells)} cells, {len(cells) - len(left)} of them done in {here.results}")
     if config.workers > 1:
         here.make_inputs(left)
         jobs = {cell.name: here.needs(cell) for cell in left}

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.reproduce.plots import plot_table
 from ccf_llm_hf.training.stage import write_json, write_text
 
@@ -37,12 +38,11 @@ def write_table(results: Path) -> list[dict[str, Any]]:
         logloss, ece, minutes, auc_sd and uauc_sd (the sample standard deviations over seeds, 0 of a
         single one), validation figures, and paired `differences` by the control's name. Means are
         over seeds; an interval's bounds are the means of the seeds' bounds.
+
+    Raises:
+        InputError: a file holds no cell's result, or the same cell's as another file.
     """
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
-    for file in sorted((results / "cells").glob("*.json")):
-        cell = json.loads(file.read_text())
-        groups[tuple(cell[key] for key in ROW)].append(cell)
-    rows = [_row(key, cells) for key, cells in groups.items()]
+    rows = [_row(key, cells) for key, cells in read_cells(results).items()]
     rows.sort(key=lambda row: (row["track"] != "protocol", row["budget"], row["auc"]))
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / "table.json", rows)
@@ -52,9 +52,32 @@ def write_table(results: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_cells(results: Path) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    """The results in `cells/*.json`, by row of the table.
+
+    Raises:
+        InputError: a file holds no cell's result, or the same cell's as another file.
+    """
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    files: dict[tuple[Any, ...], Path] = {}
+    for file in sorted((results / "cells").glob("*.json")):
+        try:
+            cell = json.loads(file.read_text(encoding="utf-8"))
+            key, _ = tuple(cell[name] for name in ROW), _row((), [cell])
+        except (ValueError, TypeError, KeyError) as problem:
+            raise InputError(
+                f"{file} holds no cell's result: delete it to have the cell computed again"
+            ) from problem
+        other = files.setdefault((*key, cell["seed"]), file)
+        if other != file:
+            raise InputError(f"{file} and {other} hold the same cell: delete one of them")
+        groups[key].append(cell)
+    return groups
+
+
 def _row(key: tuple[str, ...], cells: list[dict[str, Any]]) -> dict[str, Any]:
     tests = [cell["test"] for cell in cells]
-    row: dict[str, Any] = dict(zip(ROW, key, strict=True))
+    row: dict[str, Any] = dict(zip(ROW, key, strict=False))
     row["seeds"] = len(cells)
     for metric in ("auc", "uauc"):
         row[metric] = mean(test[metric] for test in tests)

@@ -1,5 +1,6 @@
 """Data and CF tables that cells share: made once, in the work folder."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +53,20 @@ class Workspace:
     offline: bool = False
 
     def data(self, track: str) -> Path:
-        """The prepared folder of a track."""
+        """The prepared folder of a track.
+
+        Raises:
+            InputError: the folder holds another data set.
+        """
         folder = self.folder / f"data-{track}"
-        if not (folder / "protocol.json").is_file():
+        protocol = folder / "protocol.json"
+        if protocol.is_file():
+            found = json.loads(protocol.read_text())["name"]
+            if found != self.dataset:
+                raise InputError(
+                    f"{folder} holds {found}, not {self.dataset}: name another work folder (--work)"
+                )
+        else:
             signed = {"history_labels": "signed", "max_history": STORED_HISTORY}
             options = {} if track == "protocol" else signed
             source = {"source": self.dataset, "offline": self.offline}

@@ -320,6 +320,13 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
     except InputError:
         raise
     except (OSError, ValueError, yaml.YAMLError) as problem:
+        flags = [word.split("=")[0].lstrip("-") for word in argv if word.startswith("--")]
+        stage_keys = {f.name for f in dataclasses.fields(StageConfig)}
+        if of_stage := [flag for flag in flags if flag in stage_keys]:
+            raise InputError(
+                f"--{of_stage[0]} is a setting of a stage, which no flag overrides: change it "
+                "under `stages` in the recipe"
+            ) from problem
         reason = " ".join(str(problem).split())
         raise InputError(f"the recipe cannot be read: {reason}") from problem
     return recipe
