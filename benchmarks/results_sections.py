@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ccf_llm_hf.reproduce.analyses_text import analyses_markdown
-from ccf_llm_hf.reproduce.cells import TRACKS
+from ccf_llm_hf.reproduce.cells import SMOLLM, TRACKS
 from ccf_llm_hf.reproduce.table import CF_NAMES, PUBLISHED, markdown, published
 from ccf_llm_hf.reproduce.words import differences_in_words, targets_in_words
 
@@ -27,6 +27,12 @@ MAIN_ARMS = (
     "average of folded CF and gate",
 )
 MAIN_CF = ("", "mf")
+SCHEMES = {  # arms of the table by what their training rows see
+    "gate": "snapshots in time",
+    "gate, in-sample CF": "the vectors fitted on it (in-sample)",
+    "gate, in-sample CF, slot dropout": "the same, three in ten taken away (slot dropout)",
+    "gate, k-fold CF": "vectors of the folds without it (k-fold)",
+}
 OTHERS = {"ml-100k": "MovieLens-100K", "ml-latest-small": "MovieLens latest-small"}
 
 
@@ -64,6 +70,37 @@ def other_section() -> list[str]:
         text = text.replace("### ", f"### {OTHERS[name]}: ")
         lines += [*text.rstrip().splitlines(), ""]
     return lines[:-1]
+
+
+def leak_section() -> list[str]:
+    """The gate trained on CF vectors that know its labels, and on others, side by side."""
+    rows = [
+        row
+        for row in load_table()
+        if row["arm"] in SCHEMES
+        and (row["track"], row["budget"], row["training"]) == ("protocol", "full", "joint")
+        and row["cf"] in ("mf", "mf_folds")
+        and row["backbone"] == SMOLLM
+    ]
+    if not rows:
+        return missing("table.json", "rows of the gate", COMMAND)
+    lines = ["| a training row sees | seeds | validation AUC / UAUC | test AUC | test UAUC |"]
+    lines += ["| --- | --: | --- | --- | --- |"]
+    for row in sorted(rows, key=lambda row: list(SCHEMES).index(row["arm"])):
+        lines.append(
+            f"| {SCHEMES[row['arm']]} | {row['seeds']} "
+            f"| {row['validation_auc']:.4f} / {row['validation_uauc']:.4f} "
+            f"| {_against_gate(row, 'auc')} | {_against_gate(row, 'uauc')} |"
+        )
+    return lines
+
+
+def _against_gate(row: dict[str, Any], metric: str) -> str:
+    difference = row["differences"].get("gate")
+    if difference is None:
+        return f"{row[metric]:.4f}"
+    low, high = difference[f"{metric}_ci"]
+    return f"{row[metric]:.4f} ({difference[metric]:+.4f} [{low:+.3f}, {high:+.3f}])"
 
 
 def time_section() -> list[str]:
@@ -154,5 +191,6 @@ def sections() -> dict[str, list[str]]:
         "times": time_section(),
         "targets": target_section(),
         "others": other_section(),
+        "leak": leak_section(),
         "analyses": analyses_section(),
     }

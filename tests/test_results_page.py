@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from results_files import CELLS, write_cells
+from results_files import CELLS, cell_result, write_cells
 
 from ccf_llm_hf.reproduce.table import write_table
 
@@ -53,3 +53,14 @@ def test_other_data_sets_are_shown_under_their_names(results):
     text = "\n".join(results_sections.other_section())
     assert "### MovieLens-100K: Protocol track\n" in text
     assert "### MovieLens latest-small: Open track\n" in text
+
+
+def test_schemes_of_cf_vectors_are_compared_with_snapshots(results):
+    away = {"auc": 0.013, "auc_ci": [-0.003, 0.028], "uauc": -0.003, "uauc_ci": [-0.022, 0.018]}
+    real = {"backbone": results_sections.SMOLLM}
+    in_sample = cell_result("gate, in-sample CF", 0.73, differences={"gate": away}, **real)
+    write_cells(results, [in_sample, cell_result("gate", 0.72, **real), *CELLS])
+    write_table(results)
+    *_, first, second = results_sections.leak_section()
+    assert first == "| snapshots in time | 1 | 0.7300 / 0.6800 | 0.7200 | 0.6700 |"
+    assert "in-sample) | 1 | 0.7400 / 0.6900 | 0.7300 (+0.0130 [-0.003, +0.028]) |" in second
