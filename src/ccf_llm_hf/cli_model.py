@@ -227,7 +227,8 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, help="folder of the shards; run again to go on")
     parser.add_argument(
-        "--data", help="prepared folder with the users' likes, for pairs without history"
+        "--data",
+        help="prepared folder with the users' likes, for pairs without history or a null one",
     )
     parser.add_argument(
         "--shard-rows", type=int, default=20_000, help="rows of a shard (default: 20000)"

@@ -62,7 +62,7 @@ def test_a_run_cut_off_goes_on_and_ends_the_same(ranker, tmp_path, monkeypatch):
     monkeypatch.setattr(PairScorer, "_score", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         PairScorer(ranker, "x", shard_rows=2).run(pairs, tmp_path / "broken")
-    assert not json.loads((tmp_path / "broken" / "manifest.json").read_text())["finished"]
+    assert not json.loads((tmp_path / "broken" / "_manifest.json").read_text())["finished"]
     monkeypatch.setattr(
         PairScorer,
         "_score",
@@ -83,8 +83,8 @@ def test_another_input_or_checkpoint_is_refused(ranker, tmp_path):
     write(pairs, PAIRS | {"item_id": ["1"] * 7})
     with pytest.raises(InputError, match="other pairs"):
         PairScorer(ranker, "x", shard_rows=2).run(pairs, out)
-    (out / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"no manifest\.json"):
+    (out / "_manifest.json").unlink()
+    with pytest.raises(InputError, match=r"no _manifest\.json"):
         PairScorer(ranker, "x", shard_rows=2).run(pairs, out)
 
 
@@ -99,6 +99,49 @@ def test_without_a_history_column_stored_likes_are_used(ranker, tmp_path):
     ]
     found = read(tmp_path / "out")["probability"]
     np.testing.assert_allclose(found, ranker.predict(pairs), atol=1e-4)
+
+
+def test_a_null_history_is_looked_up_and_an_empty_one_is_not(ranker, tmp_path):
+    columns = {"user_id": ["a", "a", "a"], "item_id": ["3", "3", "3"]}
+    history = pa.array([None, [], ["1"]], pa.list_(pa.string()))
+    pairs = write(tmp_path / "p.parquet", columns | {"history": history})
+    PairScorer(ranker, "x", {"a": ["2", "5"]}).run(pairs, tmp_path / "out")
+    wanted = [{"user": "a", "item": "3", "history": past} for past in (["2", "5"], [], ["1"])]
+    np.testing.assert_allclose(
+        read(tmp_path / "out")["probability"], ranker.predict(wanted), atol=1e-4
+    )
+
+
+def test_one_changed_cell_in_the_middle_makes_another_input(ranker, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranker, "pair_logits", lambda pairs: np.zeros(len(pairs), dtype=np.float32))
+    lines = [f"user-{row:05d},item-{row:05d}" for row in range(20_000)]
+    pairs = tmp_path / "p.csv"
+    for middle in ("item-10000", "item-10001"):
+        lines[10_000] = f"user-10000,{middle}"
+        pairs.write_text("\n".join(["user_id,item_id", *lines]) + "\n")
+        if middle == "item-10000":
+            PairScorer(ranker, "x").run(pairs, tmp_path / "out")
+    with pytest.raises(InputError, match="other pairs"):
+        PairScorer(ranker, "x").run(pairs, tmp_path / "out")
+
+
+def test_an_input_that_failed_does_not_claim_its_folder(ranker, tmp_path):
+    bad = write(tmp_path / "bad.parquet", {"user_id": ["a", "b", None], "item_id": ["1", "2", "3"]})
+    with pytest.raises(InputError, match="row 2 of the pairs has no user_id"):
+        PairScorer(ranker, "x", shard_rows=3).run(bad, tmp_path / "out")
+    manifest = PairScorer(ranker, "x").run(write(tmp_path / "p.parquet"), tmp_path / "out")
+    assert manifest["rows"] == 7
+    assert len(pq.read_table(tmp_path / "out")) == 7  # the folder reads as one table
+
+
+def test_what_is_no_folder_of_scores_is_named(ranker, tmp_path):
+    pairs = write(tmp_path / "p.parquet")
+    with pytest.raises(InputError, match=r"--out .*p\.parquet is a file"):
+        PairScorer(ranker, "x").run(pairs, pairs)
+    PairScorer(ranker, "x").run(pairs, tmp_path / "out")
+    (tmp_path / "out" / "_manifest.json").write_text("{")
+    with pytest.raises(InputError, match=r"_manifest\.json is damaged"):
+        PairScorer(ranker, "x").run(pairs, tmp_path / "out")
 
 
 def test_stored_likes_of_all_users_are_those_of_each(prepared):
@@ -163,7 +206,7 @@ def test_the_command_scores_and_says_so(checkpoint, tmp_path, capsys):
     assert main(call) == 0
     assert "scored 7 pairs" in capsys.readouterr().out
     model = CTRRanker.from_pretrained(str(checkpoint)).model
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
     assert manifest["checkpoint"] == checkpoint_identity(str(checkpoint), model)
     assert main(call) == 0
     assert "all 7 pairs were scored already" in capsys.readouterr().out

@@ -19,8 +19,7 @@ from ccf_llm_hf.inference.malformed_csv import malformed_line
 from ccf_llm_hf.inference.ranker import CTRRanker
 
 KEYS = ("user_id", "item_id")
-MANIFEST = "manifest.json"
-EDGE = 1 << 16  # bytes at both ends of the input that tell it from another of the same size
+MANIFEST = "_manifest.json"  # readers of a folder of parquet files pass over such names
 
 
 @dataclass
@@ -30,8 +29,8 @@ class PairScorer:
     Args:
         ranker: the model.
         identity: what names the checkpoint's exact weights; a run goes on only with the same.
-        histories: liked items per user, oldest first, for pairs without a `history` column; users
-            that are not in it are scored without a history.
+        histories: liked items per user, oldest first, for pairs whose `history` is null or that
+            have no such column; users that are not in it are scored without a history.
         shard_rows: rows of a shard.
     """
 
@@ -41,7 +40,7 @@ class PairScorer:
     shard_rows: int = 20_000
 
     def run(self, pairs: Path, out: Path) -> dict[str, Any]:
-        """Write `part-00000.parquet` and so on, and `manifest.json`, into `out`.
+        """Write `part-00000.parquet` and so on, and `_manifest.json`, into `out`.
 
         A shard has the input's `user_id` and `item_id` in the input's order, `logit` and
         `probability`. A shard that is there already is not scored again; it was renamed into place
@@ -94,12 +93,19 @@ class PairScorer:
                 row = first + columns[name].index(None)
                 raise InputError(f"row {row} of the pairs has no {name}: fill it or drop the row")
         users = columns["user_id"]
-        histories = columns.get("history") or [self.histories.get(str(user), []) for user in users]
+        given = columns.get("history", [None] * len(users))
+        histories = [
+            self.histories.get(str(user), []) if history is None else history
+            for user, history in zip(users, given, strict=True)
+        ]
         pairs = [
-            {"user": user, "item": item, "history": history or []}
+            {"user": user, "item": item, "history": history}
             for user, item, history in zip(users, columns["item_id"], histories, strict=True)
         ]
-        logits = self.ranker.pair_logits(pairs)
+        try:
+            logits = self.ranker.pair_logits(pairs)
+        except InputError as problem:
+            raise InputError(f"in the pairs from row {first} on: {problem}") from problem
         scores = {"logit": logits, "probability": self.ranker.probabilities(logits)}
         table = shard.select(list(KEYS))
         for name, values in scores.items():
@@ -152,12 +158,9 @@ class _Source:
         )
 
     def fingerprint(self) -> str:
-        """Of size, beginning and end, where parquet keeps the places and counts of its rows."""
-        size = self.path.stat().st_size
+        """Digest of the whole file: a table with one cell changed is another one."""
         with self.path.open("rb") as file:
-            head = file.read(EDGE)
-            file.seek(max(0, size - EDGE))
-            return _digest(str(size).encode() + head + file.read())
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def shards(self, rows: int) -> Iterator[pa.Table]:
         """Tables of `rows` rows, the last one shorter."""
@@ -206,20 +209,24 @@ def checkpoint_identity(checkpoint: str, model: Any) -> str:
 
 def _claim(out: Path, manifest: dict[str, Any]) -> None:
     """Note what this folder's scores are of; refuse a folder that holds others."""
+    if any(place.is_file() for place in (out, *out.parents)):
+        raise InputError(f"--out {out} is a file, or in one: name a folder")
     out.mkdir(parents=True, exist_ok=True)
     file = out / MANIFEST
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        changed = [key for key, value in manifest.items() if found.get(key) != value]
-        if changed:
-            raise InputError(
-                f"{out} holds scores made with other {' and '.join(changed)}: name another --out, "
-                "or delete it"
-            )
-    elif any(out.glob("part-*.parquet")):
-        raise InputError(f"{out} holds shards but no {MANIFEST}: name another --out, or delete it")
-    else:
+    if not any(out.glob("part-*.parquet")):
         _write_json(file, manifest | {"finished": False})
+        return
+    if not file.is_file():
+        raise InputError(f"{out} holds shards but no {MANIFEST}: name another --out, or delete it")
+    try:
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as problem:
+        raise InputError(f"{file} is damaged: name another --out, or delete {out}") from problem
+    if changed := [key for key, value in manifest.items() if found.get(key) != value]:
+        raise InputError(
+            f"{out} holds scores made with other {' and '.join(changed)}: name another --out, "
+            "or delete it"
+        )
 
 
 def _digest(content: bytes) -> str:
