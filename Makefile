@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 
 help:
 	@echo "make demo    prepare MovieLens-1M, fit MF, train CCF-LLM, evaluate and rank (into runs/demo)"
-	@echo "make bench   measure every speed figure on the demo's data and checkpoint (about 45 minutes)"
+	@echo "make bench   measure every speed figure on the demo's data and checkpoint (about an hour)"
 	@echo "make test    lint, types and all tests, the slow ones included"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  rewrite the code as ruff would have it"
@@ -31,6 +31,7 @@ bench: $(INSTALLED)
 	test -f runs/demo/checkpoint-slim/config.json || PATH="$(BIN):$$PATH" examples/demo.sh
 	for part in packing training scoring same_labels around scaling; do \
 		PATH="$(BIN):$$PATH" $(BIN)/python benchmarks/$$part.py || exit 1; done
+	PATH="$(BIN):$$PATH" $(BIN)/python benchmarks/same_labels.py --cf-residual
 	$(BIN)/python benchmarks/summary.py
 	$(BIN)/python benchmarks/readme.py
 

@@ -7,7 +7,15 @@ import json
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-FILES = ("training", "same_labels", "scoring", "around", "scaling", "packing")
+FILES = (
+    "training",
+    "same_labels",
+    "same_labels_residual",
+    "scoring",
+    "around",
+    "scaling",
+    "packing",
+)
 
 
 def collect() -> list[dict]:
