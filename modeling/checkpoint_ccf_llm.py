@@ -37,6 +37,7 @@ CODE_FILES = (
     "pipeline_ccf_llm.py",
     "processing_ccf_llm.py",
     "loading_ccf_llm.py",
+    "loss_ccf_llm.py",
     "modeling_ccf_llm.py",
 )
 
