@@ -1,7 +1,7 @@
 """Several jobs at once, each in a process of its own with its share of the cores.
 
-A backbone this small leaves a second core half idle: two cells with a core each take little longer
-than one cell with both.
+A backbone this small leaves part of a second core idle: two cells with a core each are done sooner
+than the two one after another with both.
 """
 
 import os
