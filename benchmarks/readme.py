@@ -166,7 +166,7 @@ def misses(training: dict[str, Any]) -> list[str]:
         f"and year is {titled:.1f} tokens a label, the same row alone {alone:.1f}, question last "
         f"{asked:.1f}. At equal speed per token that is {alone / titled:.2f} and "
         f"{asked / titled:.2f} times; the years alone are six of the tokens, and without them both "
-        "targets hold. On the same labels, differences lie within their intervals. Where the time "
+        "targets hold. Where the time "
         f"of a packed training pass goes: {shares}. Compiling norms and MLP, other tile sizes, "
         "batched products or folded heads instead of sdpa, and other batch sizes were tried and "
         "did not pay.",

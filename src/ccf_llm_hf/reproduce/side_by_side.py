@@ -1,7 +1,6 @@
 """Several jobs at once, each in a process of its own with its share of the cores.
 
-A backbone this small leaves part of a second core idle: two cells with a core each are done sooner
-than the two one after another with both.
+Loading, fitting and reports use one core only, and threads of one pass wait for one another.
 """
 
 import os
