@@ -10,6 +10,7 @@ from ccf_llm_hf.reproduce.table import CF_NAMES, PUBLISHED, markdown, published
 from ccf_llm_hf.reproduce.words import differences_in_words, targets_in_words
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "ml-1m"
+QUICK = Path(__file__).resolve().parent / "results" / "quick.json"
 COMMAND = "ccf-llm reproduce ml-1m --budget full --seeds 3"
 # The rows of the README's table: what is compared with, and the method.
 MAIN_ARMS = (
@@ -115,7 +116,22 @@ def time_section() -> list[str]:
         hours = sum(row["minutes"] * row["seeds"] for row in mine) / 60
         cells, longest = sum(row["seeds"] for row in mine), max(row["minutes"] for row in mine)
         lines.append(f"| {track} | {budget} | {cells} | {hours:.1f} | {longest:.0f} |")
-    return lines
+    return [*lines, *quick_lines()]
+
+
+def quick_lines() -> list[str]:
+    """What the whole quick budget took as one command."""
+    if not QUICK.is_file():
+        return []
+    quick = json.loads(QUICK.read_text(encoding="utf-8"))
+    hardware = quick["hardware"]
+    trained = sum(bool(cell["training"]) for cell in quick["cells"])
+    return [
+        "",
+        f"The whole of `--budget quick --workers {quick['workers']}`, from empty folders but with "
+        f"the assets fetched, took {quick['minutes']:.0f} minutes on {hardware['cpu_cores']} cores "
+        f"({len(quick['cells'])} cells, {trained} of them trained; `python benchmarks/quick.py`).",
+    ]
 
 
 def picture_section(folder: str) -> list[str]:

@@ -275,14 +275,21 @@ def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("dataset", choices=REPRODUCIBLE, help="which data set")
     add_config_arguments(parser, ReproduceConfig, skip=("dataset",))
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the cells and their minutes, compute nothing"
+    )
 
 
 def _reproduce(arguments: argparse.Namespace, _: list[str]) -> Output:
     from ccf_llm_hf.configs import ReproduceConfig
-    from ccf_llm_hf.reproduce.run import reproduce
-    from ccf_llm_hf.reproduce.table import markdown
+    from ccf_llm_hf.reproduce.run import outlook, reproduce
+    from ccf_llm_hf.reproduce.table import markdown, outlook_text
 
-    rows = reproduce(config_from_arguments(ReproduceConfig, arguments))
+    config = config_from_arguments(ReproduceConfig, arguments)
+    if arguments.dry_run:
+        cells = outlook(config)
+        return Output(outlook_text(cells), cells)
+    rows = reproduce(config)
     return Output(markdown(rows), rows)
 
 

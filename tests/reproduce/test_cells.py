@@ -70,6 +70,21 @@ def test_the_quick_budget_and_other_data_sets_have_the_main_rows():
     assert all(cell.quick for cell in protocol_rows() if cell.analyzed)
 
 
+def test_arms_to_compare_differ_in_what_their_names_say_only():
+    stages = {(row.arm, row.cf, row.training): row.stage for row in protocol_rows() if row.stage}
+
+    def differing(first, second):
+        pair = [stages[arm, "mf", "joint"].items() for arm in (first, second)]
+        return {key for key, _ in pair[0] ^ pair[1]}
+
+    fewer = "gate on 8,000 labels"
+    assert differing(fewer, f"{fewer}, question last") == {"layout"}
+    assert differing("gate", fewer) == {"max_train_labels"}
+    assert differing("gate, title candidates", "concat") == {"fusion"}
+    assert differing("gate", "gate, title candidates") == {"candidate_format", "title_years"}
+    assert differing("gate", "gate, ranking loss") == {"pairwise_share"}
+
+
 def test_every_cf_table_and_setting_exists():
     settings = set(StageConfig.__dataclass_fields__)
     for cell in EVERYTHING:

@@ -1,6 +1,7 @@
 """A whole tiny table, reproduced: what is computed, what is not computed again, what it holds."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -178,6 +179,28 @@ def test_only_takes_parts_of_names_and_refuses_others():
     assert run.chosen(cells, []) == cells
     with pytest.raises(InputError, match=r"--only 'gait' .* names are like protocol-"):
         run.chosen(cells, ["gate", "gait"])
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_dry_run_lists_the_cells_and_writes_nothing(world, tmp_path, capsys):
+    before = {file: file.stat().st_mtime_ns for file in world.results.rglob("*")}
+    dry = ["reproduce", "ml-100k", "--work", str(tmp_path / "work"), "--seeds", "2", "--dry-run"]
+    assert main([*dry, "--out", str(world.results)]) == 0
+    *lines, total = capsys.readouterr().out.splitlines()
+    done = [line for line in lines if line.startswith("done ")]
+    files = {file.stem for file in (world.results / "cells").iterdir()}
+    assert len(done) >= 10 and {line.split()[-1] for line in done} <= files
+    left = {line.split()[-1] for line in lines} - files
+    assert len(left) >= 3 and all("seed1" in name for name in left)
+    assert len(done) + len(left) == len(lines)
+    assert all(re.match(r"(done |to do) +\d+\.\d min  \S+$", line) for line in lines)
+    assert total.startswith(f"{len(left)} cells to do: ") and "without" not in total
+    assert main([*dry, "--out", str(tmp_path / "out"), "--json"]) == 0
+    cells = json.loads(capsys.readouterr().out)
+    assert len(cells) == len(lines)
+    assert {(cell["done"], cell["minutes"]) for cell in cells} == {(False, None)}
+    assert before == {file: file.stat().st_mtime_ns for file in world.results.rglob("*")}
+    assert not (tmp_path / "work").exists() and not (tmp_path / "out").exists()
 
 
 def test_folders_of_something_else_are_refused(capsys, tmp_path):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from ccf_llm_hf.reproduce.cells import (
 )
 from ccf_llm_hf.reproduce.folded import folded_scores
 from ccf_llm_hf.reproduce.side_by_side import side_by_side
-from ccf_llm_hf.reproduce.table import read_cells, write_table
+from ccf_llm_hf.reproduce.table import ROW, read_cells, write_table
 from ccf_llm_hf.reproduce.workspace import Workspace
 from ccf_llm_hf.training.run import run_recipe
 from ccf_llm_hf.training.stage import write_json
@@ -92,6 +93,11 @@ class Reproduction:
         """Name of the cell's files; a quick cell is another one than a full one."""
         return cell.name + "-quick" * (self.config.budget == "quick" and cell.seeded)
 
+    def row(self, cell: Cell) -> dict[str, str]:
+        """What the table groups cells by (`table.ROW`)."""
+        budget = {"budget": self.config.budget if cell.seeded else "full"}
+        return {key: getattr(cell, key) for key in ROW if key not in budget} | budget
+
     def folder(self, cell: Cell) -> Path:
         """The cell's folder in the work folder: recipe, checkpoints, scores."""
         return self.workspace.folder / "cells" / self.label(cell)
@@ -110,9 +116,8 @@ class Reproduction:
         for split, table in scores.items():
             write_scores(table, folder / f"{split}.parquet")
         result = {
-            **{key: getattr(cell, key) for key in ("track", "arm", "cf", "training", "backbone")},
+            **self.row(cell),
             "seed": cell.seed if cell.seeded else None,
-            "budget": self.config.budget if cell.seeded else "full",
             **self.figures(cell, scores),
             **trained,
             # Training counts every sitting of it, which the clock of this one would miss.
@@ -329,15 +334,7 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
     Raises:
         InputError: an unknown budget, track or cell, or what preparing and training raise.
     """
-    if config.workers < 1:
-        raise InputError(f"--workers must be at least 1, not {config.workers}")
-    here = Reproduction.of(config)
-    cells = chosen(here.cells, config.only)
-    for flag, folder in (("--out", here.results), ("--work", here.workspace.folder)):
-        if any(place.is_file() for place in (folder, *folder.parents)):
-            raise InputError(f"{flag} {folder} is a file, or in one: name a folder")
-    read_cells(here.results)  # a file that is no result should not be found out hours later
-    left = [cell for cell in cells if not here.result_file(cell).is_file()]
+    here, cells, left = begun(config)
     say(f"{len(cells)} cells, {len(cells) - len(left)} of them done in {here.results}")
     if config.workers > 1:
         here.make_inputs(left)
@@ -352,6 +349,48 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
         most = QUICK_ANALYZED_ROWS if config.budget == "quick" else None
         analyze(subjects(here), here.workspace.data("protocol"), here.results, most)
     return rows
+
+
+def begun(config: ReproduceConfig) -> tuple[Reproduction, list[Cell], list[Cell]]:
+    """The run that a configuration asks for, its chosen cells, and those of them without a result.
+
+    Raises:
+        InputError: an unknown budget, track or cell, folders that cannot be used, or a result file
+            that holds none: better said now than hours later.
+    """
+    if config.workers < 1:
+        raise InputError(f"--workers must be at least 1, not {config.workers}")
+    here = Reproduction.of(config)
+    cells = chosen(here.cells, config.only)
+    for flag, folder in (("--out", here.results), ("--work", here.workspace.folder)):
+        if any(place.is_file() for place in (folder, *folder.parents)):
+            raise InputError(f"{flag} {folder} is a file, or in one: name a folder")
+    read_cells(here.results)
+    return here, cells, [cell for cell in cells if not here.result_file(cell).is_file()]
+
+
+def outlook(config: ReproduceConfig) -> list[dict[str, Any]]:
+    """What `reproduce` would do: computes and writes nothing.
+
+    Returns:
+        A dict a cell, in order: its name, whether it is done, and the minutes that the finished
+        seeds of its row took on average, None where there are none.
+
+    Raises:
+        InputError: what `begun` raises.
+    """
+    here, cells, left = begun(config)
+    took = {
+        key: mean(cell["minutes"] for cell in row) for key, row in read_cells(here.results).items()
+    }
+    return [
+        {
+            "cell": here.label(cell),
+            "done": cell not in left,
+            "minutes": took.get(tuple(here.row(cell).values())),
+        }
+        for cell in cells
+    ]
 
 
 def run_named(config: ReproduceConfig, name: str) -> dict[str, Any]:
@@ -410,4 +449,4 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-__all__ = ["reproduce"]
+__all__ = ["outlook", "reproduce"]

@@ -142,6 +142,21 @@ def _value(row: dict[str, Any], metric: str) -> str:
     return f"{row[metric]:.4f}{spread} [{low:.3f}, {high:.3f}]"
 
 
+def outlook_text(cells: list[dict[str, Any]]) -> str:
+    """The list that `--dry-run` prints: a line a cell, and the hours that are left."""
+    left = [cell for cell in cells if not cell["done"]]
+    known = [cell["minutes"] for cell in left if cell["minutes"] is not None]
+    lines = [
+        f"{'done ' if cell['done'] else 'to do'} "
+        f"{'    ?' if cell['minutes'] is None else format(cell['minutes'], '5.1f')} min  "
+        f"{cell['cell']}"
+        for cell in cells
+    ]
+    total = f"{len(left)} cells to do: {sum(known) / 60:.1f} hours by the minutes of finished seeds"
+    unknown = len(left) - len(known)
+    return "\n".join([*lines, total + f", and {unknown} without any" * bool(unknown)])
+
+
 def published() -> str:
     """What others report on the same split, as Markdown."""
     lines = ["| method | AUC | UAUC | source |", "| --- | --: | --: | --- |"]
