@@ -2,7 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ccf_llm_hf.evaluation import item_mean, item_user_mean, score_average
+from ccf_llm_hf.evaluation import auc, item_mean, item_user_mean, score_average
+from ccf_llm_hf.evaluation.controls import as_logits
 
 TRAIN = pd.DataFrame(
     {
@@ -50,3 +51,24 @@ def test_score_average_ignores_the_scale_of_the_scores() -> None:
     assert average["prob"].tolist() == pytest.approx([0.3, 0.4, 0.5])
     constant = score_average(first.assign(score=1.0), second)
     assert constant["score"].rank().tolist() == second["score"].rank().tolist()
+
+
+def test_score_average_takes_any_number_of_methods() -> None:
+    methods = [
+        pd.DataFrame({"score": scores, "prob": [0.2, 0.6]}) for scores in ([0, 1], [5, 3], [0, 9])
+    ]
+    average = score_average(*methods)
+    np.testing.assert_allclose(average["score"], [-1 / 3, 1 / 3])
+    assert average["prob"].tolist() == pytest.approx([0.2, 0.6])
+
+
+def test_as_logits_gives_an_average_the_level_of_its_probabilities() -> None:
+    draw = np.random.default_rng(0)
+    logits = draw.normal(1.0, 0.8, size=(2, 4_000))
+    label = draw.random(4_000) < 1 / (1 + np.exp(-logits.mean(0)))
+    first, second = (pd.DataFrame({"score": x, "prob": 1 / (1 + np.exp(-x))}) for x in logits)
+    average = score_average(first, second)
+    leveled = as_logits(average)
+    assert auc(label, leveled["score"]) == auc(label, average["score"])
+    assert abs((1 / (1 + np.exp(-average["score"]))).mean() - label.mean()) > 0.15
+    assert abs((1 / (1 + np.exp(-leveled["score"]))).mean() - label.mean()) < 0.02

@@ -37,18 +37,27 @@ def item_user_mean(train: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return _as_scores(item + user - _logit(_prior(train)))
 
 
-def score_average(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """Ensemble of two methods: mean of the z-scored scores, and mean of the probabilities.
+def score_average(*methods: pd.DataFrame) -> pd.DataFrame:
+    """Ensemble of methods: mean of the z-scored scores, and mean of the probabilities.
 
-    Z-scores are taken over the given rows, without their labels, so that neither method wins by the
+    Z-scores are taken over the given rows, without their labels, so that no method wins by the
     scale of its scores (our choice).
     """
     parts = [
         (scores["score"] - scores["score"].mean()) / (scores["score"].std(ddof=0) or 1.0)
-        for scores in (first, second)
+        for scores in methods
     ]
-    prob = (first["prob"] + second["prob"]) / 2  # NaN where either has no score
-    return pd.DataFrame({"score": (parts[0] + parts[1]) / 2, "prob": prob})
+    prob = sum(scores["prob"] for scores in methods) / len(methods)  # NaN where one has no score
+    return pd.DataFrame({"score": sum(parts) / len(parts), "prob": prob})
+
+
+def as_logits(average: pd.DataFrame) -> pd.DataFrame:
+    """A score average whose scores have the mean and the spread of the logits of its probabilities,
+    in the order that they had: z-scores do not know how many rows are liked (our choice)."""
+    score, prob = average["score"], average["prob"].to_numpy(dtype=np.float64)
+    logits = _logit(np.clip(prob, 1e-6, 1 - 1e-6))
+    spread = logits.std() / (score.std(ddof=0) or 1.0)
+    return average.assign(score=(score - score.mean()) * spread + logits.mean())
 
 
 def _prior(train: pd.DataFrame) -> np.ndarray:

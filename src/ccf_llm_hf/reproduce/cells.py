@@ -58,7 +58,8 @@ class Cell:
 
     `cf` names a CF table of the track, or is empty. `stage` holds the settings of its only stage;
     None marks a row without a language model. `starts_from` names the row whose LoRA a two-stage
-    cell takes and freezes; `average_of` the two rows whose scores are averaged. `titles` says that
+    cell takes and freezes; `average_of` the rows whose scores are averaged,
+    the trained one last. `titles` says that
     labels cost the tokens of titles, `quick` that the row belongs to the quick budget too,
     `analyzed` that `--analyses` takes it unless told otherwise.
     """
@@ -152,8 +153,16 @@ def protocol_rows() -> list[Cell]:
             for arm in ("scalar_gate", "sum", "cf_only")
         ),
         _joint("gate and CF logit", gate | {"cf_residual": True}, quick=True, analyzed=True),
-        _average("average of CF and text_only", "protocol-CF-mf", text_only),
-        _average("average of CF and gate", "protocol-CF-mf", joint),
+        _average("average of CF and text_only", ("protocol-CF-mf",), text_only),
+        _average("average of CF and gate", ("protocol-CF-mf",), joint),
+        replace(
+            _average(
+                "average of CF, LightGCN and gate",
+                ("protocol-CF-mf", "protocol-CF-lightgcn"),
+                joint,
+            ),
+            quick=False,
+        ),
         _joint("gate, ranking loss", gate | RANKING),
         _joint("gate, in-sample CF", gate, use_cf_snapshots=False),
         _joint(
@@ -163,7 +172,7 @@ def protocol_rows() -> list[Cell]:
         staged,
         *(_staged(text_only, arm, arms[arm]) for arm in ("scalar_gate", "sum", "cf_only")),
         _staged(text_only, "gate and CF logit", gate | {"cf_residual": True}),
-        replace(_average("average of CF and gate", "protocol-CF-mf", staged), quick=False),
+        replace(_average("average of CF and gate", ("protocol-CF-mf",), staged), quick=False),
         *(_joint("gate", gate, cf=cf) for cf in FUSED_CF[1:]),
         _joint("gate", gate, backbone=GEMMA),
         _joint("gate, title candidates", titled, titles=True),
@@ -187,7 +196,7 @@ def open_rows() -> list[Cell]:
         Cell("open", "CF", cf="mf", quick=True),
         Cell("open", "CF, folded in", cf="mf", quick=True),
         folded,
-        _average("average of folded CF and gate", "open-CF_folded_in-mf", folded),
+        _average("average of folded CF and gate", ("open-CF_folded_in-mf",), folded),
         _joint("gate and folded CF logit, ranking loss", gate | FOLDED | RANKING, track="open"),
         _joint("cf_only and folded CF logit", SLOTS | FOLDED | {"fusion": "cf_only"}, track="open"),
         _joint("gate", gate, track="open"),
@@ -202,9 +211,13 @@ def _joint(
     return Cell(track, arm, cf=cf, stage=stage | {"train": ["fusion", "lora"]}, **settings)
 
 
-def _average(arm: str, cf_row: str, row: Cell) -> Cell:
-    """The average of the standardized scores of a CF row and a trained one."""
-    averaged: dict[str, Any] = {"average_of": (cf_row, row.row), "stage": None, "starts_from": ""}
+def _average(arm: str, cf_rows: tuple[str, ...], row: Cell) -> Cell:
+    """The average of the standardized scores of CF rows and a trained one."""
+    averaged: dict[str, Any] = {
+        "average_of": (*cf_rows, row.row),
+        "stage": None,
+        "starts_from": "",
+    }
     return replace(row, arm=arm, cf="mf", **averaged, quick=True, analyzed=False)
 
 

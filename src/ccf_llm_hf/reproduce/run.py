@@ -21,7 +21,7 @@ from ccf_llm_hf.data.assets import load_backbone_path
 from ccf_llm_hf.data.prepared import interactions, load_prepared
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import evaluate_scores, fit_temperature
-from ccf_llm_hf.evaluation.controls import item_mean, item_user_mean, score_average
+from ccf_llm_hf.evaluation.controls import as_logits, item_mean, item_user_mean, score_average
 from ccf_llm_hf.evaluation.metrics import auc, uauc
 from ccf_llm_hf.evaluation.rows import read_rows
 from ccf_llm_hf.evaluation.scores import read_scores
@@ -202,11 +202,14 @@ class Reproduction:
         if cell.arm in MEANS:
             return keys.join(MEANS[cell.arm](self.known_rows(cell.track), rows))
         if cell.average_of:
-            first, second = (self.scores_of(cell, row, split) for row in cell.average_of)
+            *others, model = (self.scores_of(cell, row, split) for row in cell.average_of)
             pair = ["user_id", "item_id"]
-            shared = second[[*pair, "label"]]  # the language model may have scored a sample
-            first = shared.merge(first.drop(columns="label"), on=pair, how="left", validate="1:1")
-            return shared.join(score_average(first, second))
+            shared = model[[*pair, "label"]]  # the language model may have scored a sample
+            others = [
+                shared.merge(other.drop(columns="label"), on=pair, how="left", validate="1:1")
+                for other in others
+            ]
+            return shared.join(as_logits(score_average(*others, model)))
         folder = self.workspace.cf(cell.track, cell.cf)
         if cell.arm == "CF, folded in":
             return keys.join(folded_scores(folder, load_prepared(data).splits[split]))
