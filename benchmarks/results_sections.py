@@ -7,7 +7,11 @@ from typing import Any
 from ccf_llm_hf.reproduce.analyses_text import analyses_markdown
 from ccf_llm_hf.reproduce.cells import SMOLLM, TRACKS
 from ccf_llm_hf.reproduce.table import CF_NAMES, PUBLISHED, markdown, published
-from ccf_llm_hf.reproduce.words import differences_in_words, targets_in_words
+from ccf_llm_hf.reproduce.words import (
+    differences_in_words,
+    differences_table,
+    targets_in_words,
+)
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "ml-1m"
 QUICK = Path(__file__).resolve().parent / "results" / "quick.json"
@@ -49,8 +53,12 @@ def track_section(track: str) -> list[str]:
     if not rows:
         return missing("table.json", f"rows of the {track} track", COMMAND)
     lines = [f"{TRACKS[track]}.", "", *markdown(rows).rstrip().splitlines()]
-    said = differences_in_words(_fullest(rows))
-    return [*lines, "", "In words, paired over users:", "", *said] if said else lines
+    full = _fullest(rows)
+    table, said = differences_table(full), differences_in_words(full)
+    if not said:
+        return lines
+    lines += ["", "Differences, paired over users; bold: zero is outside the interval.", "", *table]
+    return [*lines, "", "In words, the rows that are outside the interval:", "", *said]
 
 
 def target_section() -> list[str]:

@@ -4,7 +4,12 @@ import pytest
 from results_files import CELLS, cell_result, write_cells
 
 from ccf_llm_hf.reproduce.table import write_table
-from ccf_llm_hf.reproduce.words import differences_in_words, name_of, targets_in_words
+from ccf_llm_hf.reproduce.words import (
+    differences_in_words,
+    differences_table,
+    name_of,
+    targets_in_words,
+)
 
 
 @pytest.fixture
@@ -17,11 +22,24 @@ def test_a_row_is_above_or_below_only_where_its_interval_leaves_zero_out(rows):
     protocol = [row for row in rows if row["track"] == "protocol"]
     auc, uauc = differences_in_words(protocol)
     assert auc == (
-        "- **AUC against MF**: above: gate (mf, joint, tiny) (+0.0110); below: cf_only (mf, joint, "
-        "tiny) (-0.0390); not told apart: item + user mean (-0.0060), sum (mf, joint, tiny) "
-        "(+0.0030)."
+        "- **AUC against MF**: above it: *gate (mf, joint, tiny)*; below it: *cf_only (mf, "
+        "joint, tiny)*; not told apart: 2."
     )
-    assert "above: none; below: none; not told apart: cf_only" in uauc
+    assert "above it: none; below it: none; not told apart: 4." in uauc
+
+
+def test_the_table_of_differences_has_every_compared_row_and_marks_what_is_outside(rows):
+    protocol = [row for row in rows if row["track"] == "protocol"]
+    head, _, *lines = differences_table(protocol)
+    assert head == "| row | AUC against MF | UAUC against MF |"
+    found = {line.split("|")[1].strip(): line.split("|")[2:4] for line in lines}
+    assert set(found) == {name_of(row) for row in protocol if row["differences"]}
+    for row in protocol:
+        for cell, metric in zip(found.get(name_of(row), []), ("auc", "uauc"), strict=False):
+            low, high = row["differences"]["MF"][f"{metric}_ci"]
+            assert f"{row['differences']['MF'][metric]:+.4f}" in cell
+            assert cell.strip().startswith("**") == (low > 0 or high < 0)
+    assert "**+0.0110**" in found["gate (mf, joint, tiny)"][0]
 
 
 def test_a_control_that_a_seed_was_not_compared_with_is_left_out(tmp_path):
@@ -29,7 +47,7 @@ def test_a_control_that_a_seed_was_not_compared_with_is_left_out(tmp_path):
     write_cells(tmp_path, cells)
     (row,) = write_table(tmp_path)
     assert row["seeds"] == 2 and row["differences"] == {}
-    assert differences_in_words([row]) == []
+    assert differences_in_words([row]) == differences_table([row]) == []
 
 
 def test_targets_are_judged_by_the_row_that_validation_chose(rows):

@@ -10,31 +10,69 @@ TARGETS = {"protocol": (0.7606, 0.7146), "open": (0.82, 0.76)}
 METRICS = ("auc", "uauc")
 
 
-def differences_in_words(rows: Rows) -> list[str]:
-    """A sentence for every control of a track and each metric: who is above it, who below, who
-    cannot be told apart. Paired over users; bounds are means over seeds.
+def differences_table(rows: Rows) -> list[str]:
+    """The paired difference of every row from every control, bold where its interval leaves zero
+    out, as a Markdown table; empty where no row was compared.
 
     Args:
         rows: of one track and budget, as `table.write_table` returns them.
     """
-    lines = []
-    controls = dict.fromkeys(name for row in rows for name in row["differences"])
-    for control in controls:
-        for metric in METRICS:
-            said = _against(control, metric, rows)
-            lines.append(f"- **{metric.upper()} against {control}**: {said}.")
+    controls = _controls(rows)
+    if not controls:
+        return []
+    pairs = [(control, metric) for control in controls for metric in METRICS]
+    heads = [f"{metric.upper()} against {control}" for control, metric in pairs]
+    lines = [f"| row | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
+    for row in rows:
+        if row["differences"]:
+            cells = (_difference(row, *pair) for pair in pairs)
+            lines.append(f"| {name_of(row)} | {' | '.join(cells)} |")
     return lines
 
 
+def _controls(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row["differences"]))
+
+
+def _difference(row: dict[str, Any], control: str, metric: str) -> str:
+    found = row["differences"].get(control)
+    if not found:
+        return ""
+    low, high = found[f"{metric}_ci"]
+    value = f"{found[metric]:+.4f}"
+    return f"{f'**{value}**' if low > 0 or high < 0 else value} [{low:+.4f}, {high:+.4f}]"
+
+
+def differences_in_words(rows: Rows) -> list[str]:
+    """A sentence for every control of a track and each metric: who is above it and who below by
+    more than the interval, and how many cannot be told apart. Paired over users; bounds are means
+    over seeds.
+
+    Args:
+        rows: of one track and budget, as `table.write_table` returns them.
+    """
+    return [
+        f"- **{metric.upper()} against {control}**: {_against(control, metric, rows)}."
+        for control in _controls(rows)
+        for metric in METRICS
+    ]
+
+
 def _against(control: str, metric: str, rows: Rows) -> str:
-    groups: dict[str, list[str]] = {"above": [], "below": [], "not told apart": []}
+    above, below, apart = [], [], 0
     for row in rows:
-        found = row["differences"].get(control)
-        if found:
+        if found := row["differences"].get(control):
             low, high = found[f"{metric}_ci"]
-            where = "above" if low > 0 else "below" if high < 0 else "not told apart"
-            groups[where].append(f"{name_of(row)} ({found[metric]:+.4f})")
-    return "; ".join(f"{where}: {', '.join(names) or 'none'}" for where, names in groups.items())
+            if low > 0:
+                above.append(f"*{name_of(row)}*")
+            elif high < 0:
+                below.append(f"*{name_of(row)}*")
+            else:
+                apart += 1
+    return (
+        f"above it: {', '.join(above) or 'none'}; below it: {', '.join(below) or 'none'}; "
+        f"not told apart: {apart or 'none'}"
+    )
 
 
 def targets_in_words(rows: Rows) -> list[str]:
