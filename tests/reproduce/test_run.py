@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -158,6 +159,19 @@ def test_a_cell_is_compared_with_a_control_that_was_computed_elsewhere(world):
     world.reproduce(budget="quick")
     assert json.loads(gate.read_text())["differences"] == before["differences"]
     assert scores.read_bytes() == kept
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_cell_is_compared_with_the_row_it_stands_beside_and_with_its_own_cf(world, monkeypatch):
+    here = run.Reproduction.of(world.config(budget="quick"))
+    gate, text, average = (
+        next(cell for cell in here.cells if cell.name == name) for name in (GATE, TEXT, AVERAGE)
+    )
+    beside = replace(average, beside=text.row)
+    assert set(here.comparisons(beside)) == {"MF", "gate", "text_only"}
+    assert text.name in here.needs(beside) and text.name not in here.needs(gate)
+    monkeypatch.setattr(run, "FUSED_CF", ("another", "mf"))
+    assert set(here.comparisons(gate)) == {"its CF alone"}
 
 
 @pytest.mark.usefixtures("rows")

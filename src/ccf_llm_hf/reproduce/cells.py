@@ -58,8 +58,8 @@ class Cell:
 
     `cf` names a CF table of the track, or is empty. `stage` holds the settings of its only stage;
     None marks a row without a language model. `starts_from` names the row whose LoRA a two-stage
-    cell takes and freezes; `average_of` the rows whose scores are averaged,
-    the trained one last. `titles` says that
+    cell takes and freezes; `average_of` the rows whose scores are averaged, the trained one last;
+    `beside` a trained row that it is compared with besides the usual ones. `titles` says that
     labels cost the tokens of titles, `quick` that the row belongs to the quick budget too,
     `analyzed` that `--analyses` takes it unless told otherwise.
     """
@@ -73,6 +73,7 @@ class Cell:
     stage: dict[str, Any] | None = None
     starts_from: str = ""
     average_of: tuple[str, ...] = ()
+    beside: str = ""
     use_cf_snapshots: bool = True
     titles: bool = False
     quick: bool = False
@@ -140,6 +141,7 @@ def protocol_rows() -> list[Cell]:
     titled = TITLED | {"fusion": "gate"}
     joint = _joint("gate", gate, quick=True, analyzed=True)
     staged = _staged(text_only, "gate", gate)
+    few = _joint("gate on 8,000 labels", gate | FEW)
     return [
         *(Cell("protocol", arm, quick=True) for arm in ("item mean", "item + user mean")),
         *(
@@ -178,11 +180,12 @@ def protocol_rows() -> list[Cell]:
         _joint("gate, title candidates", titled, titles=True),
         *(_joint("concat", CONCAT, cf=cf, titles=True) for cf in FUSED_CF),
         *(_staged(text_only, "concat", CONCAT, cf=cf, titles=True) for cf in FUSED_CF),
-        _joint("gate on 8,000 labels", gate | FEW),
+        few,
         _joint(
             "gate on 8,000 labels, question last",
             gate | FEW | {"layout": "question_last"},
             titles=True,
+            beside=few.row,
         ),
     ]
 

@@ -29,6 +29,7 @@ from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.inference.score_table import sample_users, score_table, write_scores
 from ccf_llm_hf.reproduce.analyses import Subject, analyze
 from ccf_llm_hf.reproduce.cells import (
+    FUSED_CF,
     QUICK_LABELS,
     QUICK_TITLE_LABELS,
     SMOLLM,
@@ -233,7 +234,7 @@ class Reproduction:
 
     def needs(self, cell: Cell) -> list[str]:
         """Names of the cells that must be finished before this one."""
-        rows = (cell.starts_from, *cell.average_of)
+        rows = (cell.starts_from, cell.beside, *cell.average_of)
         return [self.same_seed(cell, row).name for row in rows if row]
 
     def make_inputs(self, cells: Sequence[Cell]) -> None:
@@ -311,17 +312,24 @@ class Reproduction:
         }
 
     def comparisons(self, cell: Cell) -> dict[str, pd.DataFrame]:
-        """Test scores of the track's controls, by name, and of the paper's method with the same
-        seed, where it has been computed here; a control is compared with the other controls."""
+        """Test scores of the track's controls, by name, of the CF model that a cell fuses where
+        that is another than MF, and, where they have been computed here, of the paper's method
+        with the same seed and of the row that it stands beside; a control is compared with the
+        other controls."""
         rows = {f"{cell.track}-{row}": name for name, row in COMPARED.items()}
+        if cell.stage is not None and cell.cf in FUSED_CF[1:]:
+            rows[f"{cell.track}-CF-{cell.cf}"] = "its CF alone"
         found = {
             rows[other.name]: self.control_scores(other, "test")
             for other in self.cells
             if other.name in rows and other.name != cell.name
         }
         method = next((other for other in self.cells if other.is_the_method_for(cell)), None)
-        scores = method and self.folder(method) / "test.parquet"
-        return found | ({"gate": read_scores(scores)} if scores and scores.is_file() else {})
+        trained = {"gate": method} if method else {}
+        if cell.beside:
+            trained |= {(beside := self.same_seed(cell, cell.beside)).arm: beside}
+        files = {name: self.folder(other) / "test.parquet" for name, other in trained.items()}
+        return found | {name: read_scores(file) for name, file in files.items() if file.is_file()}
 
 
 def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
