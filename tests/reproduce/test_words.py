@@ -42,6 +42,15 @@ def test_the_table_of_differences_has_every_compared_row_and_marks_what_is_outsi
     assert "**+0.0110**" in found["gate (mf, joint, tiny)"][0]
 
 
+def test_a_control_of_few_rows_is_told_row_by_row(rows):
+    protocol = [row for row in rows if row["track"] == "protocol"]
+    protocol[-1]["differences"]["its CF alone"] = protocol[-1]["differences"]["MF"]
+    last = differences_in_words(protocol)[-1]
+    assert last.startswith(f"- **{name_of(protocol[-1])} against its CF alone**: AUC ")
+    assert "UAUC" in last and "[" in last
+    assert "its CF alone" not in differences_table(protocol)[0]
+
+
 def test_a_control_that_a_seed_was_not_compared_with_is_left_out(tmp_path):
     cells = [cell_result("gate", 0.74), cell_result("gate", 0.75, seed=1, differences={})]
     write_cells(tmp_path, cells)

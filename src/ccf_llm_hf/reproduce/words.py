@@ -1,5 +1,6 @@
 """What the table says in words: differences outside their intervals, and targets met or missed."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +12,13 @@ METRICS = ("auc", "uauc")
 
 
 def differences_table(rows: Rows) -> list[str]:
-    """The paired difference of every row from every control, bold where its interval leaves zero
-    out, as a Markdown table; empty where no row was compared.
+    """The paired difference of every row from every control that most rows were compared with, bold
+    where its interval leaves zero out, as a Markdown table; empty where no row was compared.
 
     Args:
         rows: of one track and budget, as `table.write_table` returns them.
     """
-    controls = _controls(rows)
+    controls = [name for name, compared in _controls(rows).items() if 2 * compared > len(rows)]
     if not controls:
         return []
     pairs = [(control, metric) for control in controls for metric in METRICS]
@@ -30,8 +31,9 @@ def differences_table(rows: Rows) -> list[str]:
     return lines
 
 
-def _controls(rows: Rows) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row["differences"]))
+def _controls(rows: Rows) -> Counter[str]:
+    """How many rows were compared with each control."""
+    return Counter(name for row in rows for name in row["differences"])
 
 
 def _difference(row: dict[str, Any], control: str, metric: str) -> str:
@@ -45,17 +47,28 @@ def _difference(row: dict[str, Any], control: str, metric: str) -> str:
 
 def differences_in_words(rows: Rows) -> list[str]:
     """A sentence for every control of a track and each metric: who is above it and who below by
-    more than the interval, and how many cannot be told apart. Paired over users; bounds are means
-    over seeds.
+    more than the interval, and how many cannot be told apart. Of a control that few rows were
+    compared with, their differences. Paired over users; bounds are means over seeds.
 
     Args:
         rows: of one track and budget, as `table.write_table` returns them.
     """
-    return [
-        f"- **{metric.upper()} against {control}**: {_against(control, metric, rows)}."
-        for control in _controls(rows)
-        for metric in METRICS
-    ]
+    lines = []
+    for control, compared in _controls(rows).items():
+        if 2 * compared > len(rows):
+            lines += [
+                f"- **{metric.upper()} against {control}**: {_against(control, metric, rows)}."
+                for metric in METRICS
+            ]
+        else:
+            lines += [
+                f"- **{name_of(row)} against {control}**: "
+                + ", ".join(f"{m.upper()} {_difference(row, control, m)}" for m in METRICS)
+                + "."
+                for row in rows
+                if control in row["differences"]
+            ]
+    return lines
 
 
 def _against(control: str, metric: str, rows: Rows) -> str:
