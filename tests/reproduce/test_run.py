@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -142,11 +143,16 @@ def test_a_killed_run_goes_on_behind_the_training(world, monkeypatch):
     assert result["minutes"] >= result["trained"]["minutes"]
 
 
-def test_what_a_cell_builds_on_must_be_there(world):
-    with pytest.raises(InputError, match=r"two-stage.*seed3 builds on .*--only protocol-text_only"):
-        world.reproduce(seeds=4, only=["gate-mf-two-stage-tiny-seed3"])
-    with pytest.raises(InputError, match=r"average.*builds on protocol-text_only"):
-        world.reproduce(seeds=4, only=["average_of_CF_and_text_only-mf-LoRA-tiny-seed3"])
+def test_what_a_cell_is_made_of_is_computed_with_it_where_it_is_not_here(world, capsys):
+    staged, text = (name.replace("seed0", "seed3") for name in (STAGED, TEXT))
+    world.reproduce(seeds=4, only=[staged])
+    assert world.trained == [text, staged]
+    assert f"{text}-quick too: others are made of it" in capsys.readouterr().err
+    shutil.rmtree(world.work / "cells" / f"{text}-quick")  # as in a clone: only its result is there
+    average = AVERAGE.replace("seed0", "seed3")
+    world.reproduce(seeds=4, only=[average])
+    assert world.trained == [text]
+    assert result_of(world, f"{average}-quick")["test"]["rows"] > 0
 
 
 @pytest.mark.usefixtures("rows")
@@ -169,7 +175,7 @@ def test_a_cell_is_compared_with_the_row_it_stands_beside_and_with_its_own_cf(wo
     )
     beside = replace(average, beside=text.row)
     assert set(here.comparisons(beside)) == {"MF", "gate", "text_only"}
-    assert text.name in here.needs(beside) and text.name not in here.needs(gate)
+    assert {text.name, gate.name} <= set(here.needs(beside)) and here.needs(gate) == []
     monkeypatch.setattr(run, "FUSED_CF", ("another", "mf"))
     assert set(here.comparisons(gate)) == {"its CF alone"}
 

@@ -170,7 +170,7 @@ class Reproduction:
             stage["max_train_labels"] = QUICK_TITLE_LABELS if cell.titles else QUICK_LABELS
         if cell.starts_from:
             first = self.same_seed(cell, cell.starts_from)
-            stage["init_from"] = str(self.left_by(first, self.checkpoint(first), cell))
+            stage["init_from"] = str(self.checkpoint(first))
         return stage
 
     def same_seed(self, cell: Cell, row: str) -> Cell:
@@ -178,20 +178,6 @@ class Reproduction:
         cells do not depend on a seed."""
         wanted = (row, f"{row}-seed{cell.seed}")
         return next(other for other in self.cells if other.name in wanted)
-
-    def left_by(self, first: Cell, file: Path, cell: Cell) -> Path:
-        """A file or folder of the `first` cell that `cell` needs.
-
-        Raises:
-            InputError: it is not there.
-        """
-        if not file.exists():
-            raise InputError(
-                f"{cell.name} builds on {first.name}, of which {file} is missing: compute that "
-                f"cell here first (--only {first.name}; delete {self.result_file(first)} if it is "
-                "there)"
-            )
-        return file
 
     def scores(self, cell: Cell, split: str) -> pd.DataFrame:
         """A split's scores by the cell's method: user_id, item_id, label, score, prob."""
@@ -221,7 +207,7 @@ class Reproduction:
         other = self.same_seed(cell, row)
         if not other.seeded:
             return self.control_scores(other, split)
-        return read_scores(self.left_by(other, self.folder(other) / f"{split}.parquet", cell))
+        return read_scores(self.folder(other) / f"{split}.parquet")
 
     def control_scores(self, cell: Cell, split: str) -> pd.DataFrame:
         """The scores of a cell without a language model, which may have been computed elsewhere:
@@ -232,10 +218,22 @@ class Reproduction:
             write_scores(self.scores(cell, split), file)
         return read_scores(file)
 
+    def builds_on(self, cell: Cell) -> list[Cell]:
+        """The trained cells whose checkpoint or scores this one is made of."""
+        rows = (cell.starts_from, *cell.average_of)
+        others = (self.same_seed(cell, row) for row in rows if row)
+        return [other for other in others if other.seeded]
+
+    def beside(self, cell: Cell) -> dict[str, Cell]:
+        """The trained cells of the same seed that this one is compared with, by name: the gate over
+        MF, and the row that it stands beside."""
+        method = next((other for other in self.cells if other.is_the_method_for(cell)), None)
+        row = self.same_seed(cell, cell.beside) if cell.beside else None
+        return ({"gate": method} if method else {}) | ({row.arm: row} if row else {})
+
     def needs(self, cell: Cell) -> list[str]:
-        """Names of the cells that must be finished before this one."""
-        rows = (cell.starts_from, cell.beside, *cell.average_of)
-        return [self.same_seed(cell, row).name for row in rows if row]
+        """Names of the cells that are to be finished before this one, where they are computed."""
+        return [other.name for other in (*self.builds_on(cell), *self.beside(cell).values())]
 
     def make_inputs(self, cells: Sequence[Cell]) -> None:
         """Prepare the data, the tables and the controls' scores that cells share, so that those
@@ -292,8 +290,9 @@ class Reproduction:
         validation, test = scores["validation"], scores["test"]
         temperature = float(fit_temperature(validation["score"], validation["label"]))
         test = test.assign(prob=1 / (1 + np.exp(-test["score"] / temperature)))
+        compared = self.comparisons(cell)
         report = evaluate_scores(
-            test, self.workspace.data(cell.track), "test", self.comparisons(cell), name=cell.name
+            test, self.workspace.data(cell.track), "test", compared, name=cell.name
         )
         return {
             "validation": {
@@ -307,15 +306,14 @@ class Reproduction:
                 | part["methods"].get(cell.name, {})  # a slice without rows has none
                 for name, part in report["slices"].items()
             },
-            "differences": {name: report["differences"][name] for name in self.comparisons(cell)},
+            "differences": {name: report["differences"][name] for name in compared},
             "reliability": report["reliability"],
         }
 
     def comparisons(self, cell: Cell) -> dict[str, pd.DataFrame]:
         """Test scores of the track's controls, by name, of the CF model that a cell fuses where
-        that is another than MF, and, where they have been computed here, of the paper's method
-        with the same seed and of the row that it stands beside; a control is compared with the
-        other controls."""
+        that is another than MF, and of the rows `beside` it, where they have been computed here;
+        a control is compared with the other controls."""
         rows = {f"{cell.track}-{row}": name for name, row in COMPARED.items()}
         if cell.stage is not None and cell.cf in FUSED_CF[1:]:
             rows[f"{cell.track}-CF-{cell.cf}"] = "its CF alone"
@@ -324,12 +322,9 @@ class Reproduction:
             for other in self.cells
             if other.name in rows and other.name != cell.name
         }
-        method = next((other for other in self.cells if other.is_the_method_for(cell)), None)
-        trained = {"gate": method} if method else {}
-        if cell.beside:
-            trained |= {(beside := self.same_seed(cell, cell.beside)).arm: beside}
-        files = {name: self.folder(other) / "test.parquet" for name, other in trained.items()}
-        return found | {name: read_scores(file) for name, file in files.items() if file.is_file()}
+        beside = {name: row for name, row in self.beside(cell).items() if self.is_here(row)}
+        scored = {name: self.folder(row) / "test.parquet" for name, row in beside.items()}
+        return found | {name: read_scores(file) for name, file in scored.items()}
 
 
 def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
@@ -346,7 +341,11 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
         InputError: an unknown budget, track or cell, or what preparing and training raise.
     """
     here, cells, left = begun(config)
-    say(f"{len(cells)} cells, {len(cells) - len(left)} of them done in {here.results}")
+    done = [cell for cell in cells if cell not in left]
+    say(f"{len(cells)} cells, {len(done)} of them done in {here.results}")
+    for cell in left:
+        if cell not in cells or here.result_file(cell).is_file():
+            say(f"{here.label(cell)} too: others are made of it, and it is not in the work folder")
     if config.workers > 1:
         here.make_inputs(left)
         jobs = {cell.name: here.needs(cell) for cell in left}
@@ -363,7 +362,8 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
 
 
 def begun(config: ReproduceConfig) -> tuple[Reproduction, list[Cell], list[Cell]]:
-    """The run that a configuration asks for, its chosen cells, and those of them without a result.
+    """The run that a configuration asks for, its chosen cells, and those to compute, in order: the
+    chosen ones without a result, and what they are made of where that is not in the work folder.
 
     Raises:
         InputError: an unknown budget, track or cell, folders that cannot be used, or a result file
@@ -377,7 +377,11 @@ def begun(config: ReproduceConfig) -> tuple[Reproduction, list[Cell], list[Cell]
         if any(place.is_file() for place in (folder, *folder.parents)):
             raise InputError(f"{flag} {folder} is a file, or in one: name a folder")
     read_cells(here.results)
-    return here, cells, [cell for cell in cells if not here.result_file(cell).is_file()]
+    names = {cell.name for cell in cells if not here.result_file(cell).is_file()}
+    for cell in reversed(here.cells):  # what a cell is made of is planned before it
+        if cell.name in names:
+            names |= {other.name for other in here.builds_on(cell) if not here.is_here(other)}
+    return here, cells, [cell for cell in here.cells if cell.name in names]
 
 
 def outlook(config: ReproduceConfig) -> list[dict[str, Any]]:
@@ -400,7 +404,8 @@ def outlook(config: ReproduceConfig) -> list[dict[str, Any]]:
             "done": cell not in left,
             "minutes": took.get(tuple(here.row(cell).values())),
         }
-        for cell in cells
+        for cell in here.cells
+        if cell in cells or cell in left
     ]
 
 
