@@ -15,7 +15,7 @@ from around import cli
 from workload import limit, write_results
 
 ASKED_MINUTES = 45.0
-KEPT = ("track", "arm", "cf", "training", "minutes", "auc", "uauc")
+KEPT = ("track", "arm", "cf", "training", "trained", "minutes", "auc", "uauc")
 
 
 def main() -> None:
@@ -35,7 +35,14 @@ def main() -> None:
         "workers": options.workers,
         "minutes": round(minutes, 1),
         "cells": [{key: row[key] for key in KEPT} for row in table],
-        "summary": [limit("reproduce --budget quick", ASKED_MINUTES, minutes, "min")],
+        "summary": [
+            limit(
+                f"reproduce --budget quick --workers {options.workers}",
+                ASKED_MINUTES,
+                minutes,
+                "min",
+            )
+        ],
     }
     write_results(options.out, measured)
 

@@ -10,6 +10,7 @@ from ccf_llm_hf.reproduce.table import CF_NAMES, PUBLISHED, markdown, published
 from ccf_llm_hf.reproduce.words import (
     differences_in_words,
     differences_table,
+    headline,
     targets_in_words,
 )
 
@@ -31,7 +32,6 @@ MAIN_ARMS = (
     "average of CF and gate",
     "average of folded CF and gate",
 )
-MAIN_CF = ("", "mf")
 SCHEMES = {  # arms of the table by what their training rows see
     "gate": "snapshots in time",
     "gate, in-sample CF": "the vectors fitted on it (in-sample)",
@@ -58,7 +58,7 @@ def track_section(track: str) -> list[str]:
     if not said:
         return lines
     lines += ["", "Differences, paired over users; bold: zero is outside the interval.", "", *table]
-    return [*lines, "", "In words, the rows that are outside the interval:", "", *said]
+    return [*lines, "", "In words:", "", *said]
 
 
 def target_section() -> list[str]:
@@ -93,11 +93,12 @@ def leak_section() -> list[str]:
     ]
     if not rows:
         return missing("table.json", "rows of the gate", COMMAND)
-    lines = ["| a training row sees | seeds | validation AUC / UAUC | test AUC | test UAUC |"]
-    lines += ["| --- | --: | --- | --- | --- |"]
+    heads = ("a training row sees", "seeds", "temperature", "validation AUC / UAUC")
+    lines = [f"| {' | '.join(heads)} | test AUC | test UAUC |"]
+    lines += ["| --- | --: | --: | --- | --- | --- |"]
     for row in sorted(rows, key=lambda row: list(SCHEMES).index(row["arm"])):
         lines.append(
-            f"| {SCHEMES[row['arm']]} | {row['seeds']} "
+            f"| {SCHEMES[row['arm']]} | {row['seeds']} | {row['temperature']:.2f} "
             f"| {row['validation_auc']:.4f} / {row['validation_uauc']:.4f} "
             f"| {_against_gate(row, 'auc')} | {_against_gate(row, 'uauc')} |"
         )
@@ -109,12 +110,12 @@ def _against_gate(row: dict[str, Any], metric: str) -> str:
     if difference is None:
         return f"{row[metric]:.4f}"
     low, high = difference[f"{metric}_ci"]
-    return f"{row[metric]:.4f} ({difference[metric]:+.4f} [{low:+.3f}, {high:+.3f}])"
+    return f"{row[metric]:.4f} ({difference[metric]:+.4f} [{low:+.4f}, {high:+.4f}])"
 
 
 def time_section() -> list[str]:
     """How long the cells of the table took, by track and budget."""
-    rows = [row for row in load_table() if row["backbone"]]
+    rows = [row for row in load_table() if row["trained"]]
     if not rows:
         return missing("table.json", "trained rows", COMMAND)
     lines = ["| track | budget | trained cells | hours in all | longest row, minutes a cell |"]
@@ -133,7 +134,7 @@ def quick_lines() -> list[str]:
         return []
     quick = json.loads(QUICK.read_text(encoding="utf-8"))
     hardware = quick["hardware"]
-    trained = sum(bool(cell["training"]) for cell in quick["cells"])
+    trained = sum(cell["trained"] for cell in quick["cells"])
     return [
         "",
         f"The whole of `--budget quick --workers {quick['workers']}`, from empty folders but with "
@@ -165,20 +166,28 @@ def main_section() -> list[str]:
         return missing("table.json", "results", COMMAND)
     lines = ["| track | arm | CF | trained | seeds | AUC | UAUC |"]
     lines += ["| --- | --- | --- | --- | --: | --- | --- |"]
+    said = []
     for track in TRACKS:
         mine = _fullest([row for row in rows if row["track"] == track])
         best = max(mine, key=lambda row: row["validation_auc"], default=None)
-        main = [r for r in mine if r["arm"] in MAIN_ARMS and r["cf"] in MAIN_CF]
-        shown = [*main, *([best] if best and best not in main else [])]
+        shown = [row for row in mine if row is best or _is_main(row)]
         lines += [_main_row(row, row is best) for row in shown]
-    highest = max(PUBLISHED, key=lambda row: float(row[1]))
+        said += headline(mine)
+    method, auc, *_ = max(PUBLISHED, key=lambda row: float(row[1]))
     return [
         *lines,
         "",
         "In brackets: 95 % intervals over users. **Bold**: the row of the highest validation AUC "
-        "of its track. Highest AUC that others publish on the protocol track: "
-        f"{highest[1]} ({highest[0]}; its UAUC is defined otherwise).",
+        f"of its track. Highest AUC that others publish on the protocol track: {auc} "
+        f"({method}).",
+        "",
+        *said,
     ]
+
+
+def _is_main(row: dict[str, Any]) -> bool:
+    usual = row["cf"] in ("", "mf") and row["backbone"] in ("", SMOLLM)
+    return usual and row["arm"] in MAIN_ARMS
 
 
 def _fullest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

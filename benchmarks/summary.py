@@ -15,7 +15,6 @@ FILES = (
     "around",
     "scaling",
     "packing",
-    "quick",
 )
 
 

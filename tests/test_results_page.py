@@ -38,12 +38,16 @@ def test_tables_come_from_the_rows(results):
     assert "0.8100" in sections["open"] and "0.7500" not in sections["open"]
     assert "| protocol | full | 2 | 0.1 | 4 |" in sections["times"]
     assert "AUC 0.7500, target 0.7606: **missed**" in sections["targets"]
-    assert "**AUC against MF**: above: gate (mf, joint, tiny)" in sections["protocol"]
+    assert (
+        "**AUC against MF**: above it: *gate (MF, joint, tiny)*; below it: 0"
+        in sections["protocol"]
+    )
     assert "results/ml-1m/table.png" in sections["picture"]
     main = "\n".join(results_sections.main_section())
     assert "| protocol | gate | MF | joint | 2 | **0.7500** (0.730 to 0.770)" in main
     assert "0.7100" not in main  # the quick budget's, where the full one is there
-    assert ".761 (SeLLa-Rec, 7B" in main
+    assert ".761 (SeLLa-Rec, 7B)." in main
+    assert "- **protocol**, 1 rows with a language model" in main
 
 
 def test_other_data_sets_are_shown_under_their_names(results):
@@ -62,5 +66,7 @@ def test_schemes_of_cf_vectors_are_compared_with_snapshots(results):
     write_cells(results, [in_sample, cell_result("gate", 0.72, **real), *CELLS])
     write_table(results)
     *_, first, second = results_sections.leak_section()
-    assert first == "| snapshots in time | 1 | 0.7300 / 0.6800 | 0.7200 | 0.6700 |"
-    assert "in-sample) | 1 | 0.7400 / 0.6900 | 0.7300 (+0.0130 [-0.003, +0.028]) |" in second
+    assert first == "| snapshots in time | 1 | 1.00 | 0.7300 / 0.6800 | 0.7200 | 0.6700 |"
+    assert (
+        "in-sample) | 1 | 1.00 | 0.7400 / 0.6900 | 0.7300 (+0.0130 [-0.0030, +0.0280]) |" in second
+    )

@@ -7,6 +7,7 @@ from ccf_llm_hf.reproduce.table import write_table
 from ccf_llm_hf.reproduce.words import (
     differences_in_words,
     differences_table,
+    headline,
     name_of,
     targets_in_words,
 )
@@ -22,10 +23,24 @@ def test_a_row_is_above_or_below_only_where_its_interval_leaves_zero_out(rows):
     protocol = [row for row in rows if row["track"] == "protocol"]
     auc, uauc = differences_in_words(protocol)
     assert auc == (
-        "- **AUC against MF**: above it: *gate (mf, joint, tiny)*; below it: *cf_only (mf, "
-        "joint, tiny)*; not told apart: 2."
+        "- **AUC against MF**: above it: *gate (MF, joint, tiny)*; below it: 1 of 4; "
+        "not told apart: 2."
     )
-    assert "above it: none; below it: none; not told apart: 4." in uauc
+    assert "above it: none; below it: 0 of 4; not told apart: 4." in uauc
+
+
+def test_a_difference_too_small_to_see_is_none_whatever_its_interval(rows):
+    (row,) = [row for row in rows if row["arm"] == "sum"]
+    row["differences"]["MF"] |= {"auc": 0.0004, "auc_ci": [0.0001, 0.0009]}
+    assert "above it: none" in differences_in_words([row])[0]
+    assert "**" not in differences_table([row])[2]
+
+
+def test_the_headline_counts_the_rows_with_a_language_model(rows):
+    (line,) = headline([row for row in rows if row["track"] == "protocol"])
+    assert "3 rows with a language model" in line
+    assert "against MF 1 / 1 / 1 in AUC and 0 / 3 / 0 in UAUC" in line
+    assert headline([row for row in rows if not row["backbone"]]) == []
 
 
 def test_the_table_of_differences_has_every_compared_row_and_marks_what_is_outside(rows):
@@ -39,7 +54,7 @@ def test_the_table_of_differences_has_every_compared_row_and_marks_what_is_outsi
             low, high = row["differences"]["MF"][f"{metric}_ci"]
             assert f"{row['differences']['MF'][metric]:+.4f}" in cell
             assert cell.strip().startswith("**") == (low > 0 or high < 0)
-    assert "**+0.0110**" in found["gate (mf, joint, tiny)"][0]
+    assert "**+0.0110**" in found["gate (MF, joint, tiny)"][0]
 
 
 def test_a_control_of_few_rows_is_told_row_by_row(rows):
@@ -61,7 +76,7 @@ def test_a_control_that_a_seed_was_not_compared_with_is_left_out(tmp_path):
 
 def test_targets_are_judged_by_the_row_that_validation_chose(rows):
     protocol, opened = targets_in_words(rows)
-    assert "gate (mf, joint, tiny), 2 seeds. AUC 0.7500, target 0.7606: **missed**" in protocol
+    assert "gate (MF, joint, tiny), 2 seeds. AUC 0.7500, target 0.7606: **missed**" in protocol
     assert "1 seed. AUC 0.8100, target 0.8200: **missed**" in opened
     assert "UAUC 0.7600, target 0.7600: **met**" in opened
     assert targets_in_words([]) == []
@@ -69,5 +84,5 @@ def test_targets_are_judged_by_the_row_that_validation_chose(rows):
 
 def test_the_usual_backbone_goes_without_saying():
     row = {"arm": "gate", "cf": "mf", "training": "joint", "backbone": "smollm2-135m-instruct"}
-    assert name_of(row) == "gate (mf, joint)"
+    assert name_of(row) == "gate (MF, joint)"
     assert name_of(row | {"cf": "", "training": "", "backbone": ""}) == "gate"

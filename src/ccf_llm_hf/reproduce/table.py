@@ -36,7 +36,8 @@ def write_table(results: Path) -> list[dict[str, Any]]:
     Returns:
         A dict a row: track, arm, cf, training, backbone, budget, seeds, auc, auc_ci, uauc, uauc_ci,
         logloss, ece, minutes, auc_sd and uauc_sd (the sample standard deviations over seeds, 0 of a
-        single one), validation figures, and paired `differences` by the control's name. Means are
+        single one), temperature, `trained` (whether a cell trains a model: an average does not),
+        validation figures, and paired `differences` by the control's name. Means are
         over seeds; an interval's bounds are the means of the seeds' bounds.
 
     Raises:
@@ -63,12 +64,12 @@ def read_cells(results: Path) -> dict[tuple[str, ...], list[dict[str, Any]]]:
     for file in sorted((results / "cells").glob("*.json")):
         try:
             cell = json.loads(file.read_text(encoding="utf-8"))
-            key, _ = tuple(cell[name] for name in ROW), _row((), [cell])
+            key, seed, _ = tuple(cell[name] for name in ROW), cell["seed"], _row((), [cell])
         except (ValueError, TypeError, KeyError) as problem:
             raise InputError(
                 f"{file} holds no cell's result: delete it to have the cell computed again"
             ) from problem
-        other = files.setdefault((*key, cell["seed"]), file)
+        other = files.setdefault((*key, seed), file)
         if other != file:
             raise InputError(f"{file} and {other} hold the same cell: delete one of them")
         groups[key].append(cell)
@@ -87,7 +88,9 @@ def _row(key: tuple[str, ...], cells: list[dict[str, Any]]) -> dict[str, Any]:
         row[f"validation_{metric}"] = mean(cell["validation"][metric] for cell in cells)
     for metric in ("logloss", "ece"):
         row[metric] = mean(test[metric] for test in tests)
-    row["minutes"] = mean(cell["minutes"] for cell in cells)
+    for name in ("minutes", "temperature"):
+        row[name] = mean(cell[name] for cell in cells)
+    row["trained"] = any("trained" in cell for cell in cells)
     row["differences"] = _differences([cell["differences"] for cell in cells])
     return row
 

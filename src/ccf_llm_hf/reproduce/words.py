@@ -1,28 +1,39 @@
 """What the table says in words: differences outside their intervals, and targets met or missed."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
+
+from ccf_llm_hf.reproduce.table import CF_NAMES
 
 Rows = Sequence[dict[str, Any]]
 
 # The highest published AUC and UAUC of 7B models on the protocol track; the open track's are ours.
 TARGETS = {"protocol": (0.7606, 0.7146), "open": (0.82, 0.76)}
 METRICS = ("auc", "uauc")
+# What every row is compared with, by the names in `table.json` and those that are shown; other
+# comparisons are of a few rows only.
+CONTROLS = {
+    "means of the track": "item + user mean",
+    "MF": "MF",
+    "MF, folded in": "MF, folded in",
+    "gate": "gate",
+}
+# A difference that no reader of four digits can see is not called one, whatever its interval.
+SMALLEST = 0.0005
 
 
 def differences_table(rows: Rows) -> list[str]:
-    """The paired difference of every row from every control that most rows were compared with, bold
+    """The paired difference of every row from every control of `CONTROLS`, bold
     where its interval leaves zero out, as a Markdown table; empty where no row was compared.
 
     Args:
         rows: of one track and budget, as `table.write_table` returns them.
     """
-    controls = [name for name, compared in _controls(rows).items() if 2 * compared > len(rows)]
+    controls = [name for name in _controls(rows) if name in CONTROLS]
     if not controls:
         return []
     pairs = [(control, metric) for control in controls for metric in METRICS]
-    heads = [f"{metric.upper()} against {control}" for control, metric in pairs]
+    heads = [f"{metric.upper()} against {CONTROLS[control]}" for control, metric in pairs]
     lines = [f"| row | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
     for row in rows:
         if row["differences"]:
@@ -31,9 +42,8 @@ def differences_table(rows: Rows) -> list[str]:
     return lines
 
 
-def _controls(rows: Rows) -> Counter[str]:
-    """How many rows were compared with each control."""
-    return Counter(name for row in rows for name in row["differences"])
+def _controls(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row["differences"]))
 
 
 def _difference(row: dict[str, Any], control: str, metric: str) -> str:
@@ -42,22 +52,32 @@ def _difference(row: dict[str, Any], control: str, metric: str) -> str:
         return ""
     low, high = found[f"{metric}_ci"]
     value = f"{found[metric]:+.4f}"
-    return f"{f'**{value}**' if low > 0 or high < 0 else value} [{low:+.4f}, {high:+.4f}]"
+    return f"{f'**{value}**' if _side(found, metric) else value} [{low:+.4f}, {high:+.4f}]"
+
+
+def _side(found: dict[str, Any], metric: str) -> int:
+    """1 above, -1 below, 0 where zero is in the interval or the difference is too small to see."""
+    low, high = found[f"{metric}_ci"]
+    if abs(found[metric]) < SMALLEST:
+        return 0
+    return int(low > 0) - int(high < 0)
 
 
 def differences_in_words(rows: Rows) -> list[str]:
-    """A sentence for every control of a track and each metric: who is above it and who below by
-    more than the interval, and how many cannot be told apart. Of a control that few rows were
+    """A sentence for every control of a track and each metric: who is above it by more than the
+    interval, how many are below, and how many cannot be told apart. Of what few rows are
     compared with, their differences. Paired over users; bounds are means over seeds.
 
     Args:
         rows: of one track and budget, as `table.write_table` returns them.
     """
     lines = []
-    for control, compared in _controls(rows).items():
-        if 2 * compared > len(rows):
+    for control in _controls(rows):
+        mine = [row for row in rows if control in row["differences"]]
+        if control in CONTROLS:
             lines += [
-                f"- **{metric.upper()} against {control}**: {_against(control, metric, rows)}."
+                f"- **{metric.upper()} against {CONTROLS[control]}**: "
+                f"{_against(control, metric, mine)}."
                 for metric in METRICS
             ]
         else:
@@ -65,27 +85,48 @@ def differences_in_words(rows: Rows) -> list[str]:
                 f"- **{name_of(row)} against {control}**: "
                 + ", ".join(f"{m.upper()} {_difference(row, control, m)}" for m in METRICS)
                 + "."
-                for row in rows
-                if control in row["differences"]
+                for row in mine
             ]
     return lines
 
 
 def _against(control: str, metric: str, rows: Rows) -> str:
-    above, below, apart = [], [], 0
-    for row in rows:
-        if found := row["differences"].get(control):
-            low, high = found[f"{metric}_ci"]
-            if low > 0:
-                above.append(f"*{name_of(row)}*")
-            elif high < 0:
-                below.append(f"*{name_of(row)}*")
-            else:
-                apart += 1
+    sides = {name_of(row): _side(row["differences"][control], metric) for row in rows}
+    above = [f"*{name}*" for name, side in sides.items() if side > 0]
+    below = sum(side < 0 for side in sides.values())
     return (
-        f"above it: {', '.join(above) or 'none'}; below it: {', '.join(below) or 'none'}; "
-        f"not told apart: {apart or 'none'}"
+        f"above it: {', '.join(above) or 'none'}; below it: {below} of {len(sides)}; "
+        f"not told apart: {len(sides) - len(above) - below}"
     )
+
+
+def headline(rows: Rows) -> list[str]:
+    """A line on how the rows with a language model of a track stand to its controls; none where no
+    row has one.
+
+    Args:
+        rows: of one track and budget, as `table.write_table` returns them.
+    """
+    models = [row for row in rows if row["backbone"]]
+    said = [
+        f"against {CONTROLS[control]} {_counted(models, control, 'auc')} in AUC and "
+        f"{_counted(models, control, 'uauc')} in UAUC"
+        for control in CONTROLS
+        if control != "gate" and any(control in row["differences"] for row in models)
+    ]
+    if not said:
+        return []
+    return [
+        f"- **{models[0]['track']}**, {len(models)} rows with a language model, above / not told "
+        f"apart / below by the intervals of paired differences: {'; '.join(said)}."
+    ]
+
+
+def _counted(rows: Rows, control: str, metric: str) -> str:
+    sides = [
+        _side(row["differences"][control], metric) for row in rows if control in row["differences"]
+    ]
+    return " / ".join(str(sides.count(side)) for side in (1, 0, -1))
 
 
 def targets_in_words(rows: Rows) -> list[str]:
@@ -116,8 +157,8 @@ def targets_in_words(rows: Rows) -> list[str]:
 
 
 def name_of(row: dict[str, Any]) -> str:
-    """A row in words: `gate (mf, joint)`; the usual backbone goes without saying."""
-    details = [row[key] for key in ("cf", "training") if row[key]]
+    """A row in words: `gate (MF, joint)`; the usual backbone goes without saying."""
+    details = [CF_NAMES.get(row["cf"], row["cf"]), row["training"]]
     details += [row["backbone"]] if not row["backbone"].startswith("smollm2") else []
     details = [detail for detail in details if detail]
     return f"{row['arm']} ({', '.join(details)})" if details else row["arm"]
