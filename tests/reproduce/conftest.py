@@ -12,7 +12,7 @@ import pytest
 
 from ccf_llm_hf.configs import MFConfig, ReproduceConfig
 from ccf_llm_hf.data.prepare import PrepareConfig, prepare
-from ccf_llm_hf.reproduce import cells, run, workspace
+from ccf_llm_hf.reproduce import cells, reproduction, run, workspace
 from ccf_llm_hf.reproduce.cells import Cell
 
 STRENGTHS = {"l2_factors": 2.0, "l2_user_bias": 1.0, "l2_item_bias": 1.0}
@@ -106,12 +106,12 @@ def world(
     os.chdir(here.folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cells, "SMOLLM", "tiny")
-        patch.setattr(run, "SMOLLM", "tiny")
+        patch.setattr(reproduction, "SMOLLM", "tiny")
         patch.setattr(workspace, "TABLES", TABLES)
-        patch.setattr(run, "QUICK_LABELS", 96)
-        patch.setattr(run, "QUICK_TITLE_LABELS", 64)
+        patch.setattr(reproduction, "QUICK_LABELS", 96)
+        patch.setattr(reproduction, "QUICK_TITLE_LABELS", 64)
         patch.setattr(run, "QUICK_ANALYZED_ROWS", 60)
-        patch.setattr(run, "plan", plan_of_every_kind)
+        patch.setattr(reproduction, "plan", plan_of_every_kind)
         _record(patch, here)
         yield here
     os.chdir(before)
@@ -126,15 +126,15 @@ def plan_of_every_kind(tracks: list[str], budget: str, seeds: int, dataset: str)
 
 
 def _record(patch: pytest.MonkeyPatch, here: World) -> None:
-    train, scores = run.Reproduction.train, run.Reproduction.scores
+    train, scores = reproduction.Reproduction.train, reproduction.Reproduction.scores
 
-    def recorded_train(self: run.Reproduction, cell: Cell) -> dict[str, Any]:
+    def recorded_train(self: reproduction.Reproduction, cell: Cell) -> dict[str, Any]:
         here.trained.append(cell.name)
         return train(self, cell)
 
-    def recorded_scores(self: run.Reproduction, cell: Cell, split: str) -> Any:
+    def recorded_scores(self: reproduction.Reproduction, cell: Cell, split: str) -> Any:
         here.scored.append(cell.name)
         return scores(self, cell, split)
 
-    patch.setattr(run.Reproduction, "train", recorded_train)
-    patch.setattr(run.Reproduction, "scores", recorded_scores)
+    patch.setattr(reproduction.Reproduction, "train", recorded_train)
+    patch.setattr(reproduction.Reproduction, "scores", recorded_scores)

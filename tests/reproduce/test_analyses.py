@@ -15,7 +15,7 @@ from ccf_llm_hf.reproduce.analyses_text import _moved, analyses_markdown
 from ccf_llm_hf.reproduce.cf_control import blanked_cf, new_user_cf
 
 TEXT_ONLY = "text_only (LoRA)"
-METHODS = ["MF", TEXT_ONLY, "gate (joint)"]
+METHODS = ["MF", "gate (joint)", TEXT_ONLY]
 PLOTS = ("cold_start", "new_user", "gate", "reliability")
 
 
@@ -68,6 +68,14 @@ def test_analyses_are_kept_until_the_cell_is_computed_again(world, monkeypatch):
     (world.results / "cells" / "protocol-CF-mf.json").unlink()
     world.reproduce(analyses=True, **only)
     assert computed == ["MF"]
+
+
+@pytest.mark.usefixtures("content")
+def test_analyses_of_checkpoints_that_are_not_here_are_not_lost(world):
+    before = (world.results / "analyses.json").read_bytes()
+    with pytest.raises(InputError, match=r"analyses of text_only \(LoRA\), not finished"):
+        world.reproduce(budget="quick", only=["gate-mf-joint"], analyses=True)
+    assert (world.results / "analyses.json").read_bytes() == before
 
 
 def test_nothing_finished_is_an_input_error(world):

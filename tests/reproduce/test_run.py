@@ -15,7 +15,7 @@ from ccf_llm_hf.cf.scoring import load_scores
 from ccf_llm_hf.cli import main
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import auc, fit_temperature
-from ccf_llm_hf.reproduce import run
+from ccf_llm_hf.reproduce import reproduction, run
 from ccf_llm_hf.reproduce.cells import plan
 
 TEXT, GATE = "protocol-text_only-LoRA-tiny-seed0", "protocol-gate-mf-joint-tiny-seed0"
@@ -107,7 +107,7 @@ def test_an_average_is_of_the_two_rows_scores(world):
 
 @pytest.mark.usefixtures("rows")
 def test_the_means_of_a_track_know_its_rows_only(world):
-    here = run.Reproduction.of(world.config())
+    here = reproduction.Reproduction.of(world.config())
     data = world.work / "data-protocol" / "data"
     protocol, opened = here.known_rows("protocol"), here.known_rows("open")
     assert len(protocol) == len(pd.read_parquet(data / "train.parquet"))
@@ -116,7 +116,7 @@ def test_the_means_of_a_track_know_its_rows_only(world):
 
 
 def test_a_cell_of_another_row_is_that_of_the_same_seed(world):
-    here = run.Reproduction.of(world.config(budget="full", seeds=3))
+    here = reproduction.Reproduction.of(world.config(budget="full", seeds=3))
     (cell,) = [c for c in here.cells if c.name == AVERAGE.replace("seed0", "seed2")]
     names = [here.same_seed(cell, row).name for row in cell.average_of]
     assert names == ["protocol-CF-mf", TEXT.replace("seed0", "seed2")]
@@ -124,18 +124,18 @@ def test_a_cell_of_another_row_is_that_of_the_same_seed(world):
 
 def test_a_killed_run_goes_on_behind_the_training(world, monkeypatch):
     name = "protocol-gate-mf-joint-tiny-seed1"
-    scores = run.Reproduction.model_scores
+    scores = reproduction.Reproduction.model_scores
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.Reproduction, "model_scores", killed)
+    monkeypatch.setattr(reproduction.Reproduction, "model_scores", killed)
     with pytest.raises(KeyboardInterrupt):
         world.reproduce(seeds=2, only=[name])
     assert not (world.results / "cells" / f"{name}-quick.json").exists()
     stage = world.work / "cells" / f"{name}-quick" / "stages" / "main" / "stage.json"
     trained = stage.stat().st_mtime_ns
-    monkeypatch.setattr(run.Reproduction, "model_scores", scores)
+    monkeypatch.setattr(reproduction.Reproduction, "model_scores", scores)
     world.reproduce(seeds=2, only=[name])
     assert stage.stat().st_mtime_ns == trained
     result = result_of(world, f"{name}-quick")
@@ -169,14 +169,14 @@ def test_a_cell_is_compared_with_a_control_that_was_computed_elsewhere(world):
 
 @pytest.mark.usefixtures("rows")
 def test_a_cell_is_compared_with_the_row_it_stands_beside_and_with_its_own_cf(world, monkeypatch):
-    here = run.Reproduction.of(world.config(budget="quick"))
+    here = reproduction.Reproduction.of(world.config(budget="quick"))
     gate, text, average = (
         next(cell for cell in here.cells if cell.name == name) for name in (GATE, TEXT, AVERAGE)
     )
     beside = replace(average, beside=text.row)
     assert set(here.comparisons(beside)) == {"MF", "gate", "text_only"}
     assert {text.name, gate.name} <= set(here.needs(beside)) and here.needs(gate) == []
-    monkeypatch.setattr(run, "FUSED_CF", ("another", "mf"))
+    monkeypatch.setattr(reproduction, "FUSED_CF", ("another", "mf"))
     assert set(here.comparisons(gate)) == {"its CF alone"}
 
 

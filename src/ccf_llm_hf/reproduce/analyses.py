@@ -80,13 +80,15 @@ def analyze(
         and `measured` on test).
 
     Raises:
-        InputError: there is nothing to analyze, or a bad checkpoint or folder.
+        InputError: there is nothing to analyze, `analyses.json` is there and knows a method that
+            would be lost, or a bad checkpoint or folder.
     """
     if not subjects:
         raise InputError(
             "--analyses found no finished cell with its checkpoint in the work folder: compute "
             "rows of the protocol track here first"
         )
+    _lose_nothing(results / "analyses.json", subjects)
     found = {s.name: _analysis(s, data_dir, max_rows, resamples) for s in subjects}
     gates = {name: part["gate"] for name, part in found.items() if part["gate"]}
     content = {
@@ -103,6 +105,16 @@ def analyze(
     write_json(results / "analyses.json", content)
     write_text(results / "analyses.md", analyses_markdown(content))
     return content
+
+
+def _lose_nothing(file: Path, subjects: Sequence[Subject]) -> None:
+    """A clone has the analyses of checkpoints that it does not have."""
+    known = json.loads(file.read_text(encoding="utf-8"))["slices"] if file.is_file() else {}
+    if lost := [name for name in known if name not in {subject.name for subject in subjects}]:
+        raise InputError(
+            f"{file} holds analyses of {', '.join(lost)}, not finished in the work folder or not "
+            "asked for, which would be lost: compute what is missing here first, or give --out"
+        )
 
 
 def _analysis(

@@ -105,13 +105,15 @@ def _calibration(methods: Mapping[str, Any]) -> list[str]:
     lines = []
     for method, result in methods.items():
         before, after = (result["measured"][key]["ece"] for key in ("none", "temperature"))
-        change = "falls" if after < before else "rises" if after > before else "stays"
+        moved = round(after, 3) - round(before, 3)
+        change = f"{'falls' if moved < 0 else 'rises'} from {before:.3f} to {after:.3f}"
+        change = change if moved else f"stays at {after:.3f}"
         target = "within" if after <= ECE_TARGET else "above"
+        fitted = result["temperature"]["temperature"]
         lines.append(
-            f"- {method}: ECE on {result['measured']['split']} {change} from {before:.3f} to "
-            f"{after:.3f} with the temperature {result['temperature']['temperature']:.2f} that "
-            f"validation asks for, {target} the target of {ECE_TARGET}. On validation, "
-            f"{result['verdict']}."
+            f"- {method}: ECE on {result['measured']['split']} {change} with the temperature "
+            f"{fitted:.2f} that validation asks for, {target} the target of {ECE_TARGET}. On "
+            f"validation, {result['verdict']}."
         )
     return lines
 
