@@ -228,6 +228,20 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(world, tmp_path, capsys):
     assert not (tmp_path / "work").exists() and not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("rows")
+def test_a_result_of_other_settings_is_refused_not_averaged(world):
+    file = world.results / "cells" / f"{GATE}-quick.json"
+    before = file.read_text()
+    result = json.loads(before)
+    result["recipe"] |= {"fusion_learning_rate": 0.5}
+    file.write_text(json.dumps(result))
+    with pytest.raises(InputError, match=r"made with another fusion_learning_rate: delete it"):
+        world.reproduce(budget="quick")
+    file.write_text(before)
+    world.reproduce(budget="quick")
+    assert world.trained == []
+
+
 def test_folders_of_something_else_are_refused(capsys, tmp_path):
     file, work = tmp_path / "file", tmp_path / "work"
     file.write_text("")

@@ -36,6 +36,8 @@ def test_every_job_runs_once_behind_what_it_waits_for(tmp_path):
 
 def test_what_a_job_raises_ends_the_run_behind_the_jobs_under_way(tmp_path):
     jobs = {"gate": (), "broken": (), "late": ("gate",)}
+    results = {}
     with pytest.raises(ValueError, match="broken on purpose"):
-        side_by_side(jobs, partial(note, tmp_path), lambda *_: None, workers=2)
+        side_by_side(jobs, partial(note, tmp_path), results.__setitem__, workers=2)
+    assert list(results) == ["gate"]
     assert [file.name for file in tmp_path.iterdir()] == ["gate"]

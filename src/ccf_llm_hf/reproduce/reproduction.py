@@ -261,6 +261,14 @@ class Reproduction:
         left += [self.checkpoint(cell)] if cell.stage is not None else []
         return all(path.exists() for path in left)
 
+    def made_otherwise(self, cell: Cell) -> list[str]:
+        """Settings of the planned stage that a finished cell was not trained with."""
+        if cell.stage is None or not self.result_file(cell).is_file():
+            return []
+        recipe = json.loads(self.result_file(cell).read_text(encoding="utf-8"))["recipe"]
+        keys = recipe.keys() | cell.stage.keys()
+        return sorted(key for key in keys if recipe.get(key) != cell.stage.get(key))
+
     def subject(self, cell: Cell) -> Subject:
         """A finished cell, as the analyses take it."""
         if cell.stage is None:

@@ -59,7 +59,7 @@ def begun(config: ReproduceConfig) -> tuple[Reproduction, list[Cell], list[Cell]
 
     Raises:
         InputError: an unknown budget, track or cell, folders that cannot be used, or a result file
-            that holds none: better said now than hours later.
+            that holds none or one of other settings: better said now than hours later.
     """
     if config.workers < 1:
         raise InputError(f"--workers must be at least 1, not {config.workers}")
@@ -69,6 +69,12 @@ def begun(config: ReproduceConfig) -> tuple[Reproduction, list[Cell], list[Cell]
         if any(place.is_file() for place in (folder, *folder.parents)):
             raise InputError(f"{flag} {folder} is a file, or in one: name a folder")
     read_cells(here.results)
+    for cell in cells:
+        if other := here.made_otherwise(cell):
+            raise InputError(
+                f"{here.result_file(cell)} was made with another {', '.join(other)}: delete it and "
+                f"{here.folder(cell)} to have the cell computed again, or give --out and --work"
+            )
     names = {cell.name for cell in cells if not here.result_file(cell).is_file()}
     for cell in reversed(here.cells):  # what a cell is made of is planned before it
         if cell.name in names:

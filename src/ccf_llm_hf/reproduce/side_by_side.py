@@ -29,9 +29,11 @@ def side_by_side(
         workers: processes at a time.
 
     Raises:
-        Exception: what a job raised; no further one is started, and those under way end first.
+        Exception: what a job raised, the first if several did; no further one is started, and those
+            under way end first, with their results.
     """
     waiting, running = dict(jobs), dict[Future[Result], str]()
+    failure: BaseException | None = None
     with ProcessPoolExecutor(
         workers, get_context("spawn"), _share_cores, (workers,), max_tasks_per_child=1
     ) as pool:
@@ -42,7 +44,14 @@ def side_by_side(
                 running[pool.submit(work, name)] = name
                 del waiting[name]
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                finished(running.pop(future), future.result())
+                name = running.pop(future)
+                if problem := future.exception():
+                    failure = failure or problem
+                    waiting.clear()
+                else:
+                    finished(name, future.result())
+    if failure:
+        raise failure
 
 
 def _share_cores(workers: int) -> None:
