@@ -265,7 +265,7 @@ class Reproduction:
         """Settings of the planned stage that a finished cell was not trained with."""
         if cell.stage is None or not self.result_file(cell).is_file():
             return []
-        recipe = json.loads(self.result_file(cell).read_text(encoding="utf-8"))["recipe"]
+        recipe = json.loads(self.result_file(cell).read_text(encoding="utf-8")).get("recipe", {})
         keys = recipe.keys() | cell.stage.keys()
         return sorted(key for key in keys if recipe.get(key) != cell.stage.get(key))
 
