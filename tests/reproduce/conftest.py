@@ -1,5 +1,6 @@
 """A tiny world in which whole tables are reproduced: prepared folders, fast CF, a random Llama."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -84,6 +85,16 @@ class World:
         """Run the command; `trained` and `scored` then tell what it did."""
         self.trained, self.scored = [], []
         return run.reproduce(self.config(**changes))
+
+    def result(self, cell: str) -> dict[str, Any]:
+        """What the result file of a cell holds."""
+        return json.loads((self.results / "cells" / f"{cell}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def rows(world: "World") -> list[dict[str, Any]]:
+    """The whole tiny table."""
+    return world.reproduce(budget="quick")
 
 
 @pytest.fixture(scope="module")

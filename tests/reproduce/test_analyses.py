@@ -133,12 +133,16 @@ def test_the_text_follows_the_figures(content, world):
     changed = json.loads(json.dumps(content))
     measured = changed["calibration"]["MF"]["measured"]
     measured["none"]["ece"], measured["temperature"]["ece"] = 0.2, 0.01
+    measured["temperature"]["calibrated_ece"] = {"mean": 0.02, "ci": [0.005, 0.035]}
     changed["gate"] = {}
     text = analyses_markdown(changed, "../results/")
     assert "MF: ECE on test falls from 0.200 to 0.010" in text and "within the target" in text
+    assert "; no more than perfectly calibrated probabilities would show" in text
+    assert "on as many rows (0.020 [0.005, 0.035]). On validation" in text
     assert "None of the analyzed methods has a gate." in text and "gate.png" not in text
     assert "](../results/reliability.png)" in text
     measured["temperature"]["ece"] = 0.3
     text = analyses_markdown(changed)
     assert "rises from 0.200 to 0.300" in text and "above the target" in text
+    assert "; more than perfectly calibrated" in text
     assert np.isfinite([e["auc"] for e in content["blanked"]]).all()

@@ -110,6 +110,10 @@ def test_a_fit_keeps_the_order_and_is_measured_elsewhere():
     assert measured["platt"]["ece"] == ece(labels[~half], probs)
     assert measured["platt"]["log_loss"] == log_loss(labels[~half], probs)
     assert measured["platt"]["log_loss"] < measured["temperature"]["log_loss"]
+    # What was made with a bias is off by more than chance without one, and not with it.
+    bounds = {name: part["calibrated_ece"]["ci"] for name, part in measured.items()}
+    assert measured["platt"]["ece"] < bounds["platt"][1]
+    assert measured["temperature"]["ece"] > bounds["temperature"][1]
 
 
 def test_extreme_logits_stay_finite():

@@ -120,20 +120,17 @@ def _lose_nothing(file: Path, subjects: Sequence[Subject]) -> None:
 def _analysis(
     subject: Subject, data_dir: str | Path, max_rows: int | None, resamples: int
 ) -> dict[str, Any]:
-    """The subject's `analysis.json`, computed unless it is there and of its present scores."""
+    """The subject's `analysis.json`, computed unless it is there and of its present scores, and its
+    calibration, which takes seconds and is not kept."""
     file, scores = subject.folder / "analysis.json", subject.folder / "test.parquet"
-    if file.is_file() and file.stat().st_mtime >= scores.stat().st_mtime:
-        kept: dict[str, Any] = json.loads(file.read_text())
-        if (kept["max_rows"], kept["resamples"]) == (max_rows, resamples):
-            return kept
     options = {"max_rows": max_rows, "resamples": resamples}
-    found = {
-        **options,
-        **_cold_start(subject, data_dir, options),
-        "calibration": _calibration(subject.folder),
-    }
-    write_json(file, found)
-    return found
+    found: dict[str, Any] = {}
+    if file.is_file() and file.stat().st_mtime >= scores.stat().st_mtime:
+        found = json.loads(file.read_text())
+    if any(found.get(key) != value for key, value in options.items()):
+        found = options | _cold_start(subject, data_dir, options)
+        write_json(file, found)
+    return found | {"calibration": _calibration(subject.folder)}
 
 
 def _cold_start(

@@ -112,10 +112,20 @@ def _calibration(methods: Mapping[str, Any]) -> list[str]:
         fitted = result["temperature"]["temperature"]
         lines.append(
             f"- {method}: ECE on {result['measured']['split']} {change} with the temperature "
-            f"{fitted:.2f} that validation asks for, {target} the target of {ECE_TARGET}. On "
+            f"{fitted:.2f} that validation asks for, {target} the target of {ECE_TARGET}; "
+            f"{_against_chance(after, result['measured']['temperature']['calibrated_ece'])}. On "
             f"validation, {result['verdict']}."
         )
     return lines
+
+
+def _against_chance(value: float, perfect: Mapping[str, Any]) -> str:
+    low, high = perfect["ci"]
+    relation = "more" if value > high else "no more"
+    return (
+        f"{relation} than perfectly calibrated probabilities would show on as many rows "
+        f"({perfect['mean']:.3f} [{low:.3f}, {high:.3f}])"
+    )
 
 
 def _moved(entry: Entry) -> str:

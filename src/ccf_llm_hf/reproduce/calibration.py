@@ -21,6 +21,7 @@ from ccf_llm_hf.evaluation.bootstrap import UserBootstrap, interval
 from ccf_llm_hf.evaluation.metrics import (
     TEMPERATURES,
     ece,
+    ece_if_calibrated,
     fit_temperature,
     log_loss,
     reliability_table,
@@ -144,9 +145,15 @@ def calibrated(fit: Mapping[str, float], logits: Any) -> np.ndarray:
 def measure_calibration(
     fits: Mapping[str, Mapping[str, float]], logits: Any, labels: Any
 ) -> dict[str, Any]:
-    """{fit: {log_loss, ece, reliability}} of fits on rows that they were not made on."""
-    labels = np.asarray(labels)
-    return {name: _quality(labels, calibrated(fit, logits)) for name, fit in fits.items()}
+    """{fit: {log_loss, ece, reliability, calibrated_ece}} of fits on rows that they were not made
+    on; `calibrated_ece` ({mean, ci}) is what the same probabilities would show if they were right.
+    """
+    labels, measured = np.asarray(labels), {}
+    for name, fit in fits.items():
+        probs = calibrated(fit, logits)
+        mean, bounds = ece_if_calibrated(probs)
+        measured[name] = _quality(labels, probs) | {"calibrated_ece": {"mean": mean, "ci": bounds}}
+    return measured
 
 
 def _left_out(

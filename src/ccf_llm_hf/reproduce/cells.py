@@ -135,12 +135,13 @@ def plan(tracks: Sequence[str], budget: str, seeds: int, dataset: str) -> list[C
 
 def protocol_rows() -> list[Cell]:
     """Rows comparable with the literature."""
-    mf = "protocol-CF-mf"
+    mf, lightgcn = "protocol-CF-mf", "protocol-CF-lightgcn"
     text_only = Cell("protocol", "text_only", "", "LoRA", SMOLLM, stage=TITLES, titles=True)
     arms = {name: SLOTS | {"fusion": name} for name in ("gate", "scalar_gate", "sum", "cf_only")}
     gate = arms["gate"]
     titled = TITLED | {"fusion": "gate"}
     joint = _joint("gate", gate, quick=True, analyzed=True)
+    folds = _joint("gate, k-fold CF", gate, cf="mf_folds")
     staged = _staged(text_only, "gate", gate)
     few = _joint("gate on 8,000 labels", gate | FEW)
     return [
@@ -158,20 +159,15 @@ def protocol_rows() -> list[Cell]:
         _joint("gate and CF logit", gate | {"cf_residual": True}, quick=True, analyzed=True),
         _average("average of CF and text_only", (mf,), text_only, quick=True),
         _average("average of CF and gate", (mf,), joint, quick=True),
-        replace(
-            _average(
-                "average of CF, LightGCN and gate",
-                ("protocol-CF-mf", "protocol-CF-lightgcn"),
-                joint,
-            ),
-            quick=False,
-        ),
+        _average("average of CF, LightGCN and gate", (mf, lightgcn), joint),
         _joint("gate, ranking loss", gate | RANKING),
         _joint("gate, in-sample CF", gate, use_cf_snapshots=False),
         _joint(
             "gate, in-sample CF, slot dropout", gate | {"slot_dropout": 0.3}, use_cf_snapshots=False
         ),
-        _joint("gate, k-fold CF", gate, cf="mf_folds"),
+        folds,
+        _average("average of CF, LightGCN and gate, k-fold CF", (mf, lightgcn), folds),
+        _joint("gate and CF logit, k-fold CF", gate | {"cf_residual": True}, cf="mf_folds"),
         staged,
         *(_staged(text_only, arm, arms[arm]) for arm in ("scalar_gate", "sum", "cf_only")),
         _staged(text_only, "gate and CF logit", gate | {"cf_residual": True}),
