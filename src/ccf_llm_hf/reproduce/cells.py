@@ -139,7 +139,7 @@ def protocol_rows() -> list[Cell]:
     text_only = Cell("protocol", "text_only", "", "LoRA", SMOLLM, stage=TITLES, titles=True)
     arms = {name: SLOTS | {"fusion": name} for name in ("gate", "scalar_gate", "sum", "cf_only")}
     gate = arms["gate"]
-    titled = TITLED | {"fusion": "gate"}
+    titled = _joint("gate, title candidates", TITLED | {"fusion": "gate"}, titles=True)
     joint = _joint("gate", gate, quick=True, analyzed=True)
     folds = _joint("gate, k-fold CF", gate, cf="mf_folds")
     staged = _staged(text_only, "gate", gate)
@@ -174,8 +174,9 @@ def protocol_rows() -> list[Cell]:
         _average("average of CF and gate", (mf,), staged),
         *(_joint("gate", gate, cf=cf) for cf in FUSED_CF[1:]),
         _joint("gate", gate, backbone=GEMMA),
-        _joint("gate, title candidates", titled, titles=True),
-        *(_joint("concat", CONCAT, cf=cf, titles=True) for cf in FUSED_CF),
+        titled,
+        _joint("concat", CONCAT, titles=True, beside=titled.row),
+        *(_joint("concat", CONCAT, cf=cf, titles=True) for cf in FUSED_CF[1:]),
         *(_staged(text_only, "concat", CONCAT, cf=cf, titles=True) for cf in FUSED_CF),
         few,
         _joint(
