@@ -126,14 +126,16 @@ def time_section() -> list[str]:
         hours = sum(row["minutes"] * row["seeds"] for row in mine) / 60
         cells, longest = sum(row["seeds"] for row in mine), max(row["minutes"] for row in mine)
         lines.append(f"| {track} | {budget} | {cells} | {hours:.1f} | {longest:.0f} |")
-    return [*lines, *night_lines(rows), *quick_lines()]
+    return [*lines, *night_lines(), *quick_lines()]
 
 
-def night_lines(rows: list[dict[str, Any]]) -> list[str]:
+def night_lines() -> list[str]:
     """How long every planned row of the full budget would take, by the rows that are there."""
     keys = ("track", "arm", "cf", "training", "backbone")
     minutes = {
-        tuple(row[key] for key in keys): row["minutes"] for row in rows if row["budget"] == "full"
+        tuple(row[key] for key in keys): row["minutes"]
+        for row in load_table()
+        if row["budget"] == "full"
     }
     lines = []
     for track in TRACKS:
