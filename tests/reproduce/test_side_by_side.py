@@ -1,6 +1,8 @@
 """Jobs in processes of their own: all done once, in an order that respects what they wait for."""
 
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -41,3 +43,46 @@ def test_what_a_job_raises_ends_the_run_behind_the_jobs_under_way(tmp_path):
         side_by_side(jobs, partial(note, tmp_path), results.__setitem__, workers=2)
     assert list(results) == ["gate"]
     assert [file.name for file in tmp_path.iterdir()] == ["gate"]
+
+
+def beat(folder, name):
+    """Leave a mark again and again for as long as this lives, a minute at most."""
+    for count in range(600):
+        (folder / name).write_text(str(count))
+        time.sleep(0.1)
+
+
+KILLED = """
+import sys
+from functools import partial
+from pathlib import Path
+from ccf_llm_hf.reproduce.side_by_side import side_by_side
+from tests.reproduce.test_side_by_side import beat
+if __name__ == "__main__":
+    side_by_side({"job": ()}, partial(beat, Path(sys.argv[1])), print, workers=2)
+"""
+
+
+def test_jobs_end_with_a_run_that_is_killed(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    here = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    run = subprocess.Popen([sys.executable, tmp_path / "killed.py", marks], env=os.environ | here)
+    wait_until((marks / "job").exists)
+    run.kill()
+    run.wait()
+
+    def silent():
+        before = (marks / "job").read_text()
+        time.sleep(0.5)
+        return (marks / "job").read_text() == before
+
+    wait_until(silent)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 50
+    while not condition():
+        assert time.monotonic() < deadline, "waited for too long"
+        time.sleep(0.05)

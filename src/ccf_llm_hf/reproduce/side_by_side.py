@@ -4,9 +4,10 @@ Loading, fitting and reports use one core only, and threads of one pass wait for
 """
 
 import os
+import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
 import torch
@@ -22,6 +23,8 @@ def side_by_side(
 ) -> None:
     """Run jobs, `workers` at a time, in their order as far as what they wait for allows.
 
+    Jobs end with this process, however it ends.
+
     Args:
         jobs: names, and the names that each waits for; those that are no jobs count as done.
         work: does the job of a name; both go to another process, so they must pickle.
@@ -35,7 +38,7 @@ def side_by_side(
     waiting, running = dict(jobs), dict[Future[Result], str]()
     failure: BaseException | None = None
     with ProcessPoolExecutor(
-        workers, get_context("spawn"), _share_cores, (workers,), max_tasks_per_child=1
+        workers, get_context("spawn"), _begin, (workers,), max_tasks_per_child=1
     ) as pool:
         while waiting or running:
             unfinished = waiting.keys() | set(running.values())
@@ -54,5 +57,14 @@ def side_by_side(
         raise failure
 
 
-def _share_cores(workers: int) -> None:
+def _begin(workers: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent would leave its jobs to write into folders that the next run works in."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
