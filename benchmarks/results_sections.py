@@ -25,6 +25,7 @@ MAIN_ARMS = (
     "CF, folded in",
     "text_only",
     "average of CF and text_only",
+    "average of MF and LightGCN",
     "cf_only",
     "gate",
     "gate and CF logit",
@@ -126,10 +127,10 @@ def time_section() -> list[str]:
         hours = sum(row["minutes"] * row["seeds"] for row in mine) / 60
         cells, longest = sum(row["seeds"] for row in mine), max(row["minutes"] for row in mine)
         lines.append(f"| {track} | {budget} | {cells} | {hours:.1f} | {longest:.0f} |")
-    return [*lines, *night_lines(), *quick_lines()]
+    return [*lines, *whole_budget_lines(), *quick_lines()]
 
 
-def night_lines() -> list[str]:
+def whole_budget_lines() -> list[str]:
     """How long every planned row of the full budget would take, by the rows that are there."""
     keys = ("track", "arm", "cf", "training", "backbone")
     minutes = {
@@ -142,12 +143,16 @@ def night_lines() -> list[str]:
         planned = [cell for cell in plan([track], "full", 1, "ml-1m") if cell.seeded]
         names = [tuple(getattr(cell, key) for key in keys) for cell in planned]
         known = [minutes[name] for name in names if name in minutes]
+        if not known:
+            continue
         hours = SEEDS * sum(known) / WORKERS / 60
         lines.append(f"{track} {hours:.1f} hours ({len(known)} of {len(planned)} rows have cells)")
+    if not lines:
+        return []
     return [
         "",
-        f"By these minutes, most of them beside another cell, {SEEDS} seeds of these rows take, "
-        f"{WORKERS} cells at a time: {'; '.join(lines)}. They were not run as one command.",
+        f"By these minutes, most of them beside another cell, {SEEDS} seeds of every row take, "
+        f"{WORKERS} cells at a time: {'; '.join(lines)}; as a sum, not as one run.",
     ]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from results_files import CELLS, cell_result, write_cells
 
+from ccf_llm_hf.reproduce.cells import plan
 from ccf_llm_hf.reproduce.table import write_table
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -48,6 +49,21 @@ def test_tables_come_from_the_rows(results):
     assert "0.7100" not in main  # the quick budget's, where the full one is there
     assert ".761 (SeLLa-Rec, 7B)." in main
     assert "- **protocol**, 1 rows with a language model" in main
+
+
+def test_the_whole_budget_is_estimated_from_the_rows_that_are_there(results):
+    assert results_sections.whole_budget_lines() == []
+    (gate,) = (
+        cell
+        for cell in plan(["open"], "full", 1, "ml-1m")
+        if cell.arm == "gate and folded CF logit"
+    )
+    row = {key: getattr(gate, key) for key in ("track", "arm", "cf", "training", "backbone")}
+    rows = [row | {"budget": "full", "minutes": 20}, row | {"budget": "quick", "minutes": 900}]
+    (results / "table.json").write_text(json.dumps(rows))
+    text = "\n".join(results_sections.whole_budget_lines())
+    assert "3 seeds of every row take, 2 cells at a time: open 0.5 hours (1 of 5 rows" in text
+    assert "protocol" not in text
 
 
 def test_other_data_sets_are_shown_under_their_names(results):

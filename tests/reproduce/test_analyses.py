@@ -138,7 +138,7 @@ def test_the_text_follows_the_figures(content, world):
     text = analyses_markdown(changed, "../results/")
     assert "MF: ECE on test falls from 0.200 to 0.010" in text and "within the target" in text
     assert "; no more than perfectly calibrated probabilities would show" in text
-    assert "on as many rows (0.020 [0.005, 0.035]). On validation" in text
+    assert "on as many independent rows (0.020 [0.005, 0.035]). On validation" in text
     assert "None of the analyzed methods has a gate." in text and "gate.png" not in text
     assert "](../results/reliability.png)" in text
     measured["temperature"]["ece"] = 0.3

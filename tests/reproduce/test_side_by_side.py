@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,11 +46,11 @@ def test_what_a_job_raises_ends_the_run_behind_the_jobs_under_way(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["gate"]
 
 
-def beat(folder, name):
-    """Leave a mark again and again for as long as this lives, a minute at most."""
-    for count in range(600):
-        (folder / name).write_text(str(count))
-        time.sleep(0.1)
+def last(folder, name):
+    """Leave word of the process, then live a minute unless something ends it."""
+    (folder / "begun").write_text(str(os.getpid()))
+    (folder / "begun").rename(folder / name)
+    time.sleep(60)
 
 
 KILLED = """
@@ -57,32 +58,38 @@ import sys
 from functools import partial
 from pathlib import Path
 from ccf_llm_hf.reproduce.side_by_side import side_by_side
-from tests.reproduce.test_side_by_side import beat
+from tests.reproduce.test_side_by_side import last
 if __name__ == "__main__":
-    side_by_side({"job": ()}, partial(beat, Path(sys.argv[1])), print, workers=2)
+    side_by_side({"job": ()}, partial(last, Path(sys.argv[1])), print, workers=2)
 """
 
 
 def test_jobs_end_with_a_run_that_is_killed(tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
-    marks = tmp_path / "marks"
-    marks.mkdir()
     here = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    run = subprocess.Popen([sys.executable, tmp_path / "killed.py", marks], env=os.environ | here)
-    wait_until((marks / "job").exists)
-    run.kill()
-    run.wait()
-
-    def silent():
-        before = (marks / "job").read_text()
-        time.sleep(0.5)
-        return (marks / "job").read_text() == before
-
-    wait_until(silent)
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "killed.py", tmp_path], env=os.environ | here
+    ) as run:
+        try:
+            assert within(60, (tmp_path / "job").exists)
+        finally:
+            run.kill()
+    job = int((tmp_path / "job").read_text())
+    assert within(30, lambda: not lives(job))
 
 
-def wait_until(condition):
-    deadline = time.monotonic() + 50
-    while not condition():
-        assert time.monotonic() < deadline, "waited for too long"
+def lives(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    # Where nobody collects orphans they stay listed as zombies.
+    state = Path(f"/proc/{process}/stat")
+    return not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def within(seconds, condition):
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline:
         time.sleep(0.05)
+    return met

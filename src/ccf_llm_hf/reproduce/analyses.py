@@ -127,7 +127,7 @@ def _analysis(
     found: dict[str, Any] = {}
     if file.is_file() and file.stat().st_mtime >= scores.stat().st_mtime:
         found = json.loads(file.read_text())
-    if any(found.get(key) != value for key, value in options.items()):
+    if not found or any(found.get(key) != value for key, value in options.items()):
         found = options | _cold_start(subject, data_dir, options)
         write_json(file, found)
     return found | {"calibration": _calibration(subject.folder)}

@@ -123,8 +123,8 @@ def _against_chance(value: float, perfect: Mapping[str, Any]) -> str:
     low, high = perfect["ci"]
     relation = "more" if value > high else "no more"
     return (
-        f"{relation} than perfectly calibrated probabilities would show on as many rows "
-        f"({perfect['mean']:.3f} [{low:.3f}, {high:.3f}])"
+        f"{relation} than perfectly calibrated probabilities would show on as many independent "
+        f"rows ({perfect['mean']:.3f} [{low:.3f}, {high:.3f}])"
     )
 
 

@@ -58,8 +58,8 @@ class Cell:
 
     `cf` names a CF table of the track, or is empty. `stage` holds the settings of its only stage;
     None marks a row without a language model. `starts_from` names the row whose LoRA a two-stage
-    cell takes and freezes; `average_of` the rows whose scores are averaged, the trained one last;
-    `beside` a trained row that it is compared with besides the usual ones. `titles` says that
+    cell takes and freezes; `average_of` the rows whose scores are averaged, a trained one last;
+    `beside` another row that it is compared with besides the usual ones. `titles` says that
     labels cost the tokens of titles, `quick` that the row belongs to the quick budget too,
     `analyzed` that `--analyses` takes it unless told otherwise.
     """
@@ -89,7 +89,7 @@ class Cell:
     @property
     def seeded(self) -> bool:
         """Whether the row depends on a seed."""
-        return self.stage is not None or bool(self.average_of)
+        return self.stage is not None or bool(self.backbone)
 
     @property
     def name(self) -> str:
@@ -135,7 +135,8 @@ def plan(tracks: Sequence[str], budget: str, seeds: int, dataset: str) -> list[C
 
 def protocol_rows() -> list[Cell]:
     """Rows comparable with the literature."""
-    mf, lightgcn = "protocol-CF-mf", "protocol-CF-lightgcn"
+    mf = "protocol-CF-mf"
+    blend = Cell("protocol", "average of MF and LightGCN", average_of=(mf, "protocol-CF-lightgcn"))
     text_only = Cell("protocol", "text_only", "", "LoRA", SMOLLM, stage=TITLES, titles=True)
     arms = {name: SLOTS | {"fusion": name} for name in ("gate", "scalar_gate", "sum", "cf_only")}
     gate = arms["gate"]
@@ -150,6 +151,7 @@ def protocol_rows() -> list[Cell]:
             Cell("protocol", "CF", cf, quick=cf.startswith("mf"), analyzed=cf == "mf")
             for cf in PROTOCOL_CF
         ),
+        blend,
         joint,
         replace(text_only, quick=True, analyzed=True),
         *(
@@ -159,14 +161,19 @@ def protocol_rows() -> list[Cell]:
         _joint("gate and CF logit", gate | {"cf_residual": True}, quick=True, analyzed=True),
         _average("average of CF and text_only", (mf,), text_only, quick=True),
         _average("average of CF and gate", (mf,), joint, quick=True),
-        _average("average of CF, LightGCN and gate", (mf, lightgcn), joint),
+        replace(
+            _average("average of CF, LightGCN and gate", blend.average_of, joint), beside=blend.row
+        ),
         _joint("gate, ranking loss", gate | RANKING),
         _joint("gate, in-sample CF", gate, use_cf_snapshots=False),
         _joint(
             "gate, in-sample CF, slot dropout", gate | {"slot_dropout": 0.3}, use_cf_snapshots=False
         ),
         folds,
-        _average("average of CF, LightGCN and gate, k-fold CF", (mf, lightgcn), folds),
+        replace(
+            _average("average of CF, LightGCN and gate, k-fold CF", blend.average_of, folds),
+            beside=blend.row,
+        ),
         _joint("gate and CF logit, k-fold CF", gate | {"cf_residual": True}, cf="mf_folds"),
         staged,
         *(_staged(text_only, arm, arms[arm]) for arm in ("scalar_gate", "sum", "cf_only")),

@@ -217,8 +217,8 @@ class Reproduction:
         return [other for other in others if other.seeded]
 
     def beside(self, cell: Cell) -> dict[str, Cell]:
-        """The trained cells of the same seed that this one is compared with, by name: the gate over
-        MF, and the row that it stands beside."""
+        """The cells that this one is compared with besides the controls, by name: the gate over MF
+        with the same seed, and the row that it stands beside."""
         method = next((other for other in self.cells if other.is_the_method_for(cell)), None)
         row = self.same_seed(cell, cell.beside) if cell.beside else None
         return ({"gate": method} if method else {}) | ({row.arm: row} if row else {})
