@@ -144,9 +144,11 @@ def test_trainer_checkpoints_are_slim_and_load_alone(stage_run):
         torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=1e-5)
 
 
-def test_each_part_has_its_own_learning_rate_and_decay(stage_run):
+@pytest.mark.parametrize("answer", [0.0, 1e-3])
+def test_each_part_has_its_own_learning_rate_and_decay(stage_run, answer):
     rates = {"fusion_learning_rate": 1e-2, "lora_learning_rate": 1e-4, "weight_decay": 0.1}
-    trainer = make_trainer(stage_run(train=["fusion", "lora"], **rates))
+    rates["answer_learning_rate"] = answer
+    trainer = make_trainer(stage_run(train=["fusion", "lora"], cf_residual=True, **rates))
     trainer.create_optimizer()
     places = {
         id(parameter): (group["lr"], group["weight_decay"])
@@ -155,8 +157,9 @@ def test_each_part_has_its_own_learning_rate_and_decay(stage_run):
     }
     gate = {name for name, _ in trainer.model.gate_parameters()}
     assert gate
+    own = dict.fromkeys(gate, trainer.stage.gate_learning_rate) | {"answer_scale": answer or 1e-2}
     for name, parameter in trainer.model.fusion_parameters() + trainer.model.head_parameters():
-        rate = trainer.stage.gate_learning_rate if name in gate else 1e-2
+        rate = own.get(name, 1e-2)
         assert places.pop(id(parameter)) == (rate, 0.1 if parameter.ndim > 1 else 0.0), name
     for name, parameter in trainer.model.lora_parameters():
         assert places.pop(id(parameter)) == (1e-4, 0.1), name

@@ -103,6 +103,14 @@ class StageConfig:
     fusion_learning_rate: float = field(
         default=2e-3, metadata={"help": "Peak learning rate of the fusion parameters."}
     )
+    answer_learning_rate: float = field(
+        default=0.0,
+        metadata={
+            "help": "Peak learning rate of the answer's scale; 0: the fusion's. The scale starts "
+            "at 0.1: a rate of 0.01 can take it to 0 and below within tens of steps, and at 0 the "
+            "language model learns nothing."
+        },
+    )
     gate_learning_rate: float = field(
         default=2e-4,
         metadata={

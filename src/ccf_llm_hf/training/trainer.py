@@ -182,14 +182,19 @@ class CCFLLMTrainer(Trainer):
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with learning rates for fusion, gate and LoRA; biases and norms do not decay."""
+        """AdamW with a learning rate for each of fusion, answer scale, gate and LoRA; biases and
+        norms do not decay."""
         if self.optimizer is None:
             groups = []
             gate = self.model.gate_parameters()
-            gate_names = {name for name, _ in gate}
-            rest = [part for part in self.model.fusion_parameters() if part[0] not in gate_names]
+            apart = {"answer_scale", *(name for name, _ in gate)}
+            named = self.model.fusion_parameters() + self.model.head_parameters()
+            fusion = [part for part in named if part[0] not in apart]
+            answer = [part for part in named if part[0] == "answer_scale"]
+            fusion_rate = self.stage.fusion_learning_rate
             for named, rate in (
-                (rest + self.model.head_parameters(), self.stage.fusion_learning_rate),
+                (fusion, fusion_rate),
+                (answer, self.stage.answer_learning_rate or fusion_rate),
                 (gate, self.stage.gate_learning_rate),
                 (self.model.lora_parameters(), self.stage.lora_learning_rate),
             ):
