@@ -50,6 +50,8 @@ CONCAT = TITLED | {"fusion": "concat"}
 FEW = {"max_train_labels": 8_000}
 FOLDED = {"cf_residual": True, "cf_fold_in": True, "fold_in_items": 220}
 RANKING = {"pairwise_share": 0.5}
+# At the fusion's rate the answer's scale, which starts at 0.1, can fall to 0 and below.
+SLOW = {"answer_learning_rate": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def protocol_rows() -> list[Cell]:
     folds = _joint("gate, k-fold CF", gate, cf="mf_folds")
     staged = _staged(text_only, "gate", gate)
     few = _joint("gate on 8,000 labels", gate | FEW)
+    slow_folds = _joint("gate, k-fold CF, slow answer scale", gate | SLOW, cf="mf_folds")
     return [
         *(Cell("protocol", arm, quick=True) for arm in ("item mean", "item + user mean")),
         *(
@@ -175,6 +178,21 @@ def protocol_rows() -> list[Cell]:
             beside=blend.row,
         ),
         _joint("gate and CF logit, k-fold CF", gate | {"cf_residual": True}, cf="mf_folds"),
+        _joint("gate, slow answer scale", gate | SLOW),
+        slow_folds,
+        replace(
+            _average(
+                "average of CF, LightGCN and gate, k-fold CF, slow answer scale",
+                blend.average_of,
+                slow_folds,
+            ),
+            beside=blend.row,
+        ),
+        _joint(
+            "gate and CF logit, k-fold CF, slow answer scale",
+            gate | SLOW | {"cf_residual": True},
+            cf="mf_folds",
+        ),
         staged,
         *(_staged(text_only, arm, arms[arm]) for arm in ("scalar_gate", "sum", "cf_only")),
         _staged(text_only, "gate and CF logit", gate | {"cf_residual": True}),
@@ -207,6 +225,7 @@ def open_rows() -> list[Cell]:
         _average("average of folded CF and gate", ("open-CF_folded_in-mf",), folded, quick=True),
         _joint("gate and folded CF logit, ranking loss", gate | FOLDED | RANKING, track="open"),
         _joint("cf_only and folded CF logit", SLOTS | FOLDED | {"fusion": "cf_only"}, track="open"),
+        _joint("gate and folded CF logit, slow answer scale", gate | FOLDED | SLOW, track="open"),
         _joint("gate", gate, track="open"),
     ]
 
