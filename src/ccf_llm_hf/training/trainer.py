@@ -188,9 +188,9 @@ class CCFLLMTrainer(Trainer):
             groups = []
             gate = self.model.gate_parameters()
             apart = {"answer_scale", *(name for name, _ in gate)}
-            named = self.model.fusion_parameters() + self.model.head_parameters()
-            fusion = [part for part in named if part[0] not in apart]
-            answer = [part for part in named if part[0] == "answer_scale"]
+            every = self.model.fusion_parameters() + self.model.head_parameters()
+            fusion = [part for part in every if part[0] not in apart]
+            answer = [part for part in every if part[0] == "answer_scale"]
             fusion_rate = self.stage.fusion_learning_rate
             for named, rate in (
                 (fusion, fusion_rate),
