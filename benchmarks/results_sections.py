@@ -1,12 +1,13 @@
 """What docs/results.md and the README show of a reproduced table, from its committed files."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ccf_llm_hf.reproduce.analyses_text import analyses_markdown
 from ccf_llm_hf.reproduce.cells import SMOLLM, TRACKS, plan
-from ccf_llm_hf.reproduce.table import CF_NAMES, PUBLISHED, markdown, published
+from ccf_llm_hf.reproduce.table import CF_NAMES, PUBLISHED, markdown, published, read_cells
 from ccf_llm_hf.reproduce.words import (
     differences_in_words,
     differences_table,
@@ -113,6 +114,30 @@ def _against_gate(row: dict[str, Any], metric: str) -> str:
         return f"{row[metric]:.4f}"
     low, high = difference[f"{metric}_ci"]
     return f"{row[metric]:.4f} ({difference[metric]:+.4f} [{low:+.4f}, {high:+.4f}])"
+
+
+def repeat_section() -> list[str]:
+    """Cells that were trained twice with the same settings and seeds, side by side."""
+    again = read_cells(RESULTS / "repeats")
+    lines = ["| row | CF | seed | validation AUC, and again | test AUC, and again | test UAUC |"]
+    lines += ["| --- | --- | --: | --- | --- | --- |"]
+    for key, cells in read_cells(RESULTS).items():
+        for cell in cells:
+            twins = [twin for twin in again.get(key, []) if twin["seed"] == cell["seed"]]
+            if not twins:
+                continue
+            pair = (*twins, cell)
+            cf = CF_NAMES.get(cell["cf"], cell["cf"])
+            lines.append(
+                f"| {cell['arm']} | {cf} | {cell['seed']} | {_twice(pair, 'validation', 'auc')} "
+                f"| {_twice(pair, 'test', 'auc')} | {_twice(pair, 'test', 'uauc')} |"
+            )
+    command = f"{COMMAND} --out results/ml-1m/repeats --work runs/repeats"
+    return lines if len(lines) > 2 else missing("repeats/cells", "repeated cells", command)
+
+
+def _twice(pair: Sequence[dict[str, Any]], split: str, metric: str) -> str:
+    return ", ".join(f"{cell[split][metric]:.4f}" for cell in pair)
 
 
 def time_section() -> list[str]:
@@ -259,5 +284,6 @@ def sections() -> dict[str, list[str]]:
         "targets": target_section(),
         "others": other_section(),
         "leak": leak_section(),
+        "repeats": repeat_section(),
         "analyses": analyses_section(),
     }

@@ -64,6 +64,14 @@ def test_the_whole_budget_is_estimated_from_the_rows_that_are_there(results):
     assert "protocol" not in text
 
 
+def test_repeated_cells_stand_beside_those_of_the_table(results):
+    write_cells(results, CELLS)
+    write_cells(results / "repeats", [cell_result("gate", 0.7, seed=1)])
+    *_, line = lines = results_sections.repeat_section()
+    assert len(lines) == 3
+    assert line == "| gate | MF | 1 | 0.7100, 0.7700 | 0.7000, 0.7600 | 0.6500, 0.7100 |"
+
+
 def test_other_data_sets_are_shown_under_their_names(results):
     for name in results_sections.OTHERS:
         write_cells(results.parent / name, CELLS)
