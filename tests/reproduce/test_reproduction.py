@@ -101,5 +101,7 @@ def test_a_cell_is_compared_with_the_row_it_stands_beside_and_with_its_own_cf(wo
     beside = replace(average, beside=text.row)
     assert set(here.comparisons(beside)) == {"MF", "gate", "text_only"}
     assert {text.name, gate.name} <= set(here.needs(beside)) and here.needs(gate) == []
+    (world.work / "cells" / "protocol-item_mean" / "test.parquet").unlink()
+    assert "item mean" in here.comparisons(replace(average, beside="protocol-item_mean"))
     monkeypatch.setattr(reproduction, "FUSED_CF", ("another", "mf"))
     assert set(here.comparisons(gate)) == {"its CF alone"}

@@ -312,8 +312,8 @@ class Reproduction:
 
     def comparisons(self, cell: Cell) -> dict[str, pd.DataFrame]:
         """Test scores of the track's controls, by name, of the CF model that a cell fuses where
-        that is another than MF, and of the rows `beside` it, where they have been computed here;
-        a control is compared with the other controls."""
+        that is another than MF, and of the rows `beside` it, trained ones where they have been
+        computed here; a control is compared with the other controls."""
         rows = {f"{cell.track}-{row}": name for name, row in COMPARED.items()}
         if cell.stage is not None and cell.cf in FUSED_CF[1:]:
             rows[f"{cell.track}-CF-{cell.cf}"] = "its CF alone"
@@ -322,6 +322,9 @@ class Reproduction:
             for other in self.cells
             if other.name in rows and other.name != cell.name
         }
-        beside = {name: row for name, row in self.beside(cell).items() if self.is_here(row)}
-        scored = {name: self.folder(row) / "test.parquet" for name, row in beside.items()}
-        return found | {name: read_scores(file) for name, file in scored.items()}
+        for name, row in self.beside(cell).items():
+            if not row.seeded:
+                found[name] = self.control_scores(row, "test")
+            elif self.is_here(row):
+                found[name] = read_scores(self.folder(row) / "test.parquet")
+        return found
