@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
-from ccf_llm_hf.training.run import run_recipe
+from ccf_llm_hf.training.run import processor_model, run_recipe
 
 TRAIN = Path(__file__).parents[2] / "examples" / "train.py"
 STAGES = [
@@ -132,3 +132,25 @@ def test_the_example_reports_bad_input_in_one_line(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("listing", "expected"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\n"
+            "processor\t: 1\nmodel name\t: another\n",
+            "AMD EPYC, cpu family 26, model 2",
+        ),
+        ("processor\t: 0\nBogoMIPS\t: 50.00\n", ""),
+        (None, ""),
+    ],
+    ids=["named", "not named", "no listing"],
+)
+def test_processor_model_tells_generations_apart(tmp_path, monkeypatch, listing, expected):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("platform.processor", lambda: "")
+    file = tmp_path / "cpuinfo"
+    if listing is not None:
+        file.write_text(listing)
+    assert processor_model(file) == ", ".join(part for part in ("x86_64", expected) if part)

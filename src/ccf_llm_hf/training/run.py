@@ -151,9 +151,25 @@ def hardware(precision: str) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "bf16_backbone": uses_bf16(precision),
-        "processor": platform.machine(),
+        "processor": processor_model(),
         "python": platform.python_version(),
     }
+
+
+def processor_model(listing: Path = Path("/proc/cpuinfo")) -> str:
+    """Which processor this is, because rounding, and so a training, differs between models.
+
+    Where the system does not list it, what Python knows: at least the architecture.
+    """
+    if not listing.is_file():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in listing.read_text().split("\n\n")[0].splitlines())
+    found = {key.strip(): value.strip() for key, _, value in lines}
+    if "model name" not in found:
+        return platform.machine()
+    # Virtual machines often hide the name; family and model tell the generation all the same.
+    numbers = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
+    return ", ".join([platform.machine(), found["model name"], *numbers])
 
 
 def _copy(source: Path, folder: Path) -> None:
