@@ -38,6 +38,8 @@ class CCFLLMConfig(PreTrainedConfig):
         slot_dropout: share of CF vectors that training replaces by the cold vectors (our choice).
         pairwise_share: share of the loss that ranks a user's likes above the dislikes instead of
             judging each alone (our choice; 0 in the paper).
+        cf_target_share: in training, how much of a label's place in the cross-entropy the CF
+            model's own probability takes (our choice; 0 in the paper).
         score_head: `yes_minus_no` (our choice) or `yes_only` (CoLLM's).
         cf_dim: width of a CF vector.
         num_users, num_items: rows of the CF tables; the item table covers the whole catalog.
@@ -76,6 +78,7 @@ class CCFLLMConfig(PreTrainedConfig):
         fold_in_decay: float = 1.0,
         slot_dropout: float = 0.0,
         pairwise_share: float = 0.0,
+        cf_target_share: float = 0.0,
         score_head: str = "yes_minus_no",
         cf_dim: int = 32,
         num_users: int = 0,
@@ -123,6 +126,7 @@ class CCFLLMConfig(PreTrainedConfig):
         self.fold_in_decay = fold_in_decay
         self.slot_dropout = slot_dropout
         self.pairwise_share = pairwise_share
+        self.cf_target_share = cf_target_share
         self.score_head = score_head
         self.cf_dim = cf_dim
         self.num_users = num_users

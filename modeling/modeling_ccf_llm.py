@@ -366,7 +366,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
 
         Args:
             answer_positions: `(batch, num_candidates)`, the new token that each answer is read at.
-            candidate_items, candidate_users: CF table rows, for `cf_residual`.
+            candidate_items, candidate_users: CF table rows, for the CF model's own logits.
             candidate_mask: `(batch, num_candidates)` bool, False where padded.
             labels: `(batch, num_candidates)` 0/1, -100 where padded.
             num_items_in_batch: labels of the whole optimizer step; the loss is then the sum over
@@ -380,21 +380,27 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         answers = self.answer_weight.float()
         direction = answers[0] if self.config.score_head == "yes_only" else answers[0] - answers[1]
         logits = self.answer_scale * (hidden @ direction)
-        if self.config.cf_residual:
+        targets, taught = labels, self.config.cf_target_share if self.training else 0.0
+        if self.config.cf_residual or taught:
             sequences = inputs["sequence_ids"][0, -len(states) :][answer_positions]
+            depths = inputs["history_depths"][0, -len(states) :][answer_positions]
             when = self.model.token_snapshots(sequences, inputs.get("snapshots"))
             if self.config.cf_fold_in:
-                depths = inputs["history_depths"][0, -len(states) :][answer_positions]
                 history = (history_items, history_targets, history_unshown)
                 users = self.folded_users(sequences, depths, when, *history)
-                residual = self.model.cf.folded_logits(users, candidate_items, when)
+                cf_logits = self.model.cf.folded_logits(users, candidate_items, when)
             else:
                 rows = candidate_users[:, None].expand_as(candidate_items)
-                residual = self.model.cf.logits(rows, candidate_items, when)
-            logits = logits + self.residual_scale * residual
+                cf_logits = self.model.cf.logits(rows, candidate_items, when)
+            if self.config.cf_residual:
+                logits = logits + self.residual_scale * cf_logits
+            if taught and labels is not None:
+                targets = torch.lerp(labels.float(), torch.sigmoid(cf_logits.float()), taught)
         logits = logits.masked_fill(~candidate_mask, 0.0)
-        share = self.config.pairwise_share
-        loss = None if labels is None else ctr_loss(logits, labels, num_items_in_batch, share)
+        loss = None
+        if labels is not None:
+            pairwise = self.config.pairwise_share
+            loss = ctr_loss(logits, labels, num_items_in_batch, pairwise, targets)
         output = CTROutput(loss=loss, logits=logits)
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()

@@ -5,8 +5,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import BuildModel
 
+from ccf_llm_hf.cf.embeddings import CFEmbeddings
 from ccf_llm_hf.modeling.loss_ccf_llm import cross_entropy, ctr_loss, ranking
 
 LABELS = torch.tensor([[1, 0, 1, 0, -100], [1, 1, -100, -100, -100], [0, 1, 0, 0, 1]])
@@ -55,3 +57,22 @@ def test_a_model_trains_on_the_share_of_its_config(build: BuildModel) -> None:
     expected = ctr_loss(output.logits, batch["labels"], None, 0.5)
     torch.testing.assert_close(output.loss, expected)
     assert abs(output.loss - ctr_loss(output.logits, batch["labels"], None, 0.0)) > 1e-4
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+@pytest.mark.parametrize("snapshot", [0, 1])
+def test_the_cf_model_takes_its_share_of_the_labels_in_training_only(
+    build: BuildModel, cf: CFEmbeddings, share: float, snapshot: int
+) -> None:
+    taught, processor = build(cf_target_share=share)
+    plain, _ = build()
+    batch = processor(user="u0", history=["i1"], candidates=["i0", "i3"], snapshot=snapshot)
+    batch["labels"] = torch.tensor([[1.0, 0.0]])
+    outside = taught.eval()(**batch).loss
+    torch.testing.assert_close(outside, plain.eval()(**batch).loss)
+    output = taught.train()(**batch)
+    said = torch.sigmoid(cf.logits(["u0", "u0"], ["i0", "i3"], snapshot=snapshot)).float()
+    targets = (1 - share) * batch["labels"] + share * said
+    expected = F.binary_cross_entropy_with_logits(output.logits, targets)
+    torch.testing.assert_close(output.loss, expected)
+    assert abs(output.loss - outside) > 1e-4

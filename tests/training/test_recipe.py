@@ -65,6 +65,10 @@ def test_flags_override_the_file(content, tmp_path):
         ({"stages": [FUSION, TEXT]}, "init_from"),
         ({"stages": [{**TEXT, "history_window": [10]}]}, "history_window"),
         ({"stages": [{**TEXT, "scheduler": "zigzag"}]}, "zigzag"),
+        ({"stages": [{**TEXT, "slot_dropout": 1}]}, "slot_dropout"),
+        ({"stages": [{**TEXT, "pairwise_share": 2}]}, "pairwise_share"),
+        ({"stages": [{**TEXT, "cf_target_share": -0.1}]}, "cf_target_share"),
+        ({"cf_dir": "", "stages": [{**TEXT, "cf_target_share": 0.5}]}, "cf_dir"),
     ],
 )
 def test_bad_recipes_are_refused_in_one_sentence(content, tmp_path, change, message, capsys):

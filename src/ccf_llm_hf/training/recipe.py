@@ -55,6 +55,13 @@ class StageConfig:
             "disliked one packed with it, for UAUC; the rest is cross-entropy."
         },
     )
+    cf_target_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "How much of a label's place in the cross-entropy the CF model's own "
+            "probability takes, so that slots are read as the CF model means them; 0: none."
+        },
+    )
     train: list[str] = field(
         default_factory=lambda: ["fusion"],
         metadata={"help": "Parts that learn: fusion (alignment, gate, cold vectors), lora."},
@@ -174,6 +181,8 @@ class StageConfig:
             raise InputError(f"{place}: `slot_dropout` must be at least 0 and below 1")
         if not 0 <= self.pairwise_share <= 1:
             raise InputError(f"{place}: `pairwise_share` must be from 0 to 1")
+        if not 0 <= self.cf_target_share <= 1:
+            raise InputError(f"{place}: `cf_target_share` must be from 0 to 1")
         _one_of(place, "scheduler", self.scheduler, [s.value for s in SchedulerType])
         if not self.train:
             raise InputError(f"{place}: `train` must name at least one of {TRAINABLE_PARTS}")
@@ -187,7 +196,7 @@ class StageConfig:
 
     def reads_cf(self) -> bool:
         """Whether the stage reads the CF table."""
-        return self.cf_residual or self.fusion != "text_only"
+        return self.cf_residual or self.cf_target_share > 0 or self.fusion != "text_only"
 
     def prompt_settings(self) -> dict[str, Any]:
         """Settings for `CCFLLMProcessor.from_catalog`; what is left empty stays out, except that a

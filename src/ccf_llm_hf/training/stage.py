@@ -216,6 +216,7 @@ class StageRun:
             fold_in_decay=self.stage.fold_in_decay,
             slot_dropout=self.stage.slot_dropout,
             pairwise_share=self.stage.pairwise_share,
+            cf_target_share=self.stage.cf_target_share,
             score_head=self.recipe.score_head,
             yes_token_id=yes,
             no_token_id=no,
