@@ -29,6 +29,7 @@ MAIN_ARMS = (
     "average of MF and LightGCN",
     "cf_only",
     "gate",
+    "gate, CF target",
     "gate and CF logit",
     "gate and folded CF logit",
     "gate and folded CF logit, ranking loss",
