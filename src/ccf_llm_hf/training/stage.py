@@ -31,6 +31,11 @@ from ccf_llm_hf.training.trainer import CCFLLMTrainer, delete_trainer_checkpoint
 CHECKPOINT = "checkpoint"
 RECORD_FILE = "stage.json"
 ADAPTER_CONFIG = "adapter_config.json"
+# Settings of a stage that the model's config holds too, under the same names.
+OF_THE_MODEL = (
+    *("fusion", "cf_residual", "cf_fold_in", "fold_in_decay"),
+    *("slot_dropout", "pairwise_share", "cf_target_share"),
+)
 STEEP = 1e3  # turns ratings into plain likes and dislikes
 SHARED_SETTINGS = (
     "backbone",
@@ -210,13 +215,7 @@ class StageRun:
             revision=self.inputs.revision,
             cf=self.inputs.cf,
             item_title_ids=processor.item_title_ids(),
-            fusion=self.stage.fusion,
-            cf_residual=self.stage.cf_residual,
-            cf_fold_in=self.stage.cf_fold_in,
-            fold_in_decay=self.stage.fold_in_decay,
-            slot_dropout=self.stage.slot_dropout,
-            pairwise_share=self.stage.pairwise_share,
-            cf_target_share=self.stage.cf_target_share,
+            **{name: getattr(self.stage, name) for name in OF_THE_MODEL},
             score_head=self.recipe.score_head,
             yes_token_id=yes,
             no_token_id=no,
