@@ -382,16 +382,9 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         logits = self.answer_scale * (hidden @ direction)
         targets, taught = labels, self.config.cf_target_share if self.training else 0.0
         if self.config.cf_residual or taught:
-            sequences = inputs["sequence_ids"][0, -len(states) :][answer_positions]
-            depths = inputs["history_depths"][0, -len(states) :][answer_positions]
-            when = self.model.token_snapshots(sequences, inputs.get("snapshots"))
-            if self.config.cf_fold_in:
-                history = (history_items, history_targets, history_unshown)
-                users = self.folded_users(sequences, depths, when, *history)
-                cf_logits = self.model.cf.folded_logits(users, candidate_items, when)
-            else:
-                rows = candidate_users[:, None].expand_as(candidate_items)
-                cf_logits = self.model.cf.logits(rows, candidate_items, when)
+            pairs = (candidate_users, candidate_items)
+            history = (history_items, history_targets, history_unshown)
+            cf_logits = self.cf_logits(answer_positions, pairs, history, inputs)
             if self.config.cf_residual:
                 logits = logits + self.residual_scale * cf_logits
             if taught and labels is not None:
@@ -404,6 +397,25 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         output = CTROutput(loss=loss, logits=logits)
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()
+
+    def cf_logits(
+        self,
+        answer_positions: Tensor,
+        pairs: tuple[Tensor, Tensor],
+        history: tuple[Tensor | None, Tensor | None, Tensor | None],
+        inputs: dict[str, Any],
+    ) -> Tensor:
+        """The CF model's own logits `(batch, num_candidates)`, each by its candidate's snapshot;
+        with `cf_fold_in` of users folded in from the history that the candidate sees."""
+        users, items = pairs
+        new = inputs["input_ids"].shape[1]
+        sequences = inputs["sequence_ids"][0, -new:][answer_positions]
+        when = self.model.token_snapshots(sequences, inputs.get("snapshots"))
+        if not self.config.cf_fold_in:
+            return self.model.cf.logits(users[:, None].expand_as(items), items, when)
+        depths = inputs["history_depths"][0, -new:][answer_positions]
+        folded = self.folded_users(sequences, depths, when, *history)
+        return self.model.cf.folded_logits(folded, items, when)
 
     def folded_users(
         self,
