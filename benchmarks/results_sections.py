@@ -61,7 +61,11 @@ def track_section(track: str) -> list[str]:
     table, said = differences_table(full), differences_in_words(full)
     if not said:
         return lines
-    lines += ["", "Differences, paired over users; bold: zero is outside the interval.", "", *table]
+    about = (
+        "Differences, paired over users, ± over seeds; brackets are intervals over users, bold: "
+        "zero is outside of the interval over users and trainings ([definitions](#definitions))."
+    )
+    lines += ["", about, "", *table]
     return [*lines, "", "In words:", "", *said]
 
 

@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ccf_llm_hf.cf.scoring import load_scores
+from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import auc, fit_temperature
 from ccf_llm_hf.reproduce import reproduction
 
@@ -90,6 +91,33 @@ def test_a_cell_is_compared_with_a_control_that_was_computed_elsewhere(world):
     world.reproduce(budget="quick")
     assert json.loads(gate.read_text())["differences"] == before["differences"]
     assert scores.read_bytes() == kept
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_cell_is_compared_with_the_gate_of_the_table_where_the_work_folder_lacks_it(world):
+    gate, staged = (world.results / "cells" / f"{name}-quick.json" for name in (GATE, STAGED))
+    before, result = json.loads(staged.read_text()), gate.read_text()
+    kept = world.results / "scores" / f"{GATE}-quick.parquet"
+    assert list(pd.read_parquet(kept)) == ["score"]  # nothing that tells who liked what
+    assert [file.name for file in kept.parent.iterdir()] == [kept.name]
+    scored = world.work / "cells" / f"{GATE}-quick" / "test.parquet"
+    held = scored.read_bytes()
+    scored.unlink()
+    try:
+        here = reproduction.Reproduction.of(world.config(budget="quick"))
+        cell = next(cell for cell in here.cells if cell.name == STAGED)
+        tables = {name: here.scores(cell, name) for name in ("validation", "test")}
+        again = here.figures(cell, tables)["differences"]
+        assert again == before["differences"] and "gate" in again
+        other = json.loads(result)
+        gate.write_text(json.dumps(other | {"test": other["test"] | {"auc": 0.123}}))
+        with pytest.raises(InputError, match=f"{GATE}.*does not hold the scores of the result"):
+            here.comparisons(cell)
+        gate.unlink()
+        assert set(here.comparisons(cell)) == {"MF"}
+    finally:
+        gate.write_text(result)
+        scored.write_bytes(held)
 
 
 @pytest.mark.usefixtures("rows")

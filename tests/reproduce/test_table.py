@@ -5,7 +5,7 @@ from statistics import stdev
 
 import matplotlib.figure
 import pytest
-from results_files import CELLS, write_cells
+from results_files import CELLS, cell_result, write_cells
 
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.reproduce.plots import plot_table
@@ -33,6 +33,20 @@ def test_a_row_holds_the_means_over_seeds(rows, tmp_path):
     assert gate["auc_sd"] == pytest.approx(stdev([0.74, 0.76]))
     assert gate["minutes"] == 4.0
     assert gate["validation_auc"] == pytest.approx(0.76)
+
+
+def test_an_interval_over_users_and_trainings_is_wider_by_what_seeds_differ_by(tmp_path):
+    three = [cell_result("gate", auc, seed=n) for n, auc in enumerate((0.74, 0.75, 0.76))]
+    control = cell_result("CF", 0.74, cf="mf", training="", backbone="", seed=None)
+    write_cells(tmp_path, [*three, cell_result("sum", 0.73), control])
+    found = {row["arm"]: row["differences"]["MF"] for row in write_table(tmp_path)}
+    assert found["gate"]["auc_sd"] == pytest.approx(0.01)
+    for arm, seeds in (("gate", 3), ("sum", 1)):  # one seed: as far as the others' seeds differ
+        half = (0.01**2 + (1.96 * 0.01) ** 2 / seeds) ** 0.5
+        expected = [found[arm]["auc"] - half, found[arm]["auc"] + half]
+        assert found[arm]["auc_wide"] == pytest.approx(expected)
+        assert found[arm]["uauc_wide"] == pytest.approx(found[arm]["uauc_ci"])
+    assert found["CF"]["auc_wide"] == pytest.approx(found["CF"]["auc_ci"])
 
 
 def test_tracks_and_budgets_are_never_mixed(rows, tmp_path):

@@ -29,9 +29,23 @@ def test_a_row_is_above_or_below_only_where_its_interval_leaves_zero_out(rows):
     assert "above it: none; below it: 0 of 4; not told apart: 4." in uauc
 
 
+def test_a_difference_that_another_training_may_turn_is_none(tmp_path):
+    far, near = (0.70, 0.78, 0.785), (0.754, 0.755, 0.756)
+    for arm, figures in (("gate", far), ("sum", near)):
+        cells = [cell_result(arm, figure, seed=seed) for seed, figure in enumerate(figures)]
+        write_cells(tmp_path / arm, cells)
+    (gate,), (steady,) = (write_table(tmp_path / arm) for arm in ("gate", "sum"))
+    for row in (gate, steady):
+        assert row["differences"]["MF"]["auc_ci"][0] > 0
+    assert "above it: none" in differences_in_words([gate])[0]
+    assert "above it: *sum (MF, joint, tiny)*" in differences_in_words([steady])[0]
+    assert "+0.0160 ± 0.0477 [" in differences_table([gate])[2]
+    assert "**+0.0160** ± 0.0010 [" in differences_table([steady])[2]
+
+
 def test_a_difference_too_small_to_see_is_none_whatever_its_interval(rows):
     (row,) = [row for row in rows if row["arm"] == "sum"]
-    row["differences"]["MF"] |= {"auc": 0.0004, "auc_ci": [0.0001, 0.0009]}
+    row["differences"]["MF"] |= {"auc": 0.0004, "auc_wide": [0.0001, 0.0009]}
     assert "above it: none" in differences_in_words([row])[0]
     assert "**" not in differences_table([row])[2]
 
@@ -51,7 +65,7 @@ def test_the_table_of_differences_has_every_compared_row_and_marks_what_is_outsi
     assert set(found) == {name_of(row) for row in protocol if row["differences"]}
     for row in protocol:
         for cell, metric in zip(found.get(name_of(row), []), ("auc", "uauc"), strict=False):
-            low, high = row["differences"]["MF"][f"{metric}_ci"]
+            low, high = row["differences"]["MF"][f"{metric}_wide"]
             assert f"{row['differences']['MF'][metric]:+.4f}" in cell
             assert cell.strip().startswith("**") == (low > 0 or high < 0)
     assert "**+0.0110**" in found["gate (MF, joint, tiny)"][0]

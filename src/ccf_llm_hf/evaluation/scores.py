@@ -1,5 +1,6 @@
 """Files and tables of scores, checked against the split that they are for."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,11 @@ from ccf_llm_hf.errors import InputError
 NEEDED = ("user_id", "item_id", "score")
 
 
-def read_scores(path: str | Path) -> pd.DataFrame:
+def read_scores(path: str | Path, needed: Sequence[str] = NEEDED) -> pd.DataFrame:
     """A parquet file with user_id, item_id, score (any monotone scale) and, if known, prob, label.
 
     Raises:
-        InputError: missing, damaged, or without one of the columns.
+        InputError: missing, damaged, or without one of the `needed` columns.
     """
     try:
         scores = pq.read_table(path).to_pandas()
@@ -24,7 +25,7 @@ def read_scores(path: str | Path) -> pd.DataFrame:
         raise InputError(
             f"scores {path} are missing or no parquet file; write them with ccf-llm evaluate --out"
         ) from error
-    _check_columns(scores, str(path))
+    _check_columns(scores, str(path), needed)
     return scores
 
 
@@ -56,8 +57,8 @@ def aligned(
     )
 
 
-def _check_columns(scores: pd.DataFrame, name: str) -> None:
-    missing = [column for column in NEEDED if column not in scores]
+def _check_columns(scores: pd.DataFrame, name: str, needed: Sequence[str] = NEEDED) -> None:
+    missing = [column for column in needed if column not in scores]
     if missing:
         raise InputError(f"scores {name} lack the column {missing[0]!r}; add it")
 

@@ -182,6 +182,7 @@ def protocol_rows() -> list[Cell]:
         staged,
         *(_staged(text_only, arm, arms[arm]) for arm in fusions[1:]),
         _staged(text_only, "gate and CF logit", gate | {"cf_residual": True}),
+        _staged(text_only, "gate, CF target", gate | TAUGHT),
         _average("average of CF and gate", (mf,), staged),
         *(_joint("gate", gate, cf=cf) for cf in FUSED_CF[1:]),
         _joint("gate", gate, backbone=GEMMA),

@@ -33,6 +33,7 @@ from ccf_llm_hf.reproduce.cells import (
     plan,
 )
 from ccf_llm_hf.reproduce.folded import folded_scores
+from ccf_llm_hf.reproduce.kept_scores import keep_scores, kept_scores
 from ccf_llm_hf.reproduce.table import ROW
 from ccf_llm_hf.reproduce.workspace import Workspace
 from ccf_llm_hf.training.run import run_recipe
@@ -82,6 +83,10 @@ class Reproduction:
         """Where a finished cell's figures are."""
         return self.results / "cells" / f"{self.label(cell)}.json"
 
+    def kept_file(self, cell: Cell) -> Path:
+        """Where the test scores of a trained cell are that others are compared with."""
+        return self.results / "scores" / f"{self.label(cell)}.parquet"
+
     def label(self, cell: Cell) -> str:
         """Name of the cell's files; a quick cell is another one than a full one."""
         return cell.name + "-quick" * (self.config.budget == "quick" and cell.seeded)
@@ -108,6 +113,8 @@ class Reproduction:
         scores = {split: self.scores(cell, split) for split in ("validation", "test")}
         for split, table in scores.items():
             write_scores(table, folder / f"{split}.parquet")
+        if any(cell in self.beside(other).values() for other in self.cells if cell.seeded):
+            keep_scores(scores["test"], self.kept_file(cell))
         result = {
             **self.row(cell),
             "seed": cell.seed if cell.seeded else None,
@@ -327,4 +334,8 @@ class Reproduction:
                 found[name] = self.control_scores(row, "test")
             elif self.is_here(row):
                 found[name] = read_scores(self.folder(row) / "test.parquet")
+            elif self.result_file(row).is_file() and self.kept_file(row).is_file():
+                result = json.loads(self.result_file(row).read_text(encoding="utf-8"))
+                rows_of_test = read_rows(self.workspace.data(cell.track), "test")
+                found[name] = kept_scores(self.kept_file(row), rows_of_test, result["test"]["auc"])
         return found

@@ -2,14 +2,18 @@
 
 import json
 from collections import defaultdict
+from math import hypot, sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import fmean, mean, stdev
 from typing import Any
 
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.reproduce.plots import plot_table
 from ccf_llm_hf.training.stage import write_json, write_text
 
+NORMAL = 1.96  # 95 % of a normal distribution
+# With fewer seeds a row's own spread says little, that of the other rows stands in (our choice).
+ENOUGH_SEEDS = 3
 ROW = ("track", "arm", "cf", "training", "backbone", "budget")
 CF_NAMES = {"mf": "MF", "mf_nobias": "MF without biases", "mf_folds": "MF, five folds"}
 CF_NAMES |= {"lightgcn": "LightGCN", "sasrec": "SASRec"}
@@ -38,13 +42,16 @@ def write_table(results: Path) -> list[dict[str, Any]]:
         logloss, ece, minutes, auc_sd and uauc_sd (the sample standard deviations over seeds, 0 of a
         single one), temperature, `trained` (whether a cell trains a model: an average does not),
         validation figures, and paired `differences` by the control's name. Means are
-        over seeds; an interval's bounds are the means of the seeds' bounds.
+        over seeds; an interval's bounds are the means of the seeds' bounds. Of a difference,
+        `auc_ci` is over users, `auc_sd` over seeds, and `auc_wide` an interval over both.
 
     Raises:
         InputError: a file holds no cell's result, or the same cell's as another file.
     """
     rows = [_row(key, cells) for key, cells in read_cells(results).items()]
     rows.sort(key=lambda row: (row["track"] != "protocol", row["budget"], row["auc"]))
+    for place in {(row["track"], row["budget"]) for row in rows}:
+        _widen([row for row in rows if (row["track"], row["budget"]) == place])
     results.mkdir(parents=True, exist_ok=True)
     write_json(results / "table.json", rows)
     write_text(results / "table.md", markdown(rows))
@@ -106,7 +113,37 @@ def _differences(seeds: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, 
             bounds = zip(*(seed[control][f"{metric}_ci"] for seed in seeds), strict=True)
             found[control][metric] = mean(seed[control][metric] for seed in seeds)
             found[control][f"{metric}_ci"] = [mean(side) for side in bounds]
+            values = [seed[control][metric] for seed in seeds]
+            found[control][f"{metric}_sd"] = stdev(values) if len(values) > 1 else 0.0
     return found
+
+
+def _widen(rows: list[dict[str, Any]]) -> None:
+    """Beside the interval of each difference over users, set one over users and trainings: wider by
+    1.96 standard errors of the mean over seeds, the two taken as independent (our choice)."""
+    for row in rows:
+        for control, found in row["differences"].items():
+            for metric in ("auc", "uauc"):
+                spread = _seed_spread(row, control, metric, rows) if row["backbone"] else 0.0
+                extra = NORMAL * spread / sqrt(row["seeds"])
+                value, (low, high) = found[metric], found[f"{metric}_ci"]
+                found[f"{metric}_wide"] = [
+                    value - hypot(value - low, extra),
+                    value + hypot(high - value, extra),
+                ]
+
+
+def _seed_spread(row: dict[str, Any], control: str, metric: str, rows: list[dict]) -> float:
+    """Standard deviation over seeds of a row's difference; of a row of few seeds the root mean
+    square of those of the rows that have enough, 0 where none has."""
+    if row["seeds"] >= ENOUGH_SEEDS:
+        return row["differences"][control][f"{metric}_sd"]
+    known = [
+        other["differences"][control][f"{metric}_sd"] ** 2
+        for other in rows
+        if other["seeds"] >= ENOUGH_SEEDS and control in other["differences"]
+    ]
+    return sqrt(fmean(known)) if known else 0.0
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

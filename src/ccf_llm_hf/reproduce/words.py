@@ -23,8 +23,9 @@ SMALLEST = 0.0005
 
 
 def differences_table(rows: Rows) -> list[str]:
-    """The paired difference of every row from every control of `CONTROLS`, bold
-    where its interval leaves zero out, as a Markdown table; empty where no row was compared.
+    """The paired difference of every row from every control of `CONTROLS` with its standard
+    deviation over seeds and its interval over users, bold where the interval over both leaves zero
+    out, as a Markdown table; empty where no row was compared.
 
     Args:
         rows: of one track and budget, as `table.write_table` returns them.
@@ -52,12 +53,15 @@ def _difference(row: dict[str, Any], control: str, metric: str) -> str:
         return ""
     low, high = found[f"{metric}_ci"]
     value = f"{found[metric]:+.4f}"
-    return f"{f'**{value}**' if _side(found, metric) else value} [{low:+.4f}, {high:+.4f}]"
+    spread = f" ± {found[f'{metric}_sd']:.4f}" if row["seeds"] > 1 else ""
+    shown = f"**{value}**" if _side(found, metric) else value
+    return f"{shown}{spread} [{low:+.4f}, {high:+.4f}]"
 
 
 def _side(found: dict[str, Any], metric: str) -> int:
-    """1 above, -1 below, 0 where zero is in the interval or the difference is too small to see."""
-    low, high = found[f"{metric}_ci"]
+    """1 above, -1 below, 0 where zero is in the interval over users and trainings or the difference
+    is too small to see."""
+    low, high = found[f"{metric}_wide"]
     if abs(found[metric]) < SMALLEST:
         return 0
     return int(low > 0) - int(high < 0)
@@ -66,7 +70,7 @@ def _side(found: dict[str, Any], metric: str) -> int:
 def differences_in_words(rows: Rows) -> list[str]:
     """A sentence for every control of a track and each metric: who is above it by more than the
     interval, how many are below, and how many cannot be told apart. Of what few rows are
-    compared with, their differences. Paired over users; bounds are means over seeds.
+    compared with, their differences. Paired over users, with what trainings differ by.
 
     Args:
         rows: of one track and budget, as `table.write_table` returns them.
@@ -118,7 +122,7 @@ def headline(rows: Rows) -> list[str]:
         return []
     return [
         f"- **{models[0]['track']}**, {len(models)} rows with a language model, above / not told "
-        f"apart / below by the intervals of paired differences: {'; '.join(said)}."
+        f"apart / below by the intervals over users and trainings: {'; '.join(said)}."
     ]
 
 
