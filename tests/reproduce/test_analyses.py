@@ -71,6 +71,16 @@ def test_analyses_are_kept_until_the_cell_is_computed_again(world, monkeypatch):
 
 
 @pytest.mark.usefixtures("content")
+def test_the_scores_of_mf_are_computed_again_where_the_work_folder_lacks_them(world):
+    before = json.loads((world.results / "analyses.json").read_text())
+    for split in ("validation", "test"):
+        (world.work / "cells" / "protocol-CF-mf" / f"{split}.parquet").unlink()
+    only = ["CF-mf", "text_only-LoRA", "gate-mf-joint"]
+    world.reproduce(tracks=["protocol"], only=only, analyses=True)
+    assert json.loads((world.results / "analyses.json").read_text()) == before
+
+
+@pytest.mark.usefixtures("content")
 def test_analyses_of_checkpoints_that_are_not_here_are_not_lost(world):
     before = (world.results / "analyses.json").read_bytes()
     with pytest.raises(InputError, match=r"analyses of text_only \(LoRA\), not finished"):

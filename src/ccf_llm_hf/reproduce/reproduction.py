@@ -263,8 +263,10 @@ class Reproduction:
         return rows[rows["timestamp"] < start]
 
     def is_here(self, cell: Cell) -> bool:
-        """Whether the cell is finished and what it left is in the work folder."""
-        left = [self.result_file(cell), self.folder(cell) / "test.parquet"]
+        """Whether the cell is finished and what it left is in the work folder; the scores of a
+        control can be computed again."""
+        left = [self.result_file(cell)]
+        left += [self.folder(cell) / "test.parquet"] if cell.seeded else []
         left += [self.checkpoint(cell)] if cell.stage is not None else []
         return all(path.exists() for path in left)
 
@@ -280,6 +282,8 @@ class Reproduction:
         """A finished cell, as the analyses take it."""
         if cell.stage is None:
             table = self.workspace.cf(cell.track, cell.cf)
+            for split in ("validation", "test"):
+                self.control_scores(cell, split)
             return Subject("MF", self.folder(cell), self.result_file(cell), cf=table)
         backbone, _ = load_backbone_path(cell.backbone, offline=self.config.offline)
         usual = ("", "mf", SMOLLM)
