@@ -113,7 +113,7 @@ class Reproduction:
         scores = {split: self.scores(cell, split) for split in ("validation", "test")}
         for split, table in scores.items():
             write_scores(table, folder / f"{split}.parquet")
-        if any(cell in self.beside(other).values() for other in self.cells if cell.seeded):
+        if cell.seeded and any(cell in self.beside(other).values() for other in self.cells):
             keep_scores(scores["test"], self.kept_file(cell))
         result = {
             **self.row(cell),
