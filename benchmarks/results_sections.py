@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ccf_llm_hf.reproduce.analyses_text import analyses_markdown
-from ccf_llm_hf.reproduce.cells import SMOLLM, TRACKS, plan
-from ccf_llm_hf.reproduce.table import CF_NAMES, PUBLISHED, markdown, published, read_cells
+from ccf_llm_hf.reproduce.cells import CF_NAMES, SMOLLM, TRACKS, plan
+from ccf_llm_hf.reproduce.table import PUBLISHED, markdown, published, read_cells
 from ccf_llm_hf.reproduce.words import (
     differences_in_words,
     differences_table,

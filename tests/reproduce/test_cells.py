@@ -10,6 +10,7 @@ from ccf_llm_hf.reproduce.cells import (
     SMOLLM,
     TRACKS,
     Cell,
+    name_of,
     open_rows,
     plan,
     protocol_rows,
@@ -122,3 +123,9 @@ def test_a_cell_without_a_seed_is_named_by_its_row():
 def test_bad_choices_are_named(tracks, budget, seeds, message):
     with pytest.raises(InputError, match=message):
         plan(tracks, budget, seeds, "ml-1m")
+
+
+def test_the_usual_backbone_goes_without_saying():
+    row = {"arm": "gate", "cf": "mf", "training": "joint", "backbone": "smollm2-135m-instruct"}
+    assert name_of(row) == "gate (MF, joint)"
+    assert name_of(row | {"cf": "", "training": "", "backbone": ""}) == "gate"

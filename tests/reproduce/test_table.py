@@ -106,10 +106,10 @@ def test_the_picture_sets_published_figures_beside_the_protocol_track_only(
     protocol, _, opened, _ = drawn[0].axes
     names = [label.get_text() for label in protocol.get_yticklabels()]
     assert len(names) == 3 + len(PUBLISHED)
-    assert names.index("gate (mf, joint, tiny, quick budget)") < names.index("item + user mean")
+    assert names.index("gate (MF, joint, tiny), quick budget") < names.index("item + user mean")
     assert names[-1] == "SeLLa-Rec, 7B"
     assert [label.get_text() for label in opened.get_yticklabels()] == [
-        "gate and folded CF logit (mf, joint, tiny)"
+        "gate and folded CF logit (MF, joint, tiny)"
     ]
     colors = {line.get_label(): line.get_color() for line in protocol.lines}
     assert len(set(colors.values())) == 3 and "controls" in colors

@@ -3,12 +3,12 @@
 import pytest
 from results_files import CELLS, cell_result, write_cells
 
+from ccf_llm_hf.reproduce.cells import name_of
 from ccf_llm_hf.reproduce.table import write_table
 from ccf_llm_hf.reproduce.words import (
     differences_in_words,
     differences_table,
     headline,
-    name_of,
     targets_in_words,
 )
 
@@ -94,9 +94,3 @@ def test_targets_are_judged_by_the_row_that_validation_chose(rows):
     assert "1 seed. AUC 0.8100, target 0.8200: **missed**" in opened
     assert "UAUC 0.7600, target 0.7600: **met**" in opened
     assert targets_in_words([]) == []
-
-
-def test_the_usual_backbone_goes_without_saying():
-    row = {"arm": "gate", "cf": "mf", "training": "joint", "backbone": "smollm2-135m-instruct"}
-    assert name_of(row) == "gate (MF, joint)"
-    assert name_of(row | {"cf": "", "training": "", "backbone": ""}) == "gate"

@@ -4,7 +4,7 @@ A cell is one row and one seed. What a stage does not say here is the recipe's d
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,8 @@ TRACKS = {
 BUDGETS = ("quick", "full")
 SMOLLM = "smollm2-135m-instruct"
 GEMMA = "gemma-3-270m"
+CF_NAMES = {"mf": "MF", "mf_nobias": "MF without biases", "mf_folds": "MF, five folds"}
+CF_NAMES |= {"lightgcn": "LightGCN", "sasrec": "SASRec"}
 # CF models with a row of their own, and those that a language model is fused with.
 PROTOCOL_CF = ("mf", "mf_nobias", "lightgcn", "sasrec")
 FUSED_CF = ("mf", "lightgcn", "sasrec")
@@ -214,6 +216,14 @@ def open_rows() -> list[Cell]:
         _joint("cf_only and folded CF logit", FAST | FOLDED | {"fusion": "cf_only"}, track="open"),
         _joint("gate", gate, track="open"),
     ]
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """A row in words: `gate (MF, joint)`; the usual backbone goes without saying."""
+    details = [CF_NAMES.get(row["cf"], row["cf"]), row["training"]]
+    details += [row["backbone"]] * (row["backbone"] != SMOLLM)
+    details = [detail for detail in details if detail]
+    return f"{row['arm']} ({', '.join(details)})" if details else row["arm"]
 
 
 def _joint(

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ccf_llm_hf.reproduce.cells import name_of
 from ccf_llm_hf.reproduce.cold_start import save_figure
 
 Row = Mapping[str, Any]
@@ -64,7 +65,11 @@ def _marks(
 ) -> list[dict[str, Any]]:
     """A mark a row, from the lowest AUC to the highest: name, kind, values and bounds."""
     marks = [
-        {"name": _name(row), "kind": "model" if row["backbone"] else "control", **row}
+        {
+            "name": name_of(row) + ", quick budget" * (row["budget"] == "quick"),
+            "kind": "model" if row["backbone"] else "control",
+            **row,
+        }
         for row in rows
     ]
     marks += [
@@ -72,12 +77,6 @@ def _marks(
         for name, auc, uauc, _ in published
     ]
     return sorted(marks, key=lambda mark: mark["auc"])
-
-
-def _name(row: Row) -> str:
-    details = [row[key] for key in ("cf", "training", "backbone") if row[key]]
-    details += ["quick budget"] * (row["budget"] == "quick")
-    return f"{row['arm']} ({', '.join(details)})" if details else row["arm"]
 
 
 def _dots(axes: Axes, marks: Sequence[Mapping[str, Any]], metric: str) -> None:

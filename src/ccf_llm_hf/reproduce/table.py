@@ -8,6 +8,7 @@ from statistics import fmean, mean, stdev
 from typing import Any
 
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.reproduce.cells import CF_NAMES
 from ccf_llm_hf.reproduce.plots import plot_table
 from ccf_llm_hf.training.stage import write_json, write_text
 
@@ -15,8 +16,6 @@ NORMAL = 1.96  # 95 % of a normal distribution
 # With fewer seeds a row's own spread says little, that of the other rows stands in (our choice).
 ENOUGH_SEEDS = 3
 ROW = ("track", "arm", "cf", "training", "backbone", "budget")
-CF_NAMES = {"mf": "MF", "mf_nobias": "MF without biases", "mf_folds": "MF, five folds"}
-CF_NAMES |= {"lightgcn": "LightGCN", "sasrec": "SASRec"}
 PUBLISHED = (  # method, AUC, UAUC on the same ML-1M split, as their papers report them
     ("MF", ".648", ".636", "CoLLM (arXiv 2310.19488)"),
     ("LightGCN", ".596", ".650", "CoLLM"),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ccf_llm_hf.reproduce.table import CF_NAMES
+from ccf_llm_hf.reproduce.cells import name_of
 
 Rows = Sequence[dict[str, Any]]
 
@@ -158,11 +158,3 @@ def targets_in_words(rows: Rows) -> list[str]:
             f"- **{track}**, row chosen on validation: {name_of(best)}, {seeds}. {'; '.join(said)}."
         )
     return lines
-
-
-def name_of(row: dict[str, Any]) -> str:
-    """A row in words: `gate (MF, joint)`; the usual backbone goes without saying."""
-    details = [CF_NAMES.get(row["cf"], row["cf"]), row["training"]]
-    details += [row["backbone"]] if not row["backbone"].startswith("smollm2") else []
-    details = [detail for detail in details if detail]
-    return f"{row['arm']} ({', '.join(details)})" if details else row["arm"]
