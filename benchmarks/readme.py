@@ -58,7 +58,9 @@ def demo_section(metrics: dict[str, Any], training: dict[str, Any]) -> list[str]
         f"{labels:,} training labels over {len(stages)} stages, {training['minutes']:.0f} minutes "
         f"of training on {hardware['cpus']} CPU cores, backbone in {precision} "
         f"(torch {training['versions']['torch']}, transformers "
-        f"{training['versions']['transformers']}). In brackets: 95 % intervals over users.",
+        f"{training['versions']['transformers']}). In brackets: 95 % intervals over users. "
+        "Log loss and ECE: CCF-LLM's with the temperature that training fitted on validation, the "
+        "others' as they come.",
         "",
         *methods_table(metrics["methods"]),
         "",

@@ -8,9 +8,13 @@ import pandas as pd
 import pytest
 
 from ccf_llm_hf.cli import main
+from ccf_llm_hf.configs import ReproduceConfig
+from ccf_llm_hf.data.prepared import FORMAT
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.reproduce import reproduction, run
 from ccf_llm_hf.reproduce.cells import plan
+from ccf_llm_hf.reproduce.reproduction import Reproduction
+from ccf_llm_hf.reproduce.table import outlook_text
 
 TEXT, GATE = "protocol-text_only-LoRA-tiny-seed0", "protocol-gate-mf-joint-tiny-seed0"
 STAGED = "protocol-gate-mf-two-stage-tiny-seed0"
@@ -82,6 +86,19 @@ def test_what_a_cell_is_made_of_is_computed_with_it_where_it_is_not_here(world, 
 
 
 @pytest.mark.usefixtures("rows")
+def test_a_dry_run_says_what_is_computed_again_and_why(world, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(world.results, results)
+    (results / "cells" / f"{STAGED}-quick.json").unlink()
+    cells = run.outlook(world.config(work=str(tmp_path / "elsewhere"), out=str(results)))
+    again = [cell["cell"] for cell in cells if cell["again"]]
+    assert again == [f"{TEXT}-quick"]
+    *lines, why, total = outlook_text(cells).splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith("again ")] == again
+    assert why.startswith("again: has a result") and total.startswith("2 cells to do: ")
+
+
+@pytest.mark.usefixtures("rows")
 def test_cells_side_by_side_give_what_they_give_one_after_another(world, tmp_path):
     names = ["protocol-item_mean", "open-item_mean", "open-item_and_user_mean"]
     tables = [
@@ -96,15 +113,24 @@ def test_cells_side_by_side_give_what_they_give_one_after_another(world, tmp_pat
     assert log.is_file()
 
 
-def test_only_takes_parts_of_names_and_refuses_others():
-    cells = plan(["protocol"], "full", 2, "ml-1m")
-    assert [cell.name for cell in run.chosen(cells, ["item_mean", "CF-mf_no"])] == [
+def test_only_takes_parts_of_names_and_refuses_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduction, "plan", plan)  # the real one
+    folders = {"work": str(tmp_path / "work"), "out": str(tmp_path / "out")}
+    config = ReproduceConfig("ml-1m", budget="quick", tracks=["protocol"], **folders)
+    here = Reproduction.of(config)
+    assert here.cells == plan(["protocol"], "quick", 1, "ml-1m")
+    assert [cell.name for cell in run.chosen(here, ["item_mean", "CF-mf_no"])] == [
         "protocol-item_mean",
         "protocol-CF-mf_nobias",
     ]
-    assert run.chosen(cells, []) == cells
-    with pytest.raises(InputError, match=r"--only 'gait' .* names are like protocol-"):
-        run.chosen(cells, ["gate", "gait"])
+    assert run.chosen(here, []) == here.cells
+    printed = [here.label(cell) for cell in here.cells]  # what `--dry-run` lists can be given
+    for cell, name in zip(here.cells, printed, strict=True):
+        assert cell in run.chosen(here, [name])
+    with pytest.raises(
+        InputError, match=r"--only 'gait' .* --budget quick --seeds 1; names are like protocol-"
+    ):
+        run.chosen(here, ["gate", "gait"])
 
 
 @pytest.mark.usefixtures("rows")
@@ -124,7 +150,14 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(world, tmp_path, capsys):
     assert main([*dry, "--out", str(tmp_path / "out"), "--json"]) == 0
     cells = json.loads(capsys.readouterr().out)
     assert len(cells) == len(lines)
-    assert {(cell["done"], cell["minutes"]) for cell in cells} == {(False, None)}
+    assert {(cell["done"], cell["again"], cell["minutes"]) for cell in cells} == {
+        (False, False, None)
+    }
+    assert main([*dry, "--out", str(tmp_path / "out")]) == 0
+    *_, total = capsys.readouterr().out.splitlines()
+    assert total == f"{len(cells)} cells to do; no estimate for {len(cells)} of them, " + (
+        "of whose rows no seed is finished"
+    )
     assert before == {file: file.stat().st_mtime_ns for file in world.results.rglob("*")}
     assert not (tmp_path / "work").exists() and not (tmp_path / "out").exists()
 
@@ -150,10 +183,29 @@ def test_folders_of_something_else_are_refused(capsys, tmp_path):
         assert main(["reproduce", "ml-1m", *options]) == 2
         assert f"{options[0]} {options[1]} is a file" in capsys.readouterr().err
     (work / "data-protocol").mkdir(parents=True)
-    (work / "data-protocol" / "protocol.json").write_text('{"name": "ml-100k"}')
+    (work / "data-protocol" / "protocol.json").write_text(
+        json.dumps({"format": FORMAT, "name": "ml-100k"})
+    )
     options = ["--work", str(work), "--out", str(tmp_path / "out"), "--only", "protocol-item_mean"]
     assert main(["reproduce", "ml-1m", *options]) == 2
     assert "holds ml-100k, not ml-1m" in capsys.readouterr().err
+    (work / "data-protocol" / "protocol.json").write_text("{")
+    assert main(["reproduce", "ml-1m", *options]) == 2
+    assert "protocol.json is missing or unreadable" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--out", "--work"])
+def test_folders_that_cannot_be_made_are_refused_before_anything_is_computed(
+    capsys, tmp_path, flag
+):
+    broken = tmp_path / "link"
+    broken.symlink_to(tmp_path / "nowhere")
+    folders = {"--out": tmp_path / "out", "--work": tmp_path / "work"} | {flag: broken}
+    options = [part for name, folder in folders.items() for part in (name, str(folder))]
+    assert main(["reproduce", "ml-1m", "--only", "protocol-item_mean", *options]) == 2
+    message = capsys.readouterr().err.strip()
+    assert f"{flag} {broken} cannot be written to" in message and "\n" not in message
+    assert not list(tmp_path.rglob("*.parquet")) and not list(tmp_path.rglob("*.json"))
 
 
 @pytest.mark.parametrize(

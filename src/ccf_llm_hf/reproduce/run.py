@@ -2,8 +2,10 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -30,9 +32,12 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
         The rows of `table.json`.
 
     Raises:
-        InputError: an unknown budget, track or cell, or what preparing and training raise.
+        InputError: an unknown budget, track or cell, a folder that cannot be written to, or what
+            preparing and training raise.
     """
     here, cells, left = begun(config)
+    for flag, folder in (("--out", here.results), ("--work", here.workspace.folder)):
+        check_writable(flag, folder)
     done = [cell for cell in cells if cell not in left]
     say(f"{len(cells)} cells, {len(done)} of them done in {here.results}")
     for cell in left:
@@ -64,7 +69,7 @@ def begun(config: ReproduceConfig) -> tuple[Reproduction, list[Cell], list[Cell]
     if config.workers < 1:
         raise InputError(f"--workers must be at least 1, not {config.workers}")
     here = Reproduction.of(config)
-    cells = chosen(here.cells, config.only)
+    cells = chosen(here, config.only)
     for flag, folder in (("--out", here.results), ("--work", here.workspace.folder)):
         if any(place.is_file() for place in (folder, *folder.parents)):
             raise InputError(f"{flag} {folder} is a file, or in one: name a folder")
@@ -86,8 +91,9 @@ def outlook(config: ReproduceConfig) -> list[dict[str, Any]]:
     """What `reproduce` would do: computes and writes nothing.
 
     Returns:
-        A dict a cell, in order: its name, whether it is done, and the minutes that the finished
-        seeds of its row took on average, None where there are none.
+        A dict a cell, in order: its name, whether it is done, whether it is computed `again` since
+        others are made of what it left, which is not in the work folder, and the minutes that the
+        finished seeds of its row took on average, None where there are none.
 
     Raises:
         InputError: what `begun` raises.
@@ -100,6 +106,7 @@ def outlook(config: ReproduceConfig) -> list[dict[str, Any]]:
         {
             "cell": here.label(cell),
             "done": cell not in left,
+            "again": cell in left and here.result_file(cell).is_file(),
             "minutes": took.get(tuple(here.row(cell).values())),
         }
         for cell in here.cells
@@ -133,7 +140,7 @@ def subjects(here: Reproduction) -> list[Subject]:
     """Which cells are analyzed: the protocol track's main rows, or trained ones that `--only`
     names, of seed 0, as far as they are finished and their checkpoints here. MF goes along.
     """
-    named = chosen(here.cells, here.config.only) if here.config.only else []
+    named = chosen(here, here.config.only) if here.config.only else []
     return [
         here.subject(cell)
         for cell in here.cells
@@ -144,18 +151,36 @@ def subjects(here: Reproduction) -> list[Subject]:
     ]
 
 
-def chosen(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+def chosen(here: Reproduction, only: Sequence[str]) -> list[Cell]:
     """The cells whose name contains one of `only`; all if that is empty.
 
     Raises:
         InputError: one of them is in no cell's name.
     """
+    names = {here.label(cell): cell for cell in here.cells}
     for text in only:
-        if not any(text in cell.name for cell in cells):
+        if not any(text in name for name in names):
             raise InputError(
-                f"--only {text!r} is in no cell's name; names are like {cells[-1].name}"
+                f"--only {text!r} is in no name of a cell with --budget {here.config.budget} "
+                f"--seeds {here.config.seeds}; names are like {list(names)[-1]}"
             )
-    return [cell for cell in cells if not only or any(text in cell.name for text in only)]
+    return [cell for name, cell in names.items() if not only or any(text in name for text in only)]
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Make a folder where it is missing and write into it: better refused now than hours later.
+
+    Raises:
+        InputError: that fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"written to see whether one can")
+    except OSError as error:
+        raise InputError(
+            f"{flag} {folder} cannot be written to ({error.strerror}): name another folder"
+        ) from error
 
 
 def say(line: str) -> None:

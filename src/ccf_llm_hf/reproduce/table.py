@@ -186,14 +186,19 @@ def outlook_text(cells: list[dict[str, Any]]) -> str:
     left = [cell for cell in cells if not cell["done"]]
     known = [cell["minutes"] for cell in left if cell["minutes"] is not None]
     lines = [
-        f"{'done ' if cell['done'] else 'to do'} "
+        f"{'done ' if cell['done'] else 'again' if cell['again'] else 'to do'} "
         f"{'    ?' if cell['minutes'] is None else format(cell['minutes'], '5.1f')} min  "
         f"{cell['cell']}"
         for cell in cells
     ]
-    total = f"{len(left)} cells to do: {sum(known) / 60:.1f} hours by the minutes of finished seeds"
-    unknown = len(left) - len(known)
-    return "\n".join([*lines, total + f", and {unknown} without any" * bool(unknown)])
+    if any(cell["again"] for cell in cells):
+        lines.append("again: has a result; others are made of it, and it is not in the work folder")
+    total = f"{len(left)} cells to do"
+    if known:
+        total += f": {sum(known) / 60:.1f} hours by the minutes of finished seeds"
+    if unknown := len(left) - len(known):
+        total += f"; no estimate for {unknown} of them, of whose rows no seed is finished"
+    return "\n".join([*lines, total])
 
 
 def published() -> str:

@@ -1,12 +1,12 @@
 """Data and CF tables that cells share: made once, in the work folder."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from ccf_llm_hf.cf.fit import fit_cf
 from ccf_llm_hf.configs import CFConfig, LightGCNConfig, MFConfig, PrepareConfig, SASRecConfig
 from ccf_llm_hf.data.prepare import prepare
+from ccf_llm_hf.data.prepared import PROTOCOL_FILE, load_protocol
 from ccf_llm_hf.errors import InputError
 
 # Of a signed history the table needs what the prompt shows and what is folded in besides.
@@ -56,12 +56,11 @@ class Workspace:
         """The prepared folder of a track.
 
         Raises:
-            InputError: the folder holds another data set.
+            InputError: the folder holds another data set, or is damaged.
         """
         folder = self.folder / f"data-{track}"
-        protocol = folder / "protocol.json"
-        if protocol.is_file():
-            found = json.loads(protocol.read_text())["name"]
+        if (folder / PROTOCOL_FILE).is_file():
+            found = load_protocol(folder)["name"]
             if found != self.dataset:
                 raise InputError(
                     f"{folder} holds {found}, not {self.dataset}: name another work folder (--work)"
