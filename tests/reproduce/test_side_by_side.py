@@ -19,8 +19,6 @@ def note(folder, name):
     """Leave marks of when the job began and ended; returns where it ran."""
     if name == "gate":
         time.sleep(0.5)
-    if name == "broken":
-        raise ValueError("broken on purpose")
     (folder / name).write_text(" ".join(sorted(file.name for file in folder.iterdir())))
     return os.getpid(), torch.get_num_threads()
 
@@ -37,13 +35,24 @@ def test_every_job_runs_once_behind_what_it_waits_for(tmp_path):
     assert {threads for _, threads in results.values()} == {max(1, (os.cpu_count() or 1) // 2)}
 
 
+def note_or_break(folder, name):
+    """As `note`, but one job breaks, while another is under way however slowly both began."""
+    if name == "broken":
+        (folder / "broken").touch()
+        raise ValueError("broken on purpose")
+    if name == "gate":
+        assert within(60, (folder / "broken").exists)
+        time.sleep(2)
+    return note(folder, name)
+
+
 def test_what_a_job_raises_ends_the_run_behind_the_jobs_under_way(tmp_path):
     jobs = {"gate": (), "broken": (), "late": ("gate",)}
     results = {}
     with pytest.raises(ValueError, match="broken on purpose"):
-        side_by_side(jobs, partial(note, tmp_path), results.__setitem__, workers=2)
+        side_by_side(jobs, partial(note_or_break, tmp_path), results.__setitem__, workers=2)
     assert list(results) == ["gate"]
-    assert [file.name for file in tmp_path.iterdir()] == ["gate"]
+    assert {file.name for file in tmp_path.iterdir()} == {"gate", "broken"}
 
 
 def last(folder, name):
