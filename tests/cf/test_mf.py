@@ -1,4 +1,5 @@
-from dataclasses import fields
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,13 @@ def test_snapshot_zero_knows_nothing_and_the_last_all(fitted: CFEmbeddings, fold
     assert fitted.user_known[-1].all()
     assert fitted.snapshot_times[-1] == times.max() + 1
     assert fitted.snapshot_for(times).max() == fitted.num_snapshots - 2
+
+
+@pytest.mark.parametrize("scheme", ["time", "fold"])
+def test_the_bar_ends_full(folder: Path, scheme: str, capsys: pytest.CaptureFixture) -> None:
+    fit_mf(folder, replace(CONFIG, scheme=scheme))
+    done, fits = re.findall(r"(\d+)/(\d+) ", capsys.readouterr().err)[-1]
+    assert done == fits
 
 
 def test_a_snapshot_never_sees_its_own_rows(folder: Path, tmp_path: Path) -> None:

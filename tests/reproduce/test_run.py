@@ -191,7 +191,8 @@ def test_folders_of_something_else_are_refused(capsys, tmp_path):
     assert "holds ml-100k, not ml-1m" in capsys.readouterr().err
     (work / "data-protocol" / "protocol.json").write_text("{")
     assert main(["reproduce", "ml-1m", *options]) == 2
-    assert "protocol.json is missing or unreadable" in capsys.readouterr().err
+    folder = work / "data-protocol"
+    assert f"is damaged or of another version: delete {folder}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--out", "--work"])

@@ -174,7 +174,9 @@ def _fit_tables(
     start = initial_parameters(len(data.users), len(data.items), config.dim, config.seed)
 
     def fit(rows: slice | Tensor, warm: Parameters) -> Parameters:
-        found = _solve(data.train[rows], penalties, warm, config)
+        part = data.train[rows]
+        nothing = Parameters(*(torch.zeros_like(tensor) for tensor in start.tensors()))
+        found = _solve(part, penalties, warm, config) if len(part) else nothing
         bar.update()
         return found
 
@@ -184,8 +186,7 @@ def _fit_tables(
     fits: list[Parameters] = []
     for rows in plan.rows:
         warm = refreshed(fits[-1], start) if fits else start
-        nothing = Parameters(*(torch.zeros_like(tensor) for tensor in start.tensors()))
-        fits.append(fit(rows, warm) if len(data.train[rows]) else nothing)
+        fits.append(fit(rows, warm))
     return fits
 
 

@@ -36,7 +36,7 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
             preparing and training raise.
     """
     here, cells, left = begun(config)
-    for flag, folder in (("--out", here.results), ("--work", here.workspace.folder)):
+    for flag, folder in folders(here).items():
         check_writable(flag, folder)
     done = [cell for cell in cells if cell not in left]
     say(f"{len(cells)} cells, {len(done)} of them done in {here.results}")
@@ -70,7 +70,7 @@ def begun(config: ReproduceConfig) -> tuple[Reproduction, list[Cell], list[Cell]
         raise InputError(f"--workers must be at least 1, not {config.workers}")
     here = Reproduction.of(config)
     cells = chosen(here, config.only)
-    for flag, folder in (("--out", here.results), ("--work", here.workspace.folder)):
+    for flag, folder in folders(here).items():
         if any(place.is_file() for place in (folder, *folder.parents)):
             raise InputError(f"{flag} {folder} is a file, or in one: name a folder")
     read_cells(here.results)
@@ -165,6 +165,11 @@ def chosen(here: Reproduction, only: Sequence[str]) -> list[Cell]:
                 f"--seeds {here.config.seeds}; names are like {list(names)[-1]}"
             )
     return [cell for name, cell in names.items() if not only or any(text in name for text in only)]
+
+
+def folders(here: Reproduction) -> dict[str, Path]:
+    """The folders that a run writes into, by the flags that name them."""
+    return {"--out": here.results, "--work": here.workspace.folder}
 
 
 def check_writable(flag: str, folder: Path) -> None:

@@ -60,7 +60,13 @@ class Workspace:
         """
         folder = self.folder / f"data-{track}"
         if (folder / PROTOCOL_FILE).is_file():
-            found = load_protocol(folder)["name"]
+            try:
+                found = load_protocol(folder)["name"]
+            except (InputError, KeyError) as error:
+                raise InputError(
+                    f"{folder / PROTOCOL_FILE} is damaged or of another version: delete {folder}, "
+                    "and it is made again"
+                ) from error
             if found != self.dataset:
                 raise InputError(
                     f"{folder} holds {found}, not {self.dataset}: name another work folder (--work)"
