@@ -31,7 +31,7 @@ WAYS = {  # name in training.json -> what it is
     "alone, slot": "the same slot-only content, one row a sample",
     "alone, title_slot": "the same content with titles, one row a sample",
     "alone, bare_title": "the same content with titles without years, one row a sample",
-    "question last": "question last, ten titles of history",
+    "question last": "question last, ten titles of history, one row a sample",
     "CoLLM's way": "the same, padded to the longest, whole vocabulary everywhere (CoLLM's way)",
 }
 COLLECTED = ("metrics.json", "training.json")

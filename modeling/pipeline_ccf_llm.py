@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral
 from os import PathLike
@@ -170,7 +170,7 @@ def score_long_row(model: Any, batch: Mapping[str, Tensor], max_tokens: int) -> 
     """Logits `(num_candidates,)` of one user's candidates, at most `max_tokens` at a time.
 
     The instruction, prefix and history go through the backbone once, and their keys and values are
-    kept for all candidates. `batch` is the processor's for one user in the shared-prefix layout.
+    kept for all candidates. `batch` is the processor's for one user.
     """
     context = int((batch["block_ids"][0] == 0).sum())
     answers = batch["answer_positions"][0]
@@ -355,13 +355,7 @@ class CTRRankingPipeline(Publishable, Pipeline):
         return [row[: len(one.candidates)] for row, one in zip(logits, requests, strict=True)]
 
     def _score_long(self, request: Request) -> Tensor:
-        if self.processor.layout == "shared_prefix":
-            return score_long_row(self.model, self._inputs([request]), MAX_TOKENS).float()
-        parts = (
-            replace(request, candidates=request.candidates[first : first + MAX_CANDIDATES])
-            for first in range(0, len(request.candidates), MAX_CANDIDATES)
-        )
-        return torch.cat([self._score([part])[0] for part in parts])
+        return score_long_row(self.model, self._inputs([request]), MAX_TOKENS).float()
 
     def _inputs(self, requests: list[Request]) -> dict[str, Tensor]:
         batch = self.processor(

@@ -122,7 +122,8 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
     Args:
         tokenizer: the backbone's; two slot tokens are added past its vocabulary.
         item_ids, item_titles, user_ids: the catalog in CF table order (raw ids as strings).
-        layout: `shared_prefix` (ours, default) or `question_last` (the papers').
+        layout: the prompt's words: `shared_prefix` (ours, default) or `question_last` (the
+            papers'), which asks after every candidate. Both are packed alike.
         history_format, candidate_format: how an item is rendered: `slot`, `title_slot`, or `title`
             (text only). With `title` for both, the user slot is left out too.
         history_window: `(H, S)`, see [`layout_ccf_llm.window_start`].
@@ -382,17 +383,13 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         return span
 
     def count_tokens(self, group: Any) -> int:
-        """Tokens that a group (`history`, `candidates`, `history_lengths`) adds to a batch, that
-        is, without the instruction, which a batch has once. A history is repeated for every
-        candidate in the question-last layout."""
+        """Tokens that a group (`history`, `candidates`) adds to a batch, that is, without the
+        instruction, which a batch has once."""
         new = NewTitles(len(self.item_ids))
-        ends = [len(self._prefix(0).ids)]
-        for item in group.history:
-            ends.append(ends[-1] + len(self._history_item(item, *self._slot(item, new)).ids))
-        blocks = [len(self._item("candidate", *self._slot(i, new)).ids) for i in group.candidates]
-        if self.layout == "shared_prefix":
-            return sum(blocks) + ends[-1]
-        return sum(blocks) + sum(ends[length] for length in group.history_lengths)
+        spans = [self._prefix(0)]
+        spans += [self._history_item(item, *self._slot(item, new)) for item in group.history]
+        spans += [self._item("candidate", *self._slot(item, new)) for item in group.candidates]
+        return sum(len(span.ids) for span in spans)
 
     def _history_item(self, item: Item, row: int, title: str) -> Span:
         return self._item("history" if self.likes(item) else "disliked", row, title)
@@ -502,11 +499,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             slot = self._slot(item, pack.new)
             blocks.append((slot[0], self._item("candidate", *slot)))
         pack.start_sample(user, sample["snapshot"], self._signs(earlier, pack.new))
-        if self.layout == "shared_prefix":
-            pack.add_sequence(prefix, shown, blocks, lengths, signs)
-        else:
-            for block, length in zip(blocks, lengths, strict=True):
-                pack.add_sequence(prefix, shown[:length], [block], [length], signs[:length])
+        pack.add_sequence(prefix, shown, blocks, lengths, signs)
         pack.end_sample(labels)
 
     def _signs(self, items: list[Any], new: NewTitles) -> list[tuple[int, float]]:

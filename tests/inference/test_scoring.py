@@ -36,11 +36,12 @@ def test_batching_changes_no_score(loaded, split):
     np.testing.assert_allclose(whole, cut, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["shared_prefix", "question_last"])
 @pytest.mark.parametrize("form", ["slot", "title_slot"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_cached_history_changes_no_score(build, backbone, attn, form):
-    model, processor = build(backbone=backbone, attn=attn, lora=True, cf_residual=True)
+def test_cached_history_changes_no_score(build, backbone, attn, form, layout):
+    model, processor = build("gate", layout, backbone, True, attn, cf_residual=True)
     processor.candidate_format = form
     candidates = ["i0", "i3", {"title": "A new film"}, "i4", "i5", "i1"]
     group = Group("u0", ["i1", "i2", "i7"], candidates, [0, 1, 2, 3, 3, 3])
@@ -52,7 +53,7 @@ def test_cached_history_changes_no_score(build, backbone, attn, form):
         np.testing.assert_allclose(whole, parts, atol=1e-4)
 
 
-def test_question_last_scores_one_candidate_a_time(build):
+def test_question_last_is_packed_and_scores_as_alone(build):
     model, processor = build(layout="question_last")
     group = Group("u0", ["i1", "i2"], ["i0", "i3", "i4"], [2, 0, 1])
     other = Group("u1", [], ["i5"], [0])

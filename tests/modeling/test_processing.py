@@ -1,5 +1,6 @@
 """Properties of the hybrid prompt."""
 
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMProcessor
 from ccf_llm_hf.modeling.layout_ccf_llm import window_start
+from ccf_llm_hf.modeling.processing_ccf_llm import LAYOUTS
 
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 ITEMS = [f"i{row}" for row in range(len(TITLES))]
@@ -23,7 +25,7 @@ def make(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> CCFLLMProcessor
     return CCFLLMProcessor.from_catalog(tokenizer, ITEMS, list(TITLES), ["u0", "u1"], **settings)
 
 
-@pytest.mark.parametrize("layout", ["shared_prefix", "question_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ["slot", "title_slot", "title"])
 @FIXTURE
 @given(history=st.lists(items, max_size=45), candidates=st.lists(items, min_size=1, max_size=5))
@@ -33,18 +35,18 @@ def test_every_item_has_its_slot_and_every_candidate_its_answer(
     processor = make(tokenizer, layout=layout, history_format=form, candidate_format=form)
     batch = processor(user="u1", history=history, candidates=candidates)
     window = history[window_start(len(history), (20, 16)) :]
-    sequences = 1 if layout == "shared_prefix" else len(candidates)
     assert batch["input_ids"].shape[0] == 1
-    assert batch["sequence_ids"].max() + 1 == sequences
-    repeated = len(window) * sequences + len(candidates)
-    assert (batch["item_slots"] >= 0).sum() == (0 if form == "title" else repeated)
-    assert (batch["user_slots"] >= 0).sum() == (0 if form == "title" else sequences)
+    assert batch["sequence_ids"].max() == 0
+    written = len(window) + len(candidates)
+    assert (batch["item_slots"] >= 0).sum() == (0 if form == "title" else written)
+    assert (batch["user_slots"] >= 0).sum() == (0 if form == "title" else 1)
     slots = batch["input_ids"] == processor.item_slot_token_id
     assert torch.equal(slots, batch["item_slots"] >= 0)
     blocks = batch["block_ids"][0, batch["answer_positions"]]
     assert (blocks >= 1).all(), "an answer is read in a candidate's block"
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @FIXTURE
 @given(
     history=st.lists(items, max_size=6),
@@ -52,10 +54,15 @@ def test_every_item_has_its_slot_and_every_candidate_its_answer(
     data=st.data(),
 )
 def test_packing_is_the_samples_alone(
-    tokenizer: PreTrainedTokenizerFast, history: list, candidates: list, data: st.DataObject
+    tokenizer: PreTrainedTokenizerFast,
+    layout: str,
+    history: list,
+    candidates: list,
+    data: st.DataObject,
 ) -> None:
     """What a candidate sees, by position, is its own prompt: tokens, positions and slots."""
-    processor = make(tokenizer, history_format="title_slot", candidate_format="title_slot")
+    form = {"history_format": "title_slot", "candidate_format": "title_slot"}
+    processor = make(tokenizer, layout=layout, **form)
     lengths = [data.draw(st.integers(0, len(history))) for _ in candidates]
     packed = processor(user="u0", history=history, candidates=candidates, history_lengths=lengths)
     for index, (item, length) in enumerate(zip(candidates, lengths, strict=True)):
@@ -74,15 +81,15 @@ def test_packing_is_the_samples_alone(
 def test_count_tokens_is_the_row_length_without_the_instruction(
     tokenizer: PreTrainedTokenizerFast, candidates: list, history: list
 ) -> None:
-    for form in ("slot", "title_slot", "title"):
-        processor = make(tokenizer, history_format=form, candidate_format=form)
+    for form, layout in product(("slot", "title_slot", "title"), LAYOUTS):
+        processor = make(tokenizer, layout=layout, history_format=form, candidate_format=form)
         batch = processor(user="u0", history=history, candidates=candidates)
         group = SimpleNamespace(history=history, candidates=candidates)
         row = batch["input_ids"].shape[1]
         assert processor.count_tokens(group) == row - len(processor.instruction())
 
 
-@pytest.mark.parametrize("layout", ["shared_prefix", "question_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", ["slot", "title_slot", "title"])
 def test_a_batch_begins_with_bos_once_where_the_tokenizer_puts_one(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, layout: str, form: str

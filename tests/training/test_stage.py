@@ -71,10 +71,12 @@ def test_samples_of_training_and_validation(stage_run):
     assert sample_users(everything, 0, seed=0) == everything
 
 
-def test_question_last_has_one_row_per_label(stage_run):
-    run = stage_run(layout="question_last", **TEXT)
-    groups = run.train_groups(run.processor())
-    assert {len(group.labels) for group in groups} == {1}
+@pytest.mark.parametrize("layout", ["shared_prefix", "question_last"])
+def test_labels_share_a_row_unless_told_otherwise(stage_run, layout):
+    run = stage_run(layout=layout, **TEXT)
+    assert max(len(group.labels) for group in run.train_groups(run.processor())) > 1
+    alone = stage_run(layout=layout, max_candidates=1, **TEXT)
+    assert {len(group.labels) for group in alone.train_groups(alone.processor())} == {1}
 
 
 def test_stage_two_starts_from_stage_ones_adapter(stage_run, tmp_path):

@@ -59,38 +59,24 @@ def score_groups(
         One float32 array of shape (number of candidates,) per group, in the order of `groups`. The
         CF vectors are those of the last snapshot.
     """
-    if processor.layout == "question_last":  # shares no history, so that candidates go singly
-        parts = [part for group in groups for part in _singles(group)]
-        places = np.cumsum([len(group.candidates) for group in groups])[:-1]
-    else:
-        parts, places = list(groups), None
     scores: dict[int, np.ndarray] = {}
     was_training = model.training
     model.eval()
     try:
         with _labels_bar(groups, progress) as bar:
-            lengths = [processor.count_tokens(part) for part in parts]
-            for indices in cut_by_budget(range(len(parts)), lengths, max_tokens_per_batch):
-                batch = [parts[index] for index in indices]
+            lengths = [processor.count_tokens(group) for group in groups]
+            for indices in cut_by_budget(range(len(groups)), lengths, max_tokens_per_batch):
+                batch = [groups[index] for index in indices]
                 for index, logits in zip(
                     indices,
                     _score_batch(model, processor, batch, max_tokens_per_batch),
                     strict=True,
                 ):
                     scores[index] = logits
-                bar.update(sum(len(part.candidates) for part in batch))
+                bar.update(sum(len(group.candidates) for group in batch))
     finally:
         model.train(was_training)
-    ordered = [scores[index] for index in range(len(parts))]
-    return ordered if places is None else np.split(np.concatenate(ordered), places)
-
-
-def _singles(group: Group) -> list[Group]:
-    """One group per candidate, each with the history that the candidate may see."""
-    return [
-        Group(group.user_id, group.history[:length], [item], [length], earlier=group.earlier)
-        for item, length in zip(group.candidates, group.history_lengths, strict=True)
-    ]
+    return [scores[index] for index in range(len(groups))]
 
 
 def _labels_bar(groups: Sequence[Group], progress: bool) -> "tqdm[Any]":

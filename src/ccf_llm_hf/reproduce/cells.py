@@ -46,14 +46,11 @@ SLOTS: dict[str, Any] = {
     "answer_learning_rate": 1e-3,
 }
 # At the fusion's rate the answer's scale, which starts at 0.1, can fall to 0 and below. The rows of
-# 8,000 labels and of the open track were trained before that was seen (docs/results.md).
+# the open track were trained before that was seen (docs/results.md).
 FAST = {key: value for key, value in SLOTS.items() if key != "answer_learning_rate"}
 # Without " (1995)" a title is half as many tokens.
 TITLED = SLOTS | {"candidate_format": "title_slot", "title_years": False}
 CONCAT = TITLED | {"fusion": "concat"}
-# Question last costs ten times as much: it is trained on fewer labels, beside shared prefix on as
-# many.
-FEW = {"max_train_labels": 8_000}
 FOLDED = {"cf_residual": True, "cf_fold_in": True, "fold_in_items": 220}
 RANKING = {"pairwise_share": 0.5}
 TAUGHT = {"cf_target_share": 0.9}
@@ -152,7 +149,6 @@ def protocol_rows() -> list[Cell]:
     joint = _joint("gate", gate, quick=True, analyzed=True)
     folds = _joint("gate, k-fold CF", gate, cf="mf_folds")
     staged = _staged(text_only, "gate", gate)
-    few = _joint("gate on 8,000 labels", FAST | {"fusion": "gate"} | FEW)
     return [
         *(Cell("protocol", arm, quick=True) for arm in ("item mean", "item + user mean")),
         *(
@@ -192,13 +188,7 @@ def protocol_rows() -> list[Cell]:
         _joint("concat", CONCAT, titles=True, beside=titled.row),
         *(_joint("concat", CONCAT, cf=cf, titles=True) for cf in FUSED_CF[1:]),
         *(_staged(text_only, "concat", CONCAT, cf=cf, titles=True) for cf in FUSED_CF),
-        few,
-        _joint(
-            "gate on 8,000 labels, question last",
-            FAST | {"fusion": "gate"} | FEW | {"layout": "question_last"},
-            titles=True,
-            beside=few.row,
-        ),
+        _joint("gate, question last", gate | {"layout": "question_last"}, titles=True),
     ]
 
 

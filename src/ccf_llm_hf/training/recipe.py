@@ -98,7 +98,11 @@ class StageConfig:
         metadata={"help": "Signed items before the window that cf_fold_in uses too; not shown."},
     )
     max_candidates: int = field(
-        default=64, metadata={"help": "Labels of one user packed behind one prefix, at most."}
+        default=64,
+        metadata={
+            "help": "Labels of one user packed behind one prefix, at most; with 1 a label is a row "
+            "by itself, as the papers train: the same scores, at many times the cost."
+        },
     )
     max_train_labels: int = field(
         default=0, metadata={"help": "Train on a seeded sample of about this many labels; 0: all."}

@@ -287,13 +287,11 @@ class StageRun:
     def _groups(
         self, split: Dataset, processor: CCFLLMProcessor, snapshots: list[int] | None
     ) -> list[Group]:
-        # The question-last layout shares no prefix, so that a group is a row.
-        packed = processor.layout == "shared_prefix"
         return group_rows(
             split,
             history_window=processor.history_window,
             cf_snapshots=snapshots,
-            max_candidates=self.stage.max_candidates if packed else 1,
+            max_candidates=self.stage.max_candidates,
             fold_in_items=processor.fold_in_items,
         )
 
