@@ -192,11 +192,17 @@ class StageConfig:
             raise InputError(f"{place}: `train` must name at least one of {TRAINABLE_PARTS}")
         for part in self.train:
             _one_of(place, "train", part, TRAINABLE_PARTS)
-        if len(self.history_window) not in (0, 2):
-            raise InputError(f"{place}: `history_window` must be [H, S]; got {self.history_window}")
+        window = self.history_window
+        if window and not (len(window) == 2 and window[0] >= 0 and window[1] >= 1):
+            raise InputError(
+                f"{place}: `history_window` must be [H, S], H >= 0 and S >= 1; got {window}"
+            )
         for key in ("epochs", "labels_per_step", "max_candidates", "lora_r"):
             if getattr(self, key) <= 0:
                 raise InputError(f"{place}: `{key}` must be above 0; got {getattr(self, key)}")
+        for key, value in vars(self).items():
+            if isinstance(value, (int, float)) and value < 0:
+                raise InputError(f"{place}: `{key}` must not be below 0; got {value}")
 
     def reads_cf(self) -> bool:
         """Whether the stage reads the CF table."""
@@ -285,6 +291,10 @@ class Recipe:
         self.stages = [_as_stage(stage, number) for number, stage in enumerate(self.stages, 1)]
         _one_of("recipe", "score_head", self.score_head, SCORE_HEADS)
         _one_of("recipe", "precision", self.precision, PRECISIONS)
+        if self.tokens_per_batch < 1:
+            raise InputError(
+                f"recipe: `tokens_per_batch` must be above 0; got {self.tokens_per_batch}"
+            )
         for key, file in (("data_dir", "protocol.json"), ("cf_dir", "cf_embeddings.safetensors")):
             self._check_folder(key, file)
         if not self.output_dir:
