@@ -1,11 +1,12 @@
-"""Write the figures of README and docs/results.md from the committed results files, or check them.
+"""Write what README and docs take from results files and code, or check it.
 
 python benchmarks/readme.py --collect runs/demo   # copy a demo run's results, then write
-python benchmarks/readme.py                       # write both from the results files
+python benchmarks/readme.py                       # write the pages: README, results, recipe
 python benchmarks/readme.py --check               # exit code 1 when one is out of date
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -17,10 +18,12 @@ from summary import collect as collect_summary
 from summary import table
 
 from ccf_llm_hf.hub.card_results import differences_table, methods_table
+from ccf_llm_hf.training.recipe import Recipe, StageConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS_PAGE = ROOT / "docs" / "results.md"
+RECIPE_PAGE = ROOT / "docs" / "recipe.md"
 DEMO = ROOT / "results" / "demo"
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ("training", "scoring", "packing", "same_labels", "same_labels_residual")
@@ -203,6 +206,25 @@ def render_results() -> str:
     return text
 
 
+def render_recipe() -> str:
+    """docs/recipe.md with the keys of a recipe as the code has them."""
+    text = RECIPE_PAGE.read_text(encoding="utf-8")
+    for name, config in (("run", Recipe), ("stage", StageConfig)):
+        text = between(text, name, keys_table(config))
+    return text
+
+
+def keys_table(config: type) -> list[str]:
+    """Key, default and help of every field of a dataclass, as a Markdown table."""
+    lines = ["| key | default | what it is |", "| --- | --- | --- |"]
+    for key in dataclasses.fields(config):
+        made = key.default_factory
+        default = key.default if made is dataclasses.MISSING else made()
+        shown = "" if default in ("", []) else f"`{json.dumps(default)}`"
+        lines.append(f"| `{key.name}` | {shown} | {key.metadata['help']} |")
+    return lines
+
+
 def main() -> None:
     """Collect, write or check."""
     parser = argparse.ArgumentParser(description="Write README figures from results files.")
@@ -214,13 +236,14 @@ def main() -> None:
     if not results_sections.load_table():
         folder = results_sections.RESULTS.relative_to(ROOT)
         print(f"{folder}/table.json has no rows: the pages will say so", file=sys.stderr)
-    for page, text in ((README, render()), (RESULTS_PAGE, render_results())):
+    pages = {README: render(), RESULTS_PAGE: render_results(), RECIPE_PAGE: render_recipe()}
+    for page, text in pages.items():
         if not options.check:
             page.write_text(text, encoding="utf-8")
         elif text != page.read_text(encoding="utf-8"):
             sys.exit(
-                f"{page.relative_to(ROOT)} does not match its results files: run python "
-                "benchmarks/readme.py"
+                f"{page.relative_to(ROOT)} does not match its results files or the code: run "
+                "python benchmarks/readme.py"
             )
 
 
