@@ -175,8 +175,10 @@ def _fit_tables(
 
     def fit(rows: slice | Tensor, warm: Parameters) -> Parameters:
         part = data.train[rows]
-        nothing = Parameters(*(torch.zeros_like(tensor) for tensor in start.tensors()))
-        found = _solve(part, penalties, warm, config) if len(part) else nothing
+        if len(part):
+            found = _solve(part, penalties, warm, config)
+        else:
+            found = Parameters(*(torch.zeros_like(tensor) for tensor in start.tensors()))
         bar.update()
         return found
 

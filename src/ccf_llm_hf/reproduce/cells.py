@@ -188,7 +188,7 @@ def protocol_rows() -> list[Cell]:
         _joint("concat", CONCAT, titles=True, beside=titled.row),
         *(_joint("concat", CONCAT, cf=cf, titles=True) for cf in FUSED_CF[1:]),
         *(_staged(text_only, "concat", CONCAT, cf=cf, titles=True) for cf in FUSED_CF),
-        _joint("gate, question last", gate | {"layout": "question_last"}, titles=True),
+        _joint("gate, question last", gate | {"layout": "question_last"}),
     ]
 
 
