@@ -191,8 +191,9 @@ def test_folders_of_something_else_are_refused(capsys, tmp_path):
     assert "holds ml-100k, not ml-1m" in capsys.readouterr().err
     (work / "data-protocol" / "protocol.json").write_text("{")
     assert main(["reproduce", "ml-1m", *options]) == 2
-    folder = work / "data-protocol"
-    assert f"is damaged or of another version: delete {folder}" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"{work} is the work folder of reproduce: delete the folder in it" in message
+    assert "data-protocol is not a prepared folder" in message
 
 
 @pytest.mark.parametrize("flag", ["--out", "--work"])

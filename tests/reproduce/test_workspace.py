@@ -47,7 +47,9 @@ def test_a_table_is_fitted_once(tmp_path, monkeypatch):
 def test_a_folder_of_another_data_set_is_refused(tmp_path):
     write_prepared(tmp_path / "data-open", make_rows(200))
     with pytest.raises(InputError, match=r"data-open holds synthetic, not ml-1m: .*--work"):
-        Workspace(tmp_path, "ml-1m").data("open")
+        Workspace(tmp_path, "ml-1m").check("open")
+    Workspace(tmp_path, "ml-1m").check("protocol")  # which is not there
+    Workspace(tmp_path, "synthetic").check("open")
 
 
 def test_only_the_open_track_fits_ratings_outside_the_train_split():

@@ -69,6 +69,8 @@ def test_flags_override_the_file(content, tmp_path):
         ({"stages": [{**TEXT, "max_train_labels": -5}]}, "max_train_labels"),
         ({"stages": [{**TEXT, "eval_max_labels": -3}]}, "eval_max_labels"),
         ({"stages": [{**TEXT, "lora_learning_rate": -1e-3}]}, "lora_learning_rate"),
+        ({"stages": [{**TEXT, "lora_learning_rate": float("nan")}]}, "lora_learning_rate"),
+        ({"stages": [{**TEXT, "epochs": float("inf")}]}, "epochs"),
         ({"tokens_per_batch": 0}, "tokens_per_batch"),
         ({"stages": [{**TEXT, "scheduler": "zigzag"}]}, "zigzag"),
         ({"stages": [{**TEXT, "slot_dropout": 1}]}, "slot_dropout"),

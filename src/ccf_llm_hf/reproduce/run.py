@@ -16,6 +16,7 @@ from ccf_llm_hf.reproduce.cells import Cell
 from ccf_llm_hf.reproduce.reproduction import Reproduction
 from ccf_llm_hf.reproduce.side_by_side import side_by_side
 from ccf_llm_hf.reproduce.table import read_cells, write_table
+from ccf_llm_hf.reproduce.workspace import say
 
 # Of the test split, that the analyses of the quick budget score again and again.
 QUICK_ANALYZED_ROWS = 1_500
@@ -43,14 +44,16 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
     for cell in left:
         if cell not in cells or here.result_file(cell).is_file():
             say(f"{here.label(cell)} too: others are made of it, and it is not in the work folder")
-    if config.workers > 1:
-        here.make_inputs(left)
-        jobs = {cell.name: here.needs(cell) for cell in left}
-        side_by_side(jobs, partial(run_named, config), partial(finished, here), config.workers)
-    else:
-        for number, cell in enumerate(left, 1):
-            say(f"cell {number}/{len(left)}: {here.label(cell)}")
-            finished(here, cell.name, here.run(cell))
+    try:
+        compute(here, left)
+    except InputError as error:
+        if str(here.workspace.folder) not in str(error):
+            raise
+        # What the reader of a damaged file advises is a command of another folder's making.
+        raise InputError(
+            f"{error} ({here.workspace.folder} is the work folder of reproduce: delete the folder "
+            "in it that holds the file, and it is made again)"
+        ) from error
     rows = write_table(here.results)
     if config.analyses:
         most = QUICK_ANALYZED_ROWS if config.budget == "quick" else None
@@ -58,13 +61,27 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
     return rows
 
 
+def compute(here: Reproduction, left: Sequence[Cell]) -> None:
+    """Compute cells, one after another or several at a time; the table grows with each."""
+    if here.config.workers > 1:
+        here.make_inputs(left)
+        jobs = {cell.name: here.needs(cell) for cell in left}
+        work = partial(run_named, here.config)
+        side_by_side(jobs, work, partial(finished, here), here.config.workers)
+    else:
+        for number, cell in enumerate(left, 1):
+            say(f"cell {number}/{len(left)}: {here.label(cell)}")
+            finished(here, cell.name, here.run(cell))
+
+
 def begun(config: ReproduceConfig) -> tuple[Reproduction, list[Cell], list[Cell]]:
     """The run that a configuration asks for, its chosen cells, and those to compute, in order: the
     chosen ones without a result, and what they are made of where that is not in the work folder.
 
     Raises:
-        InputError: an unknown budget, track or cell, folders that cannot be used, or a result file
-            that holds none or one of other settings: better said now than hours later.
+        InputError: an unknown budget, track or cell, folders that cannot be used or are of another
+            data set, or a result file that holds none or one of other settings: better said now
+            than hours later.
     """
     if config.workers < 1:
         raise InputError(f"--workers must be at least 1, not {config.workers}")
@@ -74,6 +91,8 @@ def begun(config: ReproduceConfig) -> tuple[Reproduction, list[Cell], list[Cell]
         if any(place.is_file() for place in (folder, *folder.parents)):
             raise InputError(f"{flag} {folder} is a file, or in one: name a folder")
     read_cells(here.results)
+    for track in config.tracks:
+        here.workspace.check(track)
     for cell in cells:
         if other := here.made_otherwise(cell):
             raise InputError(
@@ -186,11 +205,6 @@ def check_writable(flag: str, folder: Path) -> None:
         raise InputError(
             f"{flag} {folder} cannot be written to ({error.strerror}): name another folder"
         ) from error
-
-
-def say(line: str) -> None:
-    """Progress goes to stderr: stdout is for the table."""
-    print(line, file=sys.stderr, flush=True)
 
 
 __all__ = ["outlook", "reproduce"]

@@ -1,5 +1,6 @@
 """Data and CF tables that cells share: made once, in the work folder."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,26 +53,26 @@ class Workspace:
     dataset: str
     offline: bool = False
 
-    def data(self, track: str) -> Path:
-        """The prepared folder of a track.
+    def check(self, track: str) -> None:
+        """Refuse a work folder of another data set; one that cannot be read is found when it is.
 
         Raises:
-            InputError: the folder holds another data set, or is damaged.
+            InputError: the track's prepared folder is of another data set.
         """
         folder = self.folder / f"data-{track}"
-        if (folder / PROTOCOL_FILE).is_file():
-            try:
-                found = load_protocol(folder)["name"]
-            except (InputError, KeyError) as error:
-                raise InputError(
-                    f"{folder / PROTOCOL_FILE} is damaged or of another version: delete {folder}, "
-                    "and it is made again"
-                ) from error
-            if found != self.dataset:
-                raise InputError(
-                    f"{folder} holds {found}, not {self.dataset}: name another work folder (--work)"
-                )
-        else:
+        try:
+            found = load_protocol(folder).get("name")
+        except InputError:
+            return
+        if found != self.dataset:
+            raise InputError(
+                f"{folder} holds {found}, not {self.dataset}: name another work folder (--work)"
+            )
+
+    def data(self, track: str) -> Path:
+        """The prepared folder of a track."""
+        folder = self.folder / f"data-{track}"
+        if not (folder / PROTOCOL_FILE).is_file():
             signed = {"history_labels": "signed", "max_history": STORED_HISTORY}
             options = {} if track == "protocol" else signed
             source = {"source": self.dataset, "offline": self.offline}
@@ -88,6 +89,12 @@ class Workspace:
             raise InputError(f"the {track} track has no CF table {name!r}")
         folder = self.folder / f"cf-{track}-{name}"
         if not (folder / "cf_embeddings.safetensors").is_file():
+            say(f"{folder}: fitted once, for cells that are made of it or compared with it")
             kind, config = TABLES[track][name]
             fit_cf(kind, self.data(track), folder, config)
         return folder
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr: stdout is for the table."""
+    print(line, file=sys.stderr, flush=True)

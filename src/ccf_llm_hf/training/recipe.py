@@ -5,6 +5,7 @@ stages of the paper, a single joint stage and every staged-training ablation are
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -417,4 +418,7 @@ def _coerce(kind: Any, value: Any) -> Any:
         return value
     if isinstance(value, bool) or (kind is int and isinstance(value, float) and value % 1):
         raise TypeError
-    return kind(value)
+    value = kind(value)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
