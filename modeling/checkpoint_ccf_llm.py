@@ -16,7 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
+
+from .configuration_ccf_llm import ids_fingerprint
 
 FORMAT_VERSION = "1"
 CF_FILE = "cf_embeddings.safetensors"
@@ -33,9 +36,11 @@ CODE_FILES = (
     "checkpoint_ccf_llm.py",
     "cf_table_ccf_llm.py",
     "packing_ccf_llm.py",
+    "prompt_ccf_llm.py",
     "tiles_ccf_llm.py",
     "pipeline_ccf_llm.py",
     "processing_ccf_llm.py",
+    "catalog_ccf_llm.py",
     "loading_ccf_llm.py",
     "loss_ccf_llm.py",
     "modeling_ccf_llm.py",
@@ -126,6 +131,37 @@ def find_file(
         _raise_exceptions_for_missing_entries=required,
         **options,
     )
+
+
+def check_catalog(path: str, hub: dict[str, Any], fingerprint: str) -> None:
+    """Refuse CF tables beside another catalog than theirs, at load instead of by an IndexError.
+
+    Raises:
+        OSError: naming the files, when they are there and do not match `fingerprint`.
+    """
+    items = find_file(path, CATALOG_FILE, hub, required=False)
+    users = find_file(path, USERS_FILE, hub, required=False)
+    if not items or not users or not fingerprint:
+        return
+    found = ids_fingerprint(
+        [row["id"] for row in read_ids(users)], [row["id"] for row in read_ids(items)]
+    )
+    if found != fingerprint:
+        raise OSError(
+            f"{items} or {users} is not the catalog that this checkpoint was saved with: "
+            "restore the files of one checkpoint."
+        )
+
+
+def load_tokenizer(path: str, hub: dict[str, Any], trusted: bool) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer.
+
+    A tokenizer.json is read as it is: the Auto class would look at config.json, whose model type is
+    this code's, and ask once more whether to trust it.
+    """
+    if find_file(path, "tokenizer.json", hub, required=False):
+        return PreTrainedTokenizerFast.from_pretrained(path, **hub)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted, **hub)
 
 
 def read_tensors(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from .catalog_ccf_llm import CatalogMixin, cf_settings
 from .checkpoint_ccf_llm import (
     ADAPTER_FILE,
     ADAPTER_FOLDER,
@@ -26,6 +27,7 @@ from .checkpoint_ccf_llm import (
     Publishable,
     adapter_scale,
     backbone_fingerprint,
+    check_catalog,
     copy_code,
     find_file,
     injected_adapter,
@@ -37,9 +39,8 @@ from .checkpoint_ccf_llm import (
     write_adapter,
     write_tensors,
 )
-from .configuration_ccf_llm import AUTO_MAP, CCFLLMConfig, ids_fingerprint
+from .configuration_ccf_llm import AUTO_MAP, CCFLLMConfig
 from .pipeline_ccf_llm import CUSTOM_PIPELINES
-from .processing_ccf_llm import check_catalog
 from .tiles_ccf_llm import use_tiles
 
 logger = logging.get_logger(__name__)
@@ -56,7 +57,7 @@ AUTO_ARGUMENTS = (
 )
 
 
-class CheckpointMixin(Publishable, PreTrainedModel):
+class CheckpointMixin(Publishable, CatalogMixin):
     """The part of [`CCFLLMForCTR`] that deals with folders and repos.
 
     A checkpoint is *full* (one self-contained model.safetensors, LoRA merged) or *slim* (CF table,
@@ -68,9 +69,8 @@ class CheckpointMixin(Publishable, PreTrainedModel):
     answer_weight: nn.Parameter
     _adapter: Adapter
     _no_split_modules: Any
-    fusion_parameters: Callable[[], list[tuple[str, nn.Parameter]]]
-    lora_parameters: Callable[[], list[tuple[str, nn.Parameter]]]
-    head_parameters: Callable[[], list[tuple[str, nn.Parameter]]]
+    answer_scale: nn.Parameter
+    residual_scale: nn.Parameter
 
     @property
     def language_model(self) -> nn.Module:
@@ -132,94 +132,6 @@ class CheckpointMixin(Publishable, PreTrainedModel):
             model.set_titles(titles)
         return model
 
-    def set_titles(self, titles: list[list[int]]) -> None:
-        """Take the title tokens of every catalog item, in table order."""
-        values = {
-            "title_ids": [token for title in titles for token in title],
-            "title_lengths": [len(title) for title in titles],
-        }
-        for name, value in values.items():
-            old = getattr(self.model, name)
-            setattr(self.model, name, torch.tensor(value, dtype=old.dtype, device=old.device))
-
-    def replace_catalog(self, processor: Any, cf: Any = None) -> Self:
-        """Put another catalog of items and users under the trained weights, in place.
-
-        Backbone, LoRA, gate, cold vectors and score stay. So do the alignment networks, when the
-        new CF vectors are as wide as the old ones; else they start afresh and must be trained. A
-        log line says which. The calibration (`config.logit_temperature`) is that of the old data.
-
-        Args:
-            processor: over the new catalog: `old_processor.with_catalog(item_ids, ...)`.
-            cf: a `CFEmbeddings` of the same ids (all snapshots are kept); None: no CF vectors, so
-                that every user and item is read as cold, an item by its title.
-
-        Returns:
-            This model.
-
-        Raises:
-            ValueError: `cf` has other ids than `processor`, or the processor another tokenizer.
-        """
-        self._check_new_catalog(processor, cf)
-        config, old_dim = self.config, self.config.cf_dim
-        titles = processor.item_title_ids()
-        without_cf = {
-            "num_users": len(processor.user_ids),
-            "num_items": len(processor.item_ids),
-            "num_snapshots": 1,
-            "cf_model": "",
-            "ids_fingerprint": processor.ids_fingerprint,
-            "cf_user_precision": None,
-        }
-        config.update(without_cf if cf is None else cf_settings(cf))
-        config.num_title_tokens = sum(map(len, titles))
-        self.set_titles(titles)
-        self.model.cf = type(self.model.cf)(config).to(self.device)
-        if cf is not None:
-            self.model.cf.fill(cf)
-        if config.cf_dim != old_dim:
-            self._restart_alignment()
-            logger.warning(
-                "The alignment networks start afresh, because the new CF vectors have %d "
-                "dimensions instead of %d: train them.",
-                config.cf_dim,
-                old_dim,
-            )
-        elif cf is not None:
-            logger.warning(
-                "The alignment networks are kept, because the new CF vectors have %d dimensions "
-                "too: train them, unless the new vectors continue the old ones.",
-                old_dim,
-            )
-        return self
-
-    def _check_new_catalog(self, processor: Any, cf: Any) -> None:
-        fingerprint = processor.ids_fingerprint
-        if cf is not None and ids_fingerprint(cf.user_ids, cf.item_ids) != fingerprint:
-            raise ValueError(
-                "cf and processor name other users or items, or in another order: make the "
-                "processor by with_catalog(cf.item_ids, cf.item_titles, cf.user_ids)."
-            )
-        if self.config.cf_fold_in and (cf is None or cf.user_precision is None):
-            raise ValueError(
-                "This model folds users in, and the new CF vectors come without the prior that it "
-                "takes (user_precision): fit them by `fit-cf mf`."
-            )
-        for kind in ("item_slot_token_id", "user_slot_token_id"):
-            ours, given = getattr(self.config, kind), getattr(processor, kind)
-            if ours not in (None, given):
-                raise ValueError(
-                    f"{kind} is {ours} in the model but {given} in the processor: make it from "
-                    "the model's own processor by with_catalog."
-                )
-
-    def _restart_alignment(self) -> None:
-        for side in ("item", "user"):
-            old = getattr(self.model, f"{side}_alignment")
-            fresh = type(old)(self.config)
-            self._init_weights(fresh)
-            setattr(self.model, f"{side}_alignment", fresh.to(old.out.weight))
-
     def attach_backbone(self, causal: PreTrainedModel) -> None:
         """Put a causal language model's body under the fusion and keep two rows of its head."""
         self.model.language_model = causal.get_decoder()
@@ -229,6 +141,28 @@ class CheckpointMixin(Publishable, PreTrainedModel):
             self.answer_weight.copy_(head[[self.config.yes_token_id, self.config.no_token_id]])
         self._no_split_modules = list(causal._no_split_modules or [])
         self.model._no_split_modules = self._no_split_modules
+
+    def lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Named LoRA parameters that PEFT injected into the backbone."""
+        return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
+
+    def fusion_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Named parameters of ALG, gate and cold vectors."""
+        return [
+            (name, p)
+            for name, p in self.named_parameters()
+            if name.startswith("model.") and not name.startswith("model.language_model.")
+        ]
+
+    def gate_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Named parameters of the gate, a part of the fusion parameters; empty without a gate."""
+        return [(name, p) for name, p in self.fusion_parameters() if name.startswith("model.gate.")]
+
+    def head_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Named scalars of the score, which every stage trains: the scale of the answer and, with
+        `cf_residual`, that of the CF logit."""
+        scales = [("answer_scale", self.answer_scale)]
+        return scales + [("residual_scale", self.residual_scale)] * self.config.cf_residual
 
     def checkpoint_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """CF table (last snapshot only) and all other weights outside the backbone."""
@@ -446,19 +380,6 @@ class CheckpointMixin(Publishable, PreTrainedModel):
             merge_adapter(model.language_model, body, model._adapter, adapter_scale(config.lora))
             model.language_model.load_state_dict(body)
         return model.to(causal.device).eval()  # type: ignore[arg-type]
-
-
-def cf_settings(cf: Any) -> dict[str, Any]:
-    """The part of a configuration that a `CFEmbeddings` decides."""
-    return {
-        "num_users": len(cf.user_ids),
-        "num_items": len(cf.item_ids),
-        "num_snapshots": cf.item_vectors.shape[0],
-        "cf_dim": cf.item_vectors.shape[2],
-        "cf_model": cf.model_name,
-        "ids_fingerprint": ids_fingerprint(cf.user_ids, cf.item_ids),
-        "cf_user_precision": cf.user_precision,
-    }
 
 
 def try_header(file: Path) -> None:

@@ -25,10 +25,10 @@ from transformers.utils import ModelOutput
 from .cf_table_ccf_llm import CFTable
 from .checkpoint_ccf_llm import Adapter
 from .configuration_ccf_llm import CCFLLMConfig
-from .layout_ccf_llm import Layout, additive, block_mask
+from .layout_ccf_llm import Layout
 from .loading_ccf_llm import CheckpointMixin
 from .loss_ccf_llm import ctr_loss
-from .tiles_ccf_llm import TILED_ATTENTION, make_tiles, use_tiles
+from .tiles_ccf_llm import attention_inputs, use_tiles
 
 
 def unit_rms(x: Tensor) -> Tensor:
@@ -198,11 +198,8 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         """
         row, column = (item_slots >= 0).nonzero(as_tuple=True)
         if len(row):
-            pairs, place = torch.unique(
-                torch.stack([item_slots[row, column], snapshots[row, column]]),
-                dim=1,
-                return_inverse=True,
-            )
+            asked = torch.stack([item_slots[row, column], snapshots[row, column]])
+            pairs, place = torch.unique(asked, dim=1, return_inverse=True)
             text = self.text_embeddings(pairs[0], new_titles).to(self.cold_item.dtype)
             fused = self.fuse(text, self.aligned_items(pairs[0], pairs[1]))
             embeddings = embeddings.index_put((row, column), fused[place].to(embeddings.dtype))
@@ -230,30 +227,6 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
                 "use formats 'title' in the processor."
             )
         return slots
-
-    def attention_inputs(self, layout: Layout, cached: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Who sees whom, in the form that the backbone's attention takes: tiles, or a mask.
-
-        Sliding windows count in positions, so that packing does not narrow them.
-        """
-        text = self.config.text_config
-        if self.language_model.config._attn_implementation == TILED_ATTENTION:
-            # Any four-dimensional mask keeps transformers from making one over the whole row.
-            unused = torch.zeros(1, 1, 1, 1, dtype=dtype, device=layout.block_ids.device)
-            return {"attention_mask": unused, "tiles": make_tiles(layout, cached)}
-        window = getattr(text, "sliding_window", None)
-        kinds = set(getattr(text, "layer_types", None) or [])
-        if (
-            not window
-            or kinds == {"full_attention"}
-            or getattr(text, "use_sliding_window", 1) is False
-        ):
-            return {"attention_mask": additive(block_mask(layout, cached), dtype)}
-        narrow = additive(block_mask(layout, cached, window), dtype)
-        if not kinds:
-            return {"attention_mask": narrow}
-        full = additive(block_mask(layout, cached), dtype)
-        return {"attention_mask": {"full_attention": full, "sliding_attention": narrow}}
 
     def forward(
         self,
@@ -288,8 +261,7 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         slots = self.check_slots(input_ids, item_slots, user_slots)
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(slots, 0))
         new = None
-        if new_title_ids is not None:
-            assert new_title_lengths is not None  # the processor writes both or neither
+        if new_title_ids is not None and new_title_lengths is not None:
             new = (new_title_ids, new_title_lengths)
         when = self.token_snapshots(sequence_ids[:, cached:], snapshots)
         embeddings = self.fill_slots(embeddings, item_slots, user_slots, when, new)
@@ -299,7 +271,7 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
             position_ids=position_ids[:, cached:],
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
-            **self.attention_inputs(layout, cached, embeddings.dtype),
+            **attention_inputs(self.language_model.config, layout, cached, embeddings.dtype),
             **kwargs,
         )
         return BaseModelOutput(last_hidden_state=outputs.last_hidden_state)
@@ -444,10 +416,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
 
     @torch.no_grad()
     def item_gates(
-        self,
-        items: Tensor,
-        snapshot: int = -1,
-        new_titles: tuple[Tensor, Tensor] | None = None,
+        self, items: Tensor, snapshot: int = -1, new_titles: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """Share taken from text per dimension, `(n,)` -> `(n, hidden_size)`.
 
@@ -472,28 +441,6 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
     def probabilities(self, logits: Tensor) -> Tensor:
         """Calibrated probabilities: `sigmoid(logits / logit_temperature)`."""
         return torch.sigmoid(logits / self.config.logit_temperature)
-
-    def lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Named LoRA parameters that PEFT injected into the backbone."""
-        return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
-
-    def fusion_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Named parameters of ALG, gate and cold vectors."""
-        return [
-            (name, p)
-            for name, p in self.named_parameters()
-            if name.startswith("model.") and not name.startswith("model.language_model.")
-        ]
-
-    def gate_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Named parameters of the gate, a part of the fusion parameters; empty without a gate."""
-        return [(name, p) for name, p in self.fusion_parameters() if name.startswith("model.gate.")]
-
-    def head_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Named scalars of the score, which every stage trains: the scale of the answer and, with
-        `cf_residual`, that of the CF logit."""
-        scales = [("answer_scale", self.answer_scale)]
-        return scales + [("residual_scale", self.residual_scale)] * self.config.cf_residual
 
 
 CCFLLMConfig.register_for_auto_class()

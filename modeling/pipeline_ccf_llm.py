@@ -93,7 +93,7 @@ def _text_shares(
     new = list(dict.fromkeys(title for row, title in resolved if row is None))
     rows = [past + new.index(title) if row is None else row for row, title in resolved]
     index = torch.tensor(rows, dtype=torch.long, device=model.device)
-    words = [processor._tokens(title) if title else [] for title in new]
+    words = [processor.prompt.tokens(title) if title else [] for title in new]
     new_titles = (
         torch.tensor([token for ids in words for token in ids], device=model.device).long(),
         torch.tensor([len(ids) for ids in words], device=model.device).long(),

@@ -2,16 +2,13 @@
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
     BatchFeature,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     ProcessorMixin,
 )
 from transformers.utils import logging
@@ -21,8 +18,10 @@ from .checkpoint_ccf_llm import (
     HUB_ARGUMENTS,
     USERS_FILE,
     Publishable,
+    check_catalog,
     copy_code,
     find_file,
+    load_tokenizer,
     read_ids,
     write_ids,
     write_json,
@@ -30,49 +29,12 @@ from .checkpoint_ccf_llm import (
 from .configuration_ccf_llm import AUTO_MAP, ids_fingerprint
 from .layout_ccf_llm import window_start
 from .packing_ccf_llm import TOKEN_FIELDS, NewTitles, Pack, Span
+from .prompt_ccf_llm import HybridPrompt, check_choice
 
 logger = logging.get_logger(__name__)
 
-ITEM_SLOT = "<|ccf_item|>"
-USER_SLOT = "<|ccf_user|>"
-LAYOUTS = ("shared_prefix", "question_last")
 HISTORY_LABELS = ("positives", "signed")
-ITEM_FORMATS = ("title_slot", "slot", "title")
 PROCESSOR_FILE = "processor_config.json"
-
-# Templates are data (our choice of words); `{user}` and `{item}` mark where slots or titles go. A
-# title needs separators that a slot can do without, so each format has its own. A hybrid candidate
-# block ends at its slot: read there, the slot reaches the answer through the residual stream too,
-# not only through attention from a later token. What a prefix says before its user slot is the same
-# for everybody and stands in a batch once, so the slot comes late.
-TEMPLATES: dict[str, dict[str, str]] = {
-    "shared_prefix": {
-        "prefix": (
-            "Will the user like the next one, given what they liked? Answer Yes or No.\n"
-            "User{user} liked:"
-        ),
-        "history_slot": "{item}",
-        "history_title": "\n{item}",
-        "history_title_slot": "\n{item}",
-        "disliked_slot": " not{item}",
-        "disliked_title": "\nnot {item}",
-        "disliked_title_slot": "\nnot {item}",
-        "candidate_slot": "{item}",
-        "candidate_title": "\n{item}?",
-        "candidate_title_slot": " {item}",
-    },
-    "question_last": {
-        "prefix": "#Question: A user{user} has given high ratings to the following items:",
-        **dict.fromkeys(("history_title", "history_title_slot"), " {item},"),
-        "history_slot": "{item}",
-        **dict.fromkeys(("disliked_title", "disliked_title_slot"), " not {item},"),
-        "disliked_slot": " not{item}",
-        **dict.fromkeys(
-            ("candidate_slot", "candidate_title", "candidate_title_slot"),
-            ' Will the user enjoy {item}? Answer with "Yes" or "No".\n#Answer:',
-        ),
-    },
-}
 
 PROMPT_SETTINGS = (
     *("layout", "history_format", "candidate_format"),
@@ -80,40 +42,7 @@ PROMPT_SETTINGS = (
     *("title_years", "templates"),
 )
 
-YEAR = re.compile(r"\s*\(\d{4}\)$")
-
 Item = str | int | dict[str, Any]
-
-
-def check_catalog(path: str, hub: dict[str, Any], fingerprint: str) -> None:
-    """Refuse CF tables beside another catalog than theirs, at load instead of by an IndexError.
-
-    Raises:
-        OSError: naming the files, when they are there and do not match `fingerprint`.
-    """
-    items = find_file(path, CATALOG_FILE, hub, required=False)
-    users = find_file(path, USERS_FILE, hub, required=False)
-    if not items or not users or not fingerprint:
-        return
-    found = ids_fingerprint(
-        [row["id"] for row in read_ids(users)], [row["id"] for row in read_ids(items)]
-    )
-    if found != fingerprint:
-        raise OSError(
-            f"{items} or {users} is not the catalog that this checkpoint was saved with: "
-            "restore the files of one checkpoint."
-        )
-
-
-def load_tokenizer(path: str, hub: dict[str, Any], trusted: bool) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer.
-
-    A tokenizer.json is read as it is: the Auto class would look at config.json, whose model type is
-    this code's, and ask once more whether to trust it.
-    """
-    if find_file(path, "tokenizer.json", hub, required=False):
-        return PreTrainedTokenizerFast.from_pretrained(path, **hub)
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted, **hub)
 
 
 class CCFLLMProcessor(Publishable, ProcessorMixin):
@@ -162,41 +91,24 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         title_years: bool = True,
         templates: dict[str, str] | None = None,
     ) -> None:
-        for value, allowed, name in (
-            (layout, LAYOUTS, "layout"),
-            (history_format, ITEM_FORMATS, "history_format"),
-            (candidate_format, ITEM_FORMATS, "candidate_format"),
-            (history_labels, HISTORY_LABELS, "history_labels"),
-        ):
-            if value not in allowed:
-                raise ValueError(
-                    f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}."
-                )
-        if unknown := set(templates or {}) - set(TEMPLATES[layout]):
-            raise ValueError(
-                f"templates has unknown entry {min(unknown)!r}: use {', '.join(TEMPLATES[layout])}."
-            )
+        check_choice("history_labels", history_labels, HISTORY_LABELS)
         if history_window[0] < 0 or history_window[1] < 1:
             raise ValueError(f"history_window={history_window} needs H >= 0 and S >= 1.")
         self.chat_template = None
         self.tokenizer = tokenizer
-        tokenizer.add_tokens([ITEM_SLOT, USER_SLOT], special_tokens=True)
-        slots = tokenizer.convert_tokens_to_ids([ITEM_SLOT, USER_SLOT])
-        assert isinstance(slots, list)
-        self.item_slot_token_id, self.user_slot_token_id = slots
-        # Gemma, for one, is lost without it; a chat model such as SmolLM2 wants none.
-        bos = [tokenizer.bos_token_id]
-        self._bos_token_ids: list[int] = bos if tokenizer("")["input_ids"][:1] == bos else []
+        self.prompt = HybridPrompt(
+            tokenizer, layout, history_format, candidate_format, title_years, templates
+        )
+        self.item_slot_token_id = self.prompt.item_slot_token_id
+        self.user_slot_token_id = self.prompt.user_slot_token_id
         self.layout, self.history_window = layout, (history_window[0], history_window[1])
         self.history_format, self.candidate_format = history_format, candidate_format
         self.history_labels, self.fold_in_items = history_labels, fold_in_items
         self.rating_scale = rating_scale and (float(rating_scale[0]), float(rating_scale[1]))
         self.title_years = title_years
-        self.templates = {**TEMPLATES[layout], **(templates or {})}
+        self.templates = self.prompt.templates
         self._set_catalog(item_ids or [], item_titles or [], user_ids or [])
-        self._pieces: dict[str, list[int]] = {}
         self._warned: set[str] = set()
-        self._check_templates()
 
     @classmethod
     def from_catalog(
@@ -233,15 +145,6 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         for row, title in enumerate(item_titles):
             self.title_index.setdefault(title, row)
 
-    def _check_templates(self) -> None:
-        for name, template in self.templates.items():
-            slot = "{user}" if name == "prefix" else "{item}"
-            wanted = template.count(slot) == 1 or (name == "prefix" and template.count(slot) == 0)
-            if not wanted:
-                raise ValueError(
-                    f"Template {name!r} must contain {slot} exactly once: {template!r}."
-                )
-
     @property
     def ids_fingerprint(self) -> str:
         """Ties this catalog to the CF tables of a model."""
@@ -250,7 +153,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
     @property
     def uses_slots(self) -> bool:
         """Whether any slot is written, that is, whether the prompt is hybrid."""
-        return (self.history_format, self.candidate_format) != ("title", "title")
+        return self.prompt.uses_slots
 
     @property
     def model_input_names(self) -> list[str]:
@@ -265,7 +168,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
 
     def item_title_ids(self) -> list[list[int]]:
         """Token ids of every catalog title, in table order; the text that a gate sees."""
-        return [self._tokens(title) for title in self.item_titles]
+        return [self.prompt.tokens(title) for title in self.item_titles]
 
     def answer_token_ids(self) -> tuple[int, int]:
         """Ids of " Yes" and " No".
@@ -273,7 +176,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         Raises:
             ValueError: when the tokenizer splits them.
         """
-        yes, no = (self._tokens(word) for word in (" Yes", " No"))
+        yes, no = (self.prompt.tokens(word) for word in (" Yes", " No"))
         if len(yes) != 1 or len(no) != 1:
             raise ValueError(
                 "This tokenizer splits ' Yes' or ' No' into pieces: use another backbone."
@@ -344,55 +247,23 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         """CF table row of a user; `len(user_ids)`, the cold row, for an unknown one."""
         return self.user_index.get(str(user), len(self.user_ids))
 
-    def _tokens(self, text: str) -> list[int]:
-        """Token ids of literal text: a title that spells a special token stays text."""
-        if text not in self._pieces:
-            self._pieces[text] = self.tokenizer(
-                text, add_special_tokens=False, split_special_tokens=True
-            )["input_ids"]
-        return self._pieces[text]
-
     def instruction(self) -> list[int]:
-        """Tokens that all prompts begin with: the prefix up to its user slot, or all of it, after
-        the tokenizer's beginning-of-sequence token, if it puts one before every text."""
-        before, _, after = self.templates["prefix"].partition("{user}")
-        words = before if self.uses_slots else before + after
-        return self._bos_token_ids + (self._tokens(words) if words else [])
-
-    def _prefix(self, user: int) -> Span:
-        """What follows the instruction: the user slot and the rest of the prefix."""
-        _, slot, after = self.templates["prefix"].partition("{user}")
-        if not slot or not self.uses_slots:
-            return Span()
-        span = Span().add([self.user_slot_token_id], user=user)
-        return span.add(self._tokens(after) if after else [])
-
-    def _item(self, kind: str, row: int, title: str) -> Span:
-        """One rendered item, as `history`, `disliked` or `candidate`; `row` is its slot index
-        (catalog row, or past it when new)."""
-        form = self.candidate_format if kind == "candidate" else self.history_format
-        template = self.templates[f"{kind}_{form}"]
-        before, _, after = template.partition("{item}")
-        title = title if self.title_years else YEAR.sub("", title)
-        words = before + title + ("" if form == "title_slot" else after)
-        span = Span()
-        span.add(self._tokens(before if form == "slot" else words) if words else [])
-        if form != "title":
-            span.add([self.item_slot_token_id], item=row)
-            span.add(self._tokens(after) if after else [])
-        return span
+        """Tokens that all prompts begin with, see `HybridPrompt.instruction`."""
+        return self.prompt.instruction()
 
     def count_tokens(self, group: Any) -> int:
         """Tokens that a group (`history`, `candidates`) adds to a batch, that is, without the
         instruction, which a batch has once."""
         new = NewTitles(len(self.item_ids))
-        spans = [self._prefix(0)]
+        spans = [self.prompt.prefix(0)]
         spans += [self._history_item(item, *self._slot(item, new)) for item in group.history]
-        spans += [self._item("candidate", *self._slot(item, new)) for item in group.candidates]
+        spans += [
+            self.prompt.item("candidate", *self._slot(item, new)) for item in group.candidates
+        ]
         return sum(len(span.ids) for span in spans)
 
     def _history_item(self, item: Item, row: int, title: str) -> Span:
-        return self._item("history" if self.likes(item) else "disliked", row, title)
+        return self.prompt.item("history" if self.likes(item) else "disliked", row, title)
 
     def _slot(self, item: Item, new: NewTitles) -> tuple[int, str]:
         row, title = self.resolve_item(item)
@@ -468,7 +339,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         )
         for index in range(size):
             self._write_sample(pack, {name: values[index] for name, values in columns.items()})
-        return BatchFeature(pack.tensors(self._tokens))
+        return BatchFeature(pack.tensors(self.prompt.tokens))
 
     def _write_sample(self, pack: Pack, sample: dict[str, Any]) -> None:
         for name in ("history", "candidates"):
@@ -490,14 +361,14 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         if max(lengths, default=0) > len(history):
             raise ValueError(f"history_lengths exceeds the history's {len(history)} items.")
         user = self.resolve_user(sample["user"])
-        prefix = self._prefix(user)
+        prefix = self.prompt.prefix(user)
         slots = [self._slot(item, pack.new) for item in history]
         shown = [self._history_item(item, *slot) for item, slot in zip(history, slots, strict=True)]
         signs = self._signs(history, pack.new)
         blocks = []
         for item in candidates:
             slot = self._slot(item, pack.new)
-            blocks.append((slot[0], self._item("candidate", *slot)))
+            blocks.append((slot[0], self.prompt.item("candidate", *slot)))
         pack.start_sample(user, sample["snapshot"], self._signs(earlier, pack.new))
         pack.add_sequence(prefix, shown, blocks, lengths, signs)
         pack.end_sample(labels)

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .layout_ccf_llm import SHARED, Layout, additive, visible
+from .layout_ccf_llm import SHARED, Layout, additive, block_mask, visible
 
 TILED_ATTENTION = "ccf_llm_tiles"
 TILE_QUERIES = 64
@@ -208,7 +208,41 @@ def use_tiles(backbone: PreTrainedModel) -> None:
         backbone.set_attn_implementation(TILED_ATTENTION)
 
 
+def attention_inputs(
+    config: Any, layout: Layout, cached: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Who sees whom, in the form that the backbone's attention takes: tiles, or a mask.
+
+    Sliding windows count in positions, so that packing does not narrow them. `config` is that of
+    the backbone.
+    """
+    if config._attn_implementation == TILED_ATTENTION:
+        # Any four-dimensional mask keeps transformers from making one over the whole row.
+        unused = torch.zeros(1, 1, 1, 1, dtype=dtype, device=layout.block_ids.device)
+        return {"attention_mask": unused, "tiles": make_tiles(layout, cached)}
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if (
+        not window
+        or kinds == {"full_attention"}
+        or getattr(config, "use_sliding_window", 1) is False
+    ):
+        return {"attention_mask": additive(block_mask(layout, cached), dtype)}
+    narrow = additive(block_mask(layout, cached, window), dtype)
+    if not kinds:
+        return {"attention_mask": narrow}
+    full = additive(block_mask(layout, cached), dtype)
+    return {"attention_mask": {"full_attention": full, "sliding_attention": narrow}}
+
+
 AttentionInterface.register(TILED_ATTENTION, tiled_attention)
 AttentionMaskInterface.register(TILED_ATTENTION, sdpa_mask)
 
-__all__ = ["TILED_ATTENTION", "Tiles", "make_tiles", "tiled_attention", "use_tiles"]
+__all__ = [
+    "TILED_ATTENTION",
+    "Tiles",
+    "attention_inputs",
+    "make_tiles",
+    "tiled_attention",
+    "use_tiles",
+]

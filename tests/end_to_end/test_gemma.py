@@ -50,7 +50,7 @@ def test_the_tokenizer_keeps_titles_and_answers(
     assert tokenizer.convert_ids_to_tokens(processor.answer_token_ids()) == ["▁Yes", "▁No"]
     assert processor.instruction()[0] == tokenizer.bos_token_id == 2
     for title in ratings[1].item_titles:
-        assert tokenizer.decode(processor._tokens(f" {title}")) == f" {title}"
+        assert tokenizer.decode(processor.prompt.tokens(f" {title}")) == f" {title}"
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

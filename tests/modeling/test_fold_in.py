@@ -12,8 +12,8 @@ from ccf_llm_hf import CCFLLMConfig, CCFLLMForCTR, CCFLLMProcessor
 from ccf_llm_hf.cf.embeddings import CFEmbeddings
 from ccf_llm_hf.data.grouping import Group
 from ccf_llm_hf.inference.scoring import score_groups
+from ccf_llm_hf.modeling.catalog_ccf_llm import cf_settings
 from ccf_llm_hf.modeling.cf_table_ccf_llm import CFTable
-from ccf_llm_hf.modeling.loading_ccf_llm import cf_settings
 from ccf_llm_hf.modeling.pipeline_ccf_llm import cf_logits
 
 PRECISION = [1.0, 2.0, 0.5, 1.5, 3.0, 0.0]  # the last dimension is fixed, as the "1" of MF is

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMProcessor
 from ccf_llm_hf.modeling.layout_ccf_llm import window_start
-from ccf_llm_hf.modeling.processing_ccf_llm import LAYOUTS
+from ccf_llm_hf.modeling.prompt_ccf_llm import LAYOUTS
 
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 ITEMS = [f"i{row}" for row in range(len(TITLES))]
@@ -155,9 +155,11 @@ def test_new_titles_share_one_slot_and_carry_their_tokens(
     batch = processor(user="u0", history=["Dune"], candidates=["Dune", "Alien (1979)", "Tar"])
     assert batch["candidate_items"].tolist() == [[8, 7, 9]]
     assert batch["new_title_lengths"].tolist() == [
-        len(processor._tokens(t)) for t in ("Dune", "Tar")
+        len(processor.prompt.tokens(t)) for t in ("Dune", "Tar")
     ]
-    assert batch["new_title_ids"].tolist() == processor._tokens("Dune") + processor._tokens("Tar")
+    assert batch["new_title_ids"].tolist() == processor.prompt.tokens(
+        "Dune"
+    ) + processor.prompt.tokens("Tar")
 
 
 def test_integer_ids_are_ids(tokenizer: PreTrainedTokenizerFast) -> None:

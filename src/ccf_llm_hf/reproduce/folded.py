@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ccf_llm_hf.cf.embeddings import CFEmbeddings
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.modeling.catalog_ccf_llm import cf_settings
 from ccf_llm_hf.modeling.cf_table_ccf_llm import CFTable
 from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
-from ccf_llm_hf.modeling.loading_ccf_llm import cf_settings
 
 ROWS_AT_ONCE = 256
 

@@ -18,7 +18,8 @@ from trl import TrlParser
 
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.configuration_ccf_llm import FUSION_ARMS, SCORE_HEADS
-from ccf_llm_hf.modeling.processing_ccf_llm import HISTORY_LABELS, ITEM_FORMATS, LAYOUTS
+from ccf_llm_hf.modeling.processing_ccf_llm import HISTORY_LABELS
+from ccf_llm_hf.modeling.prompt_ccf_llm import ITEM_FORMATS, LAYOUTS
 
 TRAINABLE_PARTS = ("fusion", "lora")
 PRECISIONS = ("fp32", "bf16", "auto")
