@@ -1,14 +1,23 @@
-"""A loopback Hub with a few users, which this process talks to as well."""
+"""A loopback Hub with a few users, which this process talks to as well, and a checkpoint for it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import transformers.utils.hub
 from hub.loopback import LoopbackHub
+from hub.pushing import Save
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
+from tiny import BuildModel
+
+from ccf_llm_hf import CCFLLMConfig
+from ccf_llm_hf.hub import staging
+from ccf_llm_hf.hub.example import record_example
+from ccf_llm_hf.hub.model_card import write_model_card
 
 
 @pytest.fixture
@@ -40,3 +49,37 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     clock = SimpleNamespace(sleep=slept.append, time=time.time, monotonic=time.monotonic)
     monkeypatch.setattr(_http, "time", clock)
     return slept
+
+
+@pytest.fixture
+def save(build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path) -> Save:
+    """Save a tiny checkpoint as training does, with junk beside it that is nobody's business."""
+
+    def make(form: str = "full", name: str = "films", lora: bool = True, **config: Any) -> Path:
+        model, processor = build(lora=lora, cf_residual=True)
+        for key, value in {"backbone_name": str(backbone_folder()), **config}.items():
+            setattr(model.config, key, value)
+        folder = tmp_path / "runs" / name
+        model.save_pretrained(folder, form=form)
+        processor.save_pretrained(folder)
+        write_model_card(folder, config=CCFLLMConfig.from_pretrained(folder))
+        record_example(folder, model, processor)
+        for junk in ("optimizer.pt", "train.parquet", "logs/run.txt", "adapter/notes.txt"):
+            (folder / junk).parent.mkdir(exist_ok=True)
+            (folder / junk).write_text("hf_" + "a" * 34)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the clean process: other tests run it."""
+    monkeypatch.setattr(staging, "check_in_clean_process", lambda *_, **__: 0.0)
+
+
+@pytest.fixture
+def environment(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clean process of a push talks to the loopback Hub too."""
+    for name, value in hub.environment(tmp_path / "home", token="hf_ada").items():
+        monkeypatch.setenv(name, value)

@@ -2,71 +2,19 @@
 
 import itertools
 import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hub.loopback import Fault, LoopbackHub
-from tiny import BuildModel
-from transformers import AutoModelForCausalLM
+from hub.pushing import REPO, Save, contents
 
-from ccf_llm_hf import CCFLLMConfig, CTRRanker, cli
+from ccf_llm_hf import cli
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub import staging
-from ccf_llm_hf.hub.example import record_example
-from ccf_llm_hf.hub.model_card import write_model_card
 from ccf_llm_hf.hub.push import publish
 from ccf_llm_hf.hub.staging import Staged, staged_checkpoint
-from ccf_llm_hf.modeling.checkpoint_ccf_llm import CODE_FILES, Publishable
-
-REPO = "acme/films"
-CALL = {"user": "u0", "history": ["i1", "i2"], "candidates": ["i0", "i3", "A new film (2024)"]}
-Save = Callable[..., Path]
-
-
-@pytest.fixture
-def save(build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path) -> Save:
-    """Save a tiny checkpoint as training does, with junk beside it that is nobody's business."""
-
-    def make(form: str = "full", name: str = "films", lora: bool = True, **config: Any) -> Path:
-        model, processor = build(lora=lora, cf_residual=True)
-        for key, value in {"backbone_name": str(backbone_folder()), **config}.items():
-            setattr(model.config, key, value)
-        folder = tmp_path / "runs" / name
-        model.save_pretrained(folder, form=form)
-        processor.save_pretrained(folder)
-        write_model_card(folder, config=CCFLLMConfig.from_pretrained(folder))
-        record_example(folder, model, processor)
-        for junk in ("optimizer.pt", "train.parquet", "logs/run.txt", "adapter/notes.txt"):
-            (folder / junk).parent.mkdir(exist_ok=True)
-            (folder / junk).write_text("hf_" + "a" * 34)
-        return folder
-
-    return make
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare the clean process: other tests run it."""
-    monkeypatch.setattr(staging, "check_in_clean_process", lambda *_, **__: 0.0)
-
-
-@pytest.fixture
-def environment(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clean process of a push talks to the loopback Hub too."""
-    for name, value in hub.environment(tmp_path / "home", token="hf_ada").items():
-        monkeypatch.setenv(name, value)
-
-
-def contents(hub: LoopbackHub, repo: str = REPO, branch: str = "main") -> dict[str, bytes]:
-    found = hub.store.repo(repo)
-    return {name: file.data for name, file in found.commit_at(branch).files.items()}
 
 
 def staged_bytes(staged: Staged) -> dict[str, bytes]:
@@ -411,154 +359,3 @@ def test_a_fault_is_one_line_and_exit_code_2(
     assert document["commit"] == hub.store.repo(REPO).branches["main"]
     assert "model.safetensors" in document["files"]
     assert "model.safetensors" in captured.err, "what is uploaded is printed before"
-
-
-# --- who loads it
-
-STRANGER = """
-import json, sys, torch
-for package in ("ccf_llm_hf", "peft", "datasets", "pandas"):
-    sys.modules[package] = None  # importing it fails
-from transformers import AutoModel, AutoProcessor
-call, loads = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-found = []
-for model_repo, processor_repo, options in loads:
-    options["trust_remote_code"] = True
-    backbone = {"backbone": options.pop("backbone")} if "backbone" in options else {}
-    try:
-        processor = AutoProcessor.from_pretrained(processor_repo, **options)
-        model = AutoModel.from_pretrained(model_repo, **options, **backbone)
-        with torch.no_grad():
-            found.append(model(**processor(**call)).logits.tolist())
-    except Exception as error:
-        found.append(f"{type(error).__name__}: {error}")
-print("FOUND", json.dumps(found))
-"""
-
-
-Load = tuple[str, str, dict[str, Any]]
-
-
-def load_as_a_stranger(
-    hub: LoopbackHub, home: Path, loads: list[Load], offline: bool = False
-) -> list[Any]:
-    """Logits, or errors, of several loads in one process that has neither package nor token."""
-    run = subprocess.run(
-        [sys.executable, "-c", STRANGER, json.dumps(CALL), json.dumps(loads)],
-        env=os.environ | hub.environment(home, offline=offline),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return json.loads(run.stdout.split("FOUND ")[1])
-
-
-def logits(model: Any, processor: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**processor(**CALL)).logits
-
-
-def assert_same(found: Any, expected: torch.Tensor) -> None:
-    assert isinstance(found, list), found
-    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=0)
-
-
-def test_strangers_load_what_was_pushed(
-    hub: LoopbackHub,
-    environment: None,
-    build: BuildModel,
-    backbone_folder: Callable[..., Path],
-    save: Save,
-    tmp_path: Path,
-) -> None:
-    causal = AutoModelForCausalLM.from_pretrained(backbone_folder())
-    causal.push_to_hub("acme/backbone")
-    model, processor = build(lora=True, cf_residual=True)
-    first = logits(model, processor)
-    slim, full = save("slim", "slim", backbone_name="acme/backbone"), save("full")
-    shutil.rmtree(slim / "logs")
-    with staged_checkpoint(slim, "acme/slim") as staged:
-        assert not staged.needs_backbone, "the clean process fetched it from the Hub"
-        publish(staged, "acme/slim")
-    with staged_checkpoint(full, REPO) as staged:
-        pinned = publish(staged, REPO).commit
-        publish(staged, "acme/secret", private=True)
-        publish(staged, "acme/gated")
-    hub.store.repo("acme/gated").gated = True
-    with torch.no_grad():
-        model.answer_weight.mul_(2)
-    model.push_to_hub(REPO)
-    second = logits(model, processor)
-    assert (second - first).abs().max() > 1e-3
-
-    def ask(repo: str, **options: Any) -> Load:
-        return repo, repo, options
-
-    loads = {
-        "main": ask(REPO),
-        "pinned": ask(REPO, revision=pinned),
-        "code pinned": ask(REPO, code_revision=pinned),
-        "slim": ask("acme/slim"),
-        "no token": ask("acme/secret"),
-        "token": ask("acme/secret", token="hf_bob"),
-        "stranger": ask("acme/gated", token="hf_eve"),
-        "granted": ask("acme/gated", token="hf_bob"),
-    }
-    found = dict(
-        zip(loads, load_as_a_stranger(hub, tmp_path / "cache", list(loads.values())), strict=True)
-    )
-    for name in ("pinned", "slim", "token", "granted"):
-        assert_same(found[name], first)
-    for name in ("main", "code pinned"):
-        assert_same(found[name], second)
-    assert "acme/secret is not a local folder" in found["no token"]
-    assert "gated repo" in found["stranger"]
-    hub.inject(None)
-    again = load_as_a_stranger(
-        hub, tmp_path / "cache", [loads["main"], loads["pinned"], loads["slim"]], offline=True
-    )
-    assert_same(again[0], second)
-    assert_same(again[1], first)
-    assert_same(again[2], first)
-    assert hub.requests == [], "offline means offline"
-
-
-def test_model_processor_and_ranker_push_themselves(
-    hub: LoopbackHub, build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    model, processor = build(lora=True)
-    model.config.backbone_name = str(backbone_folder())
-    expected = logits(model, processor)
-    pushed = model.push_to_hub("acme/model", form="slim", private=True)
-    assert hub.store.repo("acme/model").private
-    assert b"backbone_name" in contents(hub, "acme/model")["config.json"]
-    assert str(backbone_folder()).encode() not in contents(hub, "acme/model")["config.json"]
-    assert "AutoModel.from_pretrained" in pushed.load[0] and len(pushed.load) == 1
-    processor.push_to_hub("acme/processor")
-    assert "config.json" not in contents(hub, "acme/processor")
-    processor.push_to_hub("acme/model")
-    assert "fusion.safetensors" in contents(hub, "acme/model"), "the model stays"
-    CTRRanker(model, processor).push_to_hub("acme/ranker", form="full")
-    assert {"example.json", "model.safetensors"} <= set(contents(hub, "acme/ranker"))
-    local = {"backbone": str(backbone_folder()), "token": "hf_bob"}
-    loads: list[Load] = [
-        ("acme/model", "acme/processor", local),
-        ("acme/model", "acme/model", local),
-        ("acme/ranker", "acme/ranker", {}),
-    ]
-    for found in load_as_a_stranger(hub, tmp_path / "cache", loads):
-        assert_same(found, expected)
-
-
-def test_without_this_package_transformers_pushes(
-    hub: LoopbackHub, build: BuildModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Publishable, "publisher", None)
-    model, processor = build()
-    model.push_to_hub("acme/plain", commit_message="by transformers")
-    processor.push_to_hub("acme/plain")
-    assert {"model.safetensors", "processor_config.json", *CODE_FILES} <= set(
-        contents(hub, "acme/plain")
-    )
-    assert hub.store.repo("acme/plain").history("main")[1].title == "by transformers"

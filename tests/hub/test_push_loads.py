@@ -1,0 +1,172 @@
+"""Strangers load what was pushed, by transformers alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub.loopback import LoopbackHub
+from hub.pushing import REPO, Save, contents
+from tiny import BuildModel
+from transformers import AutoModelForCausalLM
+
+from ccf_llm_hf import CTRRanker
+from ccf_llm_hf.hub.push import publish
+from ccf_llm_hf.hub.staging import staged_checkpoint
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import CODE_FILES, Publishable
+
+CALL = {"user": "u0", "history": ["i1", "i2"], "candidates": ["i0", "i3", "A new film (2024)"]}
+
+STRANGER = """
+import json, sys, torch
+for package in ("ccf_llm_hf", "peft", "datasets", "pandas"):
+    sys.modules[package] = None  # importing it fails
+from transformers import AutoModel, AutoProcessor
+call, loads = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+found = []
+for model_repo, processor_repo, options in loads:
+    options["trust_remote_code"] = True
+    backbone = {"backbone": options.pop("backbone")} if "backbone" in options else {}
+    try:
+        processor = AutoProcessor.from_pretrained(processor_repo, **options)
+        model = AutoModel.from_pretrained(model_repo, **options, **backbone)
+        with torch.no_grad():
+            found.append(model(**processor(**call)).logits.tolist())
+    except Exception as error:
+        found.append(f"{type(error).__name__}: {error}")
+print("FOUND", json.dumps(found))
+"""
+
+
+Load = tuple[str, str, dict[str, Any]]
+
+
+def load_as_a_stranger(
+    hub: LoopbackHub, home: Path, loads: list[Load], offline: bool = False
+) -> list[Any]:
+    """Logits, or errors, of several loads in one process that has neither package nor token."""
+    run = subprocess.run(
+        [sys.executable, "-c", STRANGER, json.dumps(CALL), json.dumps(loads)],
+        env=os.environ | hub.environment(home, offline=offline),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.split("FOUND ")[1])
+
+
+def logits(model: Any, processor: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**processor(**CALL)).logits
+
+
+def assert_same(found: Any, expected: torch.Tensor) -> None:
+    assert isinstance(found, list), found
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=0)
+
+
+def test_strangers_load_what_was_pushed(
+    hub: LoopbackHub,
+    environment: None,
+    build: BuildModel,
+    backbone_folder: Callable[..., Path],
+    save: Save,
+    tmp_path: Path,
+) -> None:
+    causal = AutoModelForCausalLM.from_pretrained(backbone_folder())
+    causal.push_to_hub("acme/backbone")
+    model, processor = build(lora=True, cf_residual=True)
+    first = logits(model, processor)
+    slim, full = save("slim", "slim", backbone_name="acme/backbone"), save("full")
+    shutil.rmtree(slim / "logs")
+    with staged_checkpoint(slim, "acme/slim") as staged:
+        assert not staged.needs_backbone, "the clean process fetched it from the Hub"
+        publish(staged, "acme/slim")
+    with staged_checkpoint(full, REPO) as staged:
+        pinned = publish(staged, REPO).commit
+        publish(staged, "acme/secret", private=True)
+        publish(staged, "acme/gated")
+    hub.store.repo("acme/gated").gated = True
+    with torch.no_grad():
+        model.answer_weight.mul_(2)
+    model.push_to_hub(REPO)
+    second = logits(model, processor)
+    assert (second - first).abs().max() > 1e-3
+
+    def ask(repo: str, **options: Any) -> Load:
+        return repo, repo, options
+
+    loads = {
+        "main": ask(REPO),
+        "pinned": ask(REPO, revision=pinned),
+        "code pinned": ask(REPO, code_revision=pinned),
+        "slim": ask("acme/slim"),
+        "no token": ask("acme/secret"),
+        "token": ask("acme/secret", token="hf_bob"),
+        "stranger": ask("acme/gated", token="hf_eve"),
+        "granted": ask("acme/gated", token="hf_bob"),
+    }
+    found = dict(
+        zip(loads, load_as_a_stranger(hub, tmp_path / "cache", list(loads.values())), strict=True)
+    )
+    for name in ("pinned", "slim", "token", "granted"):
+        assert_same(found[name], first)
+    for name in ("main", "code pinned"):
+        assert_same(found[name], second)
+    assert "acme/secret is not a local folder" in found["no token"]
+    assert "gated repo" in found["stranger"]
+    hub.inject(None)
+    again = load_as_a_stranger(
+        hub, tmp_path / "cache", [loads["main"], loads["pinned"], loads["slim"]], offline=True
+    )
+    assert_same(again[0], second)
+    assert_same(again[1], first)
+    assert_same(again[2], first)
+    assert hub.requests == [], "offline means offline"
+
+
+def test_model_processor_and_ranker_push_themselves(
+    hub: LoopbackHub, build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, processor = build(lora=True)
+    model.config.backbone_name = str(backbone_folder())
+    expected = logits(model, processor)
+    pushed = model.push_to_hub("acme/model", form="slim", private=True)
+    assert hub.store.repo("acme/model").private
+    assert b"backbone_name" in contents(hub, "acme/model")["config.json"]
+    assert str(backbone_folder()).encode() not in contents(hub, "acme/model")["config.json"]
+    assert "AutoModel.from_pretrained" in pushed.load[0] and len(pushed.load) == 1
+    processor.push_to_hub("acme/processor")
+    assert "config.json" not in contents(hub, "acme/processor")
+    processor.push_to_hub("acme/model")
+    assert "fusion.safetensors" in contents(hub, "acme/model"), "the model stays"
+    CTRRanker(model, processor).push_to_hub("acme/ranker", form="full")
+    assert {"example.json", "model.safetensors"} <= set(contents(hub, "acme/ranker"))
+    local = {"backbone": str(backbone_folder()), "token": "hf_bob"}
+    loads: list[Load] = [
+        ("acme/model", "acme/processor", local),
+        ("acme/model", "acme/model", local),
+        ("acme/ranker", "acme/ranker", {}),
+    ]
+    for found in load_as_a_stranger(hub, tmp_path / "cache", loads):
+        assert_same(found, expected)
+
+
+def test_without_this_package_transformers_pushes(
+    hub: LoopbackHub, build: BuildModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Publishable, "publisher", None)
+    model, processor = build()
+    model.push_to_hub("acme/plain", commit_message="by transformers")
+    processor.push_to_hub("acme/plain")
+    assert {"model.safetensors", "processor_config.json", *CODE_FILES} <= set(
+        contents(hub, "acme/plain")
+    )
+    assert hub.store.repo("acme/plain").history("main")[1].title == "by transformers"
