@@ -261,7 +261,8 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         slots = self.check_slots(input_ids, item_slots, user_slots)
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(slots, 0))
         new = None
-        if new_title_ids is not None and new_title_lengths is not None:
+        if new_title_ids is not None:
+            assert new_title_lengths is not None  # the processor writes both or neither
             new = (new_title_ids, new_title_lengths)
         when = self.token_snapshots(sequence_ids[:, cached:], snapshots)
         embeddings = self.fill_slots(embeddings, item_slots, user_slots, when, new)
@@ -347,8 +348,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
                 `cf_fold_in`; -1 where padded.
             history_unshown: `(num_sequences,)`, how many of these come before the prompt's.
         """
-        states = self.model(**inputs).last_hidden_state[0]
-        hidden = states[answer_positions].float()
+        hidden = self.model(**inputs).last_hidden_state[0][answer_positions].float()
         answers = self.answer_weight.float()
         direction = answers[0] if self.config.score_head == "yes_only" else answers[0] - answers[1]
         logits = self.answer_scale * (hidden @ direction)
