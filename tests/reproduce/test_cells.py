@@ -92,7 +92,8 @@ def test_arms_to_compare_differ_in_what_their_names_say_only():
     titled = {"candidate_format", "title_years"}
     assert differing("gate", "gate, title candidates") == titled
     assert differing("gate", "gate, ranking loss") == {"pairwise_share"}
-    assert differing("gate", "gate, CF target") == {"cf_target_share"}
+    for arm in ("gate", "cf_only"):
+        assert differing(arm, f"{arm}, CF target") == {"cf_target_share"}
 
 
 def test_every_cf_table_and_setting_exists():

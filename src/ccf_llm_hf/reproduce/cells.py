@@ -45,8 +45,8 @@ SLOTS: dict[str, Any] = {
     "lora_learning_rate": 1e-3,
     "answer_learning_rate": 1e-3,
 }
-# At the fusion's rate the answer's scale, which starts at 0.1, can fall to 0 and below. The rows of
-# the open track were trained before that was seen (docs/results.md).
+# The answer's scale at the fusion's rate, at which it can fall to 0 and below: the rows of the open
+# track were trained before that was seen, and the slow rate gains them nothing (docs/results.md).
 FAST = {key: value for key, value in SLOTS.items() if key != "answer_learning_rate"}
 # Without " (1995)" a title is half as many tokens.
 TITLED = SLOTS | {"candidate_format": "title_slot", "title_years": False}
@@ -166,7 +166,7 @@ def protocol_rows() -> list[Cell]:
             _average("average of CF, LightGCN and gate", blend.average_of, joint), beside=blend.row
         ),
         _joint("gate, ranking loss", gate | RANKING),
-        _joint("gate, CF target", gate | TAUGHT),
+        *(_joint(f"{arm}, CF target", arms[arm] | TAUGHT) for arm in ("gate", "cf_only")),
         _joint("gate, in-sample CF", gate, use_cf_snapshots=False),
         _joint(
             "gate, in-sample CF, slot dropout", gate | {"slot_dropout": 0.3}, use_cf_snapshots=False
