@@ -90,7 +90,16 @@ def test_a_control_that_a_seed_was_not_compared_with_is_left_out(tmp_path):
 
 def test_targets_are_judged_by_the_row_that_validation_chose(rows):
     protocol, opened = targets_in_words(rows)
-    assert "gate (MF, joint, tiny), 2 seeds. AUC 0.7500, target 0.7606: **missed**" in protocol
-    assert "1 seed. AUC 0.8100, target 0.8200: **missed**" in opened
-    assert "UAUC 0.7600, target 0.7600: **met**" in opened
+    assert "gate (MF, joint, tiny), 2 seeds. AUC 0.7500 [" in protocol
+    assert "target 0.7606: **missed**" in protocol and "target 0.8200: **missed**" in opened
+    assert "1 seed. AUC 0.8100 [" in opened
+    assert opened.endswith("], target 0.7600: **met**.")
     assert targets_in_words([]) == []
+
+
+@pytest.mark.parametrize(("high", "where"), [(0.7601, "holds it"), (0.7599, "ends below it")])
+def test_a_missed_target_may_lie_within_the_interval(rows, high, where):
+    row = next(row for row in rows if row["track"] == "open")
+    row |= {"uauc": 0.75, "uauc_ci": [0.74, high]}
+    said = targets_in_words([row])[0]
+    assert said.endswith(f"], target 0.7600: **missed**, the interval over users {where}.")

@@ -149,12 +149,21 @@ def targets_in_words(rows: Rows) -> list[str]:
         if best is None:
             continue
         said = [
-            f"{metric.upper()} {best[metric]:.4f}, target {target:.4f}: "
-            + ("**met**" if best[metric] >= target else "**missed**")
-            for metric, target in zip(METRICS, wanted, strict=True)
+            _reached(best, metric, target) for metric, target in zip(METRICS, wanted, strict=True)
         ]
         seeds = f"{best['seeds']} seed" + "s" * (best["seeds"] > 1)
         lines.append(
             f"- **{track}**, row chosen on validation: {name_of(best)}, {seeds}. {'; '.join(said)}."
         )
     return lines
+
+
+def _reached(row: dict[str, Any], metric: str, target: float) -> str:
+    """Whether a row's mean reaches a target; where it does not, whether its interval over users
+    does."""
+    (low, high), figure = row[f"{metric}_ci"], row[metric]
+    said = f"{metric.upper()} {figure:.4f} [{low:.3f}, {high:.3f}], target {target:.4f}: "
+    if figure >= target:
+        return said + "**met**"
+    where = "holds it" if high >= target else "ends below it"
+    return said + f"**missed**, the interval over users {where}"
