@@ -20,7 +20,7 @@ from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.merge import merge_checkpoint
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CODE_FILES
 from ccf_llm_hf.training.run import init_folder
-from ccf_llm_hf.training.stage import digest_folder
+from ccf_llm_hf.training.starting_weights import digest_folder
 
 REPO = "acme/films"
 INPUTS = [

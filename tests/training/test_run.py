@@ -88,6 +88,16 @@ def test_run_again_trains_nothing(finished, settings):
     assert (output / "stages" / "fusion" / "stage.json").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"finished": true}', '{"settings": 1}'])
+def test_a_damaged_record_is_named_and_nothing_is_lost(settings, tmp_path, content):
+    stage = tmp_path / "run" / "stages" / STAGES[0]["name"]
+    stage.mkdir(parents=True)
+    (stage / "stage.json").write_text(content)
+    with pytest.raises(InputError, match=rf"stage.json is damaged: delete {stage} to have"):
+        run_recipe(write_recipe(settings, tmp_path / "run", STAGES[:1]))
+    assert (stage / "stage.json").read_text() == content
+
+
 def test_a_changed_stage_is_refused_or_retrained(settings, tmp_path):
     stages = [{**STAGES[0], "epochs": 0.5}]
     run_recipe(write_recipe(settings, tmp_path / "run", stages))

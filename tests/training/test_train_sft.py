@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, SFTConfig
 
-from ccf_llm_hf.training.stage import fusion_of, lora_of
+from ccf_llm_hf.training.starting_weights import fusion_of, lora_of
 
 FILE = Path(__file__).parents[2] / "examples" / "train_sft.py"
 

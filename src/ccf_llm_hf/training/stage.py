@@ -1,17 +1,14 @@
 """One stage: build its model and groups, train or resume it, leave a slim checkpoint behind."""
 
 import dataclasses
-import hashlib
 import json
 import shutil
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -26,11 +23,19 @@ from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 from ccf_llm_hf.training.plots import write_history
 from ccf_llm_hf.training.recipe import Recipe, StageConfig
+from ccf_llm_hf.training.starting_weights import (
+    adapter_folder,
+    digest_folder,
+    fusion_of,
+    inject_lora,
+    lora_of,
+    sha256_of,
+    warn_of_another_backbone,
+)
 from ccf_llm_hf.training.trainer import CCFLLMTrainer, delete_trainer_checkpoints
 
 CHECKPOINT = "checkpoint"
 RECORD_FILE = "stage.json"
-ADAPTER_CONFIG = "adapter_config.json"
 # Settings of a stage that the model's config holds too, under the same names.
 OF_THE_MODEL = (
     *("fusion", "cf_residual", "cf_fold_in", "fold_in_decay"),
@@ -75,7 +80,7 @@ class RunInputs:
         }
         if cf is not None:
             files["CF table"] = Path(recipe.cf_dir) / "cf_embeddings.safetensors"
-        digest = {name: _sha256([file]) for name, file in files.items()}
+        digest = {name: sha256_of([file]) for name, file in files.items()}
         return cls(data, cf, backbone, recipe.backbone_revision or revision, digest)
 
     def catalog(self) -> tuple[list[str], list[str], list[str]]:
@@ -107,9 +112,22 @@ class StageRun:
         }
 
     def record(self) -> dict[str, Any] | None:
-        """What `stage.json` says, None when the stage was never started."""
+        """What `stage.json` says, None when the stage was never started.
+
+        Raises:
+            InputError: the file is damaged.
+        """
         file = self.folder / RECORD_FILE
-        return json.loads(file.read_text()) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            record["settings"].keys(), record["finished"]
+        except (ValueError, TypeError, KeyError, AttributeError) as problem:
+            raise InputError(
+                f"{file} is damaged: delete {self.folder} to have the stage trained again"
+            ) from problem
+        return record
 
     def check_unchanged(self) -> None:
         """Refuse to mix this recipe with a stage trained by another one, or delete that one when
@@ -333,74 +351,6 @@ def freeze_in_bf16(model: CCFLLMForCTR) -> None:
     for parameter in model.language_model.parameters():
         if id(parameter) not in learning:
             parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def inject_lora(model: CCFLLMForCTR, settings: dict[str, Any]) -> None:
-    """Put fresh LoRA modules into the model's backbone and note the settings in its config."""
-    try:
-        peft.inject_adapter_in_model(peft.LoraConfig(**settings), model.language_model)
-    except ValueError as problem:
-        raise InputError(f"LoRA does not fit this backbone: {problem}") from problem
-    model.config.lora = settings
-
-
-def adapter_folder(source: Path) -> Path | None:
-    """Where a starting point holds its PEFT adapter; None when it has none."""
-    for folder in (source / "adapter", source):
-        if (folder / ADAPTER_CONFIG).is_file():
-            return folder
-    return None
-
-
-def lora_of(adapter: Path) -> dict[str, Any]:
-    """The LoRA settings of a PEFT adapter folder."""
-    config = json.loads((adapter / ADAPTER_CONFIG).read_text())
-    settings = {key: config[key] for key in ("r", "lora_alpha", "target_modules")}
-    return settings | {"use_rslora": bool(config.get("use_rslora"))}
-
-
-def fusion_of(source: Path) -> str | None:
-    """Fusion arm of a slim checkpoint; None for a bare adapter folder."""
-    if not (source / "fusion.safetensors").is_file():
-        return None
-    return json.loads((source / "config.json").read_text())["fusion"]
-
-
-def warn_of_another_backbone(source: Path, fingerprint: str) -> None:
-    """Say so when a slim checkpoint was trained on other backbone weights than the run's."""
-    if not fusion_of(source):
-        return
-    trained_on = json.loads((source / "config.json").read_text())
-    if trained_on["backbone_fingerprint"] not in ("", fingerprint):
-        warnings.warn(
-            f"`init_from` {source} was trained on {trained_on['backbone_name']!r}, whose weights "
-            "are not those of this recipe's `backbone`; its LoRA may not fit them",
-            stacklevel=2,
-        )
-
-
-def digest_folder(source: Path) -> str:
-    """Sha256 over the weight files that a stage would start from.
-
-    Raises:
-        InputError: when the folder holds no weights.
-    """
-    adapter = adapter_folder(source)
-    files = [source / "fusion.safetensors"] if fusion_of(source) else []
-    files += [adapter / "adapter_model.safetensors"] if adapter else []
-    if not files or not all(file.is_file() for file in files):
-        raise InputError(
-            f"`init_from` {source} is neither a slim checkpoint nor a PEFT adapter folder (a full "
-            "checkpoint has its LoRA merged: name its slim form)"
-        )
-    return _sha256(files)
-
-
-def _sha256(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def summary(trainer: CCFLLMTrainer, history: list[dict[str, float]]) -> dict[str, Any]:
