@@ -1,7 +1,6 @@
 """What a command of `ccf-llm` is, and what several of them take and check."""
 
 import argparse
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,19 +27,6 @@ class Command(NamedTuple):
 def checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="checkpoint folder, or a Hub repository")
     parser.add_argument("--backbone", help="folder or name to attach instead of the recorded one")
-
-
-def check_checkpoint(path: str) -> None:
-    """Refuse what can be neither a folder nor a Hub repository, before torch is imported."""
-    if Path(path).is_dir():
-        return
-    hub_like = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path)
-    # `runs/typo` looks like a repository, but where runs/ is a folder it is a mistyped path.
-    if not hub_like or Path(path).parent.is_dir():
-        raise InputError(
-            f"checkpoint {path} is not a folder, and no Hub repository (org/name) either: "
-            "make one with ccf-llm train"
-        )
 
 
 def existing_folder(path: str, flag: str, maker: str) -> Path:

@@ -3,10 +3,10 @@
 import argparse
 from dataclasses import asdict
 
+from ccf_llm_hf.checkpoint_path import check_checkpoint
 from ccf_llm_hf.cli_command import (
     Command,
     Output,
-    check_checkpoint,
     checkpoint_arguments,
     existing_folder,
 )

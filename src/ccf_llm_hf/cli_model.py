@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ccf_llm_hf.checkpoint_path import check_checkpoint
 from ccf_llm_hf.cli_arguments import add_config_arguments, config_from_arguments
 from ccf_llm_hf.cli_command import (
     Command,
     Output,
-    check_checkpoint,
     checkpoint_arguments,
     existing_folder,
 )

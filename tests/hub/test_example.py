@@ -45,7 +45,7 @@ def test_the_call_of_a_card_is_read_from_its_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fusion", ["gate", "text_only"])
 def test_the_calls_of_card_and_catalog_are_recorded_once(
-    build: BuildModel, tmp_path: Path, fusion: str
+    build: BuildModel, tmp_path: Path, fusion: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, processor = build(fusion)
     model.train()
@@ -54,14 +54,16 @@ def test_the_calls_of_card_and_catalog_are_recorded_once(
     assert read_calls(tmp_path) == []
     write_model_card(tmp_path, config=CCFLLMConfig.from_pretrained(tmp_path))
     record_example(tmp_path, model, processor)
+    assert "A title outside the catalog" not in caplog.text, "the user did not type it"
     shown, catalog = read_calls(tmp_path)
     assert model.training, "left as it was"
     assert shown["inputs"] == card_call(tmp_path / "README.md")
     assert catalog["inputs"] == catalog_call(processor)
     assert catalog["inputs"]["candidates"][-1] == {"title": "A title outside the catalog"}
-    with torch.no_grad():
-        again = model.eval()(**processor(**catalog["inputs"])).logits
-    torch.testing.assert_close(torch.tensor(catalog["logits"]), again)
+    for call in (shown, catalog):
+        with torch.no_grad():
+            again = model.eval()(**processor(**call["inputs"])).logits
+        torch.testing.assert_close(torch.tensor(call["logits"]), again)
     with torch.no_grad():
         model.answer_weight.mul_(2)
     record_example(tmp_path, model, processor)

@@ -175,9 +175,18 @@ def test_text_only_ranks_given_candidates_and_asks_for_them(text_only_checkpoint
 
 
 def test_a_missing_checkpoint_is_one_clear_sentence(tmp_path):
-    with pytest.raises(InputError, match="nowhere cannot be loaded") as caught:
+    with pytest.raises(InputError, match=r"nowhere is not a folder, .*ccf-llm train") as caught:
         CTRRanker.from_pretrained(str(tmp_path / "nowhere"))
     assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=f"checkpoint {tmp_path} cannot be loaded") as caught:
+        CTRRanker.from_pretrained(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_folder_of_a_run_is_told_from_its_checkpoint(tmp_path):
+    (tmp_path / "run" / "checkpoint-slim").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"training run: name its .*run/checkpoint-slim"):
+        CTRRanker.from_pretrained(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

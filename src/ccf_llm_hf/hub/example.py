@@ -165,7 +165,13 @@ def largest_difference(scores: list[Any], expected: list[dict[str, Any]]) -> flo
 
 @torch.inference_mode()
 def _logits(model: Any, processor: Any, call: dict[str, Any]) -> list[Any]:
-    batch = processor(**call, return_tensors="pt")
+    # Said to be new, the card's title outside the catalog is not warned about as if it were a typo.
+    known = processor.item_index.keys() | processor.title_index.keys()
+    candidates = [
+        item if isinstance(item, dict) or item in known else {"title": item}
+        for item in call["candidates"]
+    ]
+    batch = processor(**call | {"candidates": candidates}, return_tensors="pt")
     was_training = model.training
     model.eval()
     try:

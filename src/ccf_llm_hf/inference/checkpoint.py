@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ccf_llm_hf.checkpoint_path import check_checkpoint
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
@@ -15,6 +16,7 @@ def load_checkpoint(
     Raises:
         InputError: the checkpoint is missing, damaged, or does not fit its backbone.
     """
+    check_checkpoint(path_or_repo)
     try:
         processor = CCFLLMProcessor.from_pretrained(path_or_repo, **kwargs)
         model = CCFLLMForCTR.from_pretrained(path_or_repo, backbone=backbone, **kwargs)
