@@ -9,7 +9,8 @@ def cell_result(arm: str, auc: float, **changes: Any) -> dict[str, Any]:
     """What `ccf-llm reproduce` writes of a cell, as far as the table reads it."""
     test = {"auc": auc, "uauc": auc - 0.05, "logloss": 0.6, "ece": 0.02}
     test |= {"auc_ci": [auc - 0.02, auc + 0.02], "uauc_ci": [auc - 0.08, auc - 0.01]}
-    result = {"track": "protocol", "arm": arm, "cf": "mf", "training": "joint", "backbone": "tiny"}
+    result = {"dataset": "ml-1m", "track": "protocol", "arm": arm, "cf": "mf"}
+    result |= {"training": "joint", "backbone": "tiny"}
     result |= {"seed": 0, "budget": "full", "minutes": 3.0, "temperature": 1.0, "test": test}
     result |= {"trained": {"minutes": 2.0}} if changes.get("backbone") != "" else {}
     away = {"auc": auc - 0.739, "auc_ci": [auc - 0.749, auc - 0.729]}

@@ -113,7 +113,8 @@ class ReproduceConfig:
     )
     seeds: int = field(default=1, metadata={"help": "seeds 0 to N - 1 of every trained row"})
     tracks: list[str] = field(
-        default_factory=lambda: ["protocol", "open"], metadata={"help": "protocol, open or both"}
+        default_factory=lambda: ["protocol", "open"],
+        metadata={"help": "one or both of protocol and open, separated by a space"},
     )
     only: list[str] = field(
         default_factory=list,

@@ -6,6 +6,7 @@ import shutil
 
 import pandas as pd
 import pytest
+from results_files import cell_result, write_cells
 
 from ccf_llm_hf.cli import main
 from ccf_llm_hf.configs import ReproduceConfig
@@ -128,7 +129,7 @@ def test_only_takes_parts_of_names_and_refuses_others(tmp_path, monkeypatch):
     for cell, name in zip(here.cells, printed, strict=True):
         assert cell in run.chosen(here, [name])
     with pytest.raises(
-        InputError, match=r"--only 'gait' .* --budget quick --seeds 1; names are like protocol-"
+        InputError, match=r"--only 'gait' .* --budget quick --seeds 1: --dry-run lists"
     ):
         run.chosen(here, ["gate", "gait"])
 
@@ -192,8 +193,19 @@ def test_folders_of_something_else_are_refused(capsys, tmp_path):
     (work / "data-protocol" / "protocol.json").write_text("{")
     assert main(["reproduce", "ml-1m", *options]) == 2
     message = capsys.readouterr().err
-    assert f"{work} is the work folder of reproduce: delete the folder in it" in message
+    assert f"delete {work / 'data-protocol'}, and it is made again" in message
     assert "data-protocol is not a prepared folder" in message
+
+
+def test_results_of_another_data_set_are_not_mixed_in(capsys, tmp_path):
+    write_cells(tmp_path, [cell_result("item mean", 0.709)])
+    before = (tmp_path / "cells" / "0.json").read_bytes()
+    for options in ([], ["--dry-run"]):
+        assert main(["reproduce", "ml-100k", "--out", str(tmp_path), *options]) == 2
+        message = f"{tmp_path} holds results of ml-1m, not ml-100k: name another folder (--out)"
+        assert message in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["cells"]
+    assert (tmp_path / "cells" / "0.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("flag", ["--out", "--work"])

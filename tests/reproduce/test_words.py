@@ -93,7 +93,7 @@ def test_targets_are_judged_by_the_row_that_validation_chose(rows):
     assert "gate (MF, joint, tiny), 2 seeds. AUC 0.7500 [" in protocol
     assert "target 0.7606: **missed**" in protocol and "target 0.8200: **missed**" in opened
     assert "1 seed. AUC 0.8100 [" in opened
-    assert opened.endswith("], target 0.7600: **met**.")
+    assert opened.endswith("], target 0.7600: **met**, the interval over users begins below it.")
     assert targets_in_words([]) == []
 
 
@@ -103,3 +103,11 @@ def test_a_missed_target_may_lie_within_the_interval(rows, high, where):
     row |= {"uauc": 0.75, "uauc_ci": [0.74, high]}
     said = targets_in_words([row])[0]
     assert said.endswith(f"], target 0.7600: **missed**, the interval over users {where}.")
+
+
+def test_rows_that_validation_hardly_tells_from_the_chosen_one_are_named(rows):
+    near, far = ({**rows[-1], "arm": arm} for arm in ("near", "far"))
+    near["validation_auc"] -= 0.0004
+    far["validation_auc"] -= 0.0006
+    (said,) = targets_in_words([rows[-1], near, far])
+    assert "Less than 0.0005 of validation AUC behind it: *near (" in said and "far" not in said

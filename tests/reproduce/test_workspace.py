@@ -57,3 +57,17 @@ def test_only_the_open_track_fits_ratings_outside_the_train_split():
         assert isinstance(config, CF_CONFIGS[kind]), name
         assert getattr(config, "rows", "train") == MFConfig().rows == "train"
     assert TABLES["open"]["mf"][1].rows == "earlier"
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"),
+    [
+        ("data-open/data/test.parquet is damaged", "data-open"),
+        ("cf-protocol-mf: mend it", "cf-protocol-mf"),
+        ("cells/open-a.b_c-seed0-quick/stages/main/stage.json.", "cells/open-a.b_c-seed0-quick"),
+    ],
+)
+def test_the_folder_to_delete_is_found_in_what_a_reader_says(tmp_path, file, folder):
+    here = Workspace(tmp_path, "synthetic")
+    assert here.holding(f"look: {tmp_path}/{file}") == tmp_path / folder
+    assert here.holding(f"{tmp_path} cannot be written to") is None

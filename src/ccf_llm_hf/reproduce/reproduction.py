@@ -116,6 +116,7 @@ class Reproduction:
         if cell.seeded and any(cell in self.beside(other).values() for other in self.cells):
             keep_scores(scores["test"], self.kept_file(cell))
         result = {
+            "dataset": self.config.dataset,
             **self.row(cell),
             "seed": cell.seed if cell.seeded else None,
             **self.figures(cell, scores),

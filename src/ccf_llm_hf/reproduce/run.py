@@ -47,12 +47,11 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
     try:
         compute(here, left)
     except InputError as error:
-        if str(here.workspace.folder) not in str(error):
+        if (made := here.workspace.holding(str(error))) is None:
             raise
         # What the reader of a damaged file advises is a command of another folder's making.
         raise InputError(
-            f"{error} ({here.workspace.folder} is the work folder of reproduce: delete the folder "
-            "in it that holds the file, and it is made again)"
+            f"{error}. But reproduce made this folder itself: delete {made}, and it is made again"
         ) from error
     rows = write_table(here.results)
     if config.analyses:
@@ -90,7 +89,7 @@ def begun(config: ReproduceConfig) -> tuple[Reproduction, list[Cell], list[Cell]
     for flag, folder in folders(here).items():
         if any(place.is_file() for place in (folder, *folder.parents)):
             raise InputError(f"{flag} {folder} is a file, or in one: name a folder")
-    read_cells(here.results)
+    check_results(here)
     for track in config.tracks:
         here.workspace.check(track)
     for cell in cells:
@@ -104,6 +103,21 @@ def begun(config: ReproduceConfig) -> tuple[Reproduction, list[Cell], list[Cell]
         if cell.name in names:
             names |= {other.name for other in here.builds_on(cell) if not here.is_here(other)}
     return here, cells, [cell for cell in here.cells if cell.name in names]
+
+
+def check_results(here: Reproduction) -> None:
+    """Refuse a folder of results that holds a file which is no result, or is of another data set.
+
+    Raises:
+        InputError: one is.
+    """
+    for row in read_cells(here.results).values():
+        for cell in row:
+            if cell["dataset"] != here.config.dataset:
+                raise InputError(
+                    f"{here.results} holds results of {cell['dataset']}, not "
+                    f"{here.config.dataset}: name another folder (--out)"
+                )
 
 
 def outlook(config: ReproduceConfig) -> list[dict[str, Any]]:
@@ -181,7 +195,7 @@ def chosen(here: Reproduction, only: Sequence[str]) -> list[Cell]:
         if not any(text in name for name in names):
             raise InputError(
                 f"--only {text!r} is in no name of a cell with --budget {here.config.budget} "
-                f"--seeds {here.config.seeds}; names are like {list(names)[-1]}"
+                f"--seeds {here.config.seeds}: --dry-run lists them, here and with --budget full"
             )
     return [cell for name, cell in names.items() if not only or any(text in name for text in only)]
 

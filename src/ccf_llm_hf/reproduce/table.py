@@ -70,7 +70,8 @@ def read_cells(results: Path) -> dict[tuple[str, ...], list[dict[str, Any]]]:
     for file in sorted((results / "cells").glob("*.json")):
         try:
             cell = json.loads(file.read_text(encoding="utf-8"))
-            key, seed, _ = tuple(cell[name] for name in ROW), cell["seed"], _row((), [cell])
+            key, seed = tuple(cell[name] for name in ROW), cell["seed"]
+            cell["dataset"], _row((), [cell])
         except (ValueError, TypeError, KeyError) as problem:
             raise InputError(
                 f"{file} holds no cell's result: delete it to have the cell computed again"

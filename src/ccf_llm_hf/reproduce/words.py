@@ -153,9 +153,24 @@ def targets_in_words(rows: Rows) -> list[str]:
         ]
         seeds = f"{best['seeds']} seed" + "s" * (best["seeds"] > 1)
         lines.append(
-            f"- **{track}**, row chosen on validation: {name_of(best)}, {seeds}. {'; '.join(said)}."
+            f"- **{track}**, row chosen on validation: {name_of(best)}, {seeds}. "
+            f"{'; '.join(said)}.{_ties(best, rows)}"
         )
     return lines
+
+
+def _ties(best: dict[str, Any], rows: Rows) -> str:
+    """The rows of the same track that validation hardly tells from the best."""
+    ties = [
+        f"*{name_of(row)}* (test {row['auc']:.4f} / {row['uauc']:.4f})"
+        for row in rows
+        if row["track"] == best["track"]
+        and row is not best
+        and best["validation_auc"] - row["validation_auc"] < SMALLEST
+    ]
+    if not ties:
+        return ""
+    return f" Less than {SMALLEST:.4f} of validation AUC behind it: {', '.join(ties)}."
 
 
 def _reached(row: dict[str, Any], metric: str, target: float) -> str:
@@ -164,6 +179,7 @@ def _reached(row: dict[str, Any], metric: str, target: float) -> str:
     (low, high), figure = row[f"{metric}_ci"], row[metric]
     said = f"{metric.upper()} {figure:.4f} [{low:.3f}, {high:.3f}], target {target:.4f}: "
     if figure >= target:
-        return said + "**met**"
+        where = "begins below it" if low < target else "lies above it"
+        return said + f"**met**, the interval over users {where}"
     where = "holds it" if high >= target else "ends below it"
     return said + f"**missed**, the interval over users {where}"

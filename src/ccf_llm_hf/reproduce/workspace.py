@@ -1,5 +1,6 @@
 """Data and CF tables that cells share: made once, in the work folder."""
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,13 @@ class Workspace:
             raise InputError(
                 f"{folder} holds {found}, not {self.dataset}: name another work folder (--work)"
             )
+
+    def holding(self, message: str) -> Path | None:
+        """The folder of data, a table or a cell's run that a message names a file of; None where it
+        names none."""
+        start = re.escape(f"{self.folder}/")
+        found = re.search(rf"{start}((?:cells/)?[\w.-]*[\w-])(?![\w-])", message)
+        return self.folder / found[1] if found else None
 
     def data(self, track: str) -> Path:
         """The prepared folder of a track."""
