@@ -38,7 +38,7 @@ def test_tables_come_from_the_rows(results):
     assert "0.7500 ± 0.0141" in sections["protocol"] and "0.8100" not in sections["protocol"]
     assert "0.8100" in sections["open"] and "0.7500" not in sections["open"]
     assert "| protocol | full | 2 | 0.1 | 4 |" in sections["times"]
-    assert "AUC 0.7500, target 0.7606: **missed**" in sections["targets"]
+    assert "AUC 0.7500 [0.730, 0.770], target 0.7606: **missed**" in sections["targets"]
     assert (
         "**AUC against MF**: above it: *gate (MF, joint, tiny)*; below it: 0"
         in sections["protocol"]

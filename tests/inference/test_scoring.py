@@ -42,7 +42,7 @@ def test_batching_changes_no_score(loaded, split):
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_cached_history_changes_no_score(build, backbone, attn, form, layout):
     model, processor = build("gate", layout, backbone, True, attn, cf_residual=True)
-    processor.candidate_format = form
+    processor.prompt.candidate_format = form
     candidates = ["i0", "i3", {"title": "A new film"}, "i4", "i5", "i1"]
     group = Group("u0", ["i1", "i2", "i7"], candidates, [0, 1, 2, 3, 3, 3])
     (whole,) = score_groups(model, processor, [group], progress=False)
