@@ -90,9 +90,9 @@ def test_a_control_that_a_seed_was_not_compared_with_is_left_out(tmp_path):
 
 def test_targets_are_judged_by_the_row_that_validation_chose(rows):
     protocol, opened = targets_in_words(rows)
-    assert "gate (MF, joint, tiny), 2 seeds. AUC 0.7500 [" in protocol
-    assert "target 0.7606: **missed**" in protocol and "target 0.8200: **missed**" in opened
-    assert "1 seed. AUC 0.8100 [" in opened
+    chosen = "gate (MF, joint, tiny), 2 seeds. AUC 0.7500 [0.730, 0.770]"
+    assert f"{chosen}, target 0.7606: **missed**" in protocol
+    assert "1 seed. AUC 0.8100 [0.790, 0.830], target 0.8200: **missed**" in opened
     assert opened.endswith("], target 0.7600: **met**, the interval over users begins below it.")
     assert targets_in_words([]) == []
 

@@ -71,7 +71,7 @@ def read_cells(results: Path) -> dict[tuple[str, ...], list[dict[str, Any]]]:
         try:
             cell = json.loads(file.read_text(encoding="utf-8"))
             key, seed = tuple(cell[name] for name in ROW), cell["seed"]
-            cell["dataset"], _row((), [cell])
+            _ = cell["dataset"], _row((), [cell])  # all that a result has to hold
         except (ValueError, TypeError, KeyError) as problem:
             raise InputError(
                 f"{file} holds no cell's result: delete it to have the cell computed again"

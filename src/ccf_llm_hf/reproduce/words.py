@@ -174,8 +174,7 @@ def _ties(best: dict[str, Any], rows: Rows) -> str:
 
 
 def _reached(row: dict[str, Any], metric: str, target: float) -> str:
-    """Whether a row's mean reaches a target; where it does not, whether its interval over users
-    does."""
+    """Whether a row's mean reaches a target, and where its interval over users lies."""
     (low, high), figure = row[f"{metric}_ci"], row[metric]
     said = f"{metric.upper()} {figure:.4f} [{low:.3f}, {high:.3f}], target {target:.4f}: "
     if figure >= target:
