@@ -148,11 +148,13 @@ def test_train_passes_overrides_on_and_keeps_stdout_clean(capsys, monkeypatch, t
     monkeypatch.setattr(run_module, "run_recipe", fake)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 1\n")
-    code, out, err = run(capsys, "train", str(recipe), "--seed", "3", "--json")
-    assert code == 0
-    assert json.loads(out) == result
-    assert "a library that prints" in err
-    assert seen == ["--config", str(recipe), "--seed", "3"]
+    for named in ([str(recipe)], ["--config", str(recipe)]):
+        seen.clear()
+        code, out, err = run(capsys, "train", *named, "--seed", "3", "--json")
+        assert code == 0
+        assert json.loads(out) == result
+        assert "a library that prints" in err
+        assert seen == ["--config", str(recipe), "--seed", "3"]
 
 
 def test_prepare_prints_json_and_writes_the_folder(capsys, tmp_path):

@@ -118,7 +118,7 @@ class ReproduceConfig:
     )
     only: list[str] = field(
         default_factory=list,
-        metadata={"help": "only cells whose names contain one of these texts"},
+        metadata={"help": "only cells of these names, or whose names contain one of these texts"},
     )
     workers: int = field(
         default=1,

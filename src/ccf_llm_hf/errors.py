@@ -1,4 +1,4 @@
-"""The one exception that means "your input needs mending"."""
+"""The exceptions that mean "your input needs mending"."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one sentence that names the input, the place and the mend. The command line
     prints it and exits with code 2.
     """
+
+
+class FolderInUse(InputError):
+    """Another process writes into the folder that was named."""

@@ -11,7 +11,7 @@ from results_files import cell_result, write_cells
 from ccf_llm_hf.cli import main
 from ccf_llm_hf.configs import ReproduceConfig
 from ccf_llm_hf.data.prepared import FORMAT
-from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.errors import FolderInUse, InputError
 from ccf_llm_hf.reproduce import reproduction, run
 from ccf_llm_hf.reproduce.cells import plan
 from ccf_llm_hf.reproduce.reproduction import Reproduction
@@ -96,6 +96,8 @@ def test_a_dry_run_says_what_is_computed_again_and_why(world, tmp_path):
     assert again == [f"{TEXT}-quick"]
     *lines, why, total = outlook_text(cells).splitlines()
     assert [line.split()[-1] for line in lines if line.startswith("again ")] == again
+    took = {cell["cell"]: cell["minutes"] for cell in cells}
+    assert took[f"{GATE}-quick"] == world.result(f"{GATE}-quick")["minutes"]
     assert why.startswith("again: has a result") and total.startswith("2 cells to do: ")
 
 
@@ -124,6 +126,7 @@ def test_only_takes_parts_of_names_and_refuses_others(tmp_path, monkeypatch):
         "protocol-item_mean",
         "protocol-CF-mf_nobias",
     ]
+    assert [cell.name for cell in run.chosen(here, ["protocol-CF-mf"])] == ["protocol-CF-mf"]
     assert run.chosen(here, []) == here.cells
     printed = [here.label(cell) for cell in here.cells]  # what `--dry-run` lists can be given
     for cell, name in zip(here.cells, printed, strict=True):
@@ -195,6 +198,18 @@ def test_folders_of_something_else_are_refused(capsys, tmp_path):
     message = capsys.readouterr().err
     assert f"delete {work / 'data-protocol'}, and it is made again" in message
     assert "data-protocol is not a prepared folder" in message
+
+
+def test_a_cell_that_another_run_trains_is_not_said_to_be_damaged(world, monkeypatch):
+    folder = world.work / "cells" / f"{GATE.replace('seed0', 'seed5')}-quick"
+
+    def in_use(*_):
+        raise FolderInUse(f"another process trains in {folder} now: wait")
+
+    monkeypatch.setattr(reproduction.Reproduction, "train", in_use)
+    with pytest.raises(FolderInUse) as refused:
+        world.reproduce(seeds=6, only=[GATE.replace("seed0", "seed5")])
+    assert str(refused.value) == f"another process trains in {folder} now: wait"
 
 
 def test_results_of_another_data_set_are_not_mixed_in(capsys, tmp_path):

@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.errors import FolderInUse, InputError
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 from ccf_llm_hf.training.run import processor_model, run_recipe
@@ -164,3 +164,63 @@ def test_processor_model_tells_generations_apart(tmp_path, monkeypatch, listing,
     if listing is not None:
         file.write_text(listing)
     assert processor_model(file) == ", ".join(part for part in ("x86_64", expected) if part)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from ccf_llm_hf.training.run import held
+with held(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def another_process():
+    """Starts a process that holds a folder until it is killed."""
+    started = []
+
+    def hold(folder: Path) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        return process
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(settings, tmp_path, another_process):
+    output = tmp_path / "run"
+    other = another_process(output)
+    recipe = write_recipe(settings, output, STAGES[:1])
+    with pytest.raises(FolderInUse, match=r"another process trains in \S+/run now: wait until"):
+        run_recipe(recipe)
+    assert [file.name for file in output.iterdir()] == [".lock"]
+    other.kill()  # without a chance to tidy up
+    other.wait()
+    assert 0 <= run_recipe(recipe)["validation"]["auc"] <= 1
+
+
+def test_a_folder_that_cannot_be_made_is_refused(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output, reason in (
+        (tmp_path / "file", "File exists"),
+        (tmp_path / "file" / "run", "Not a"),
+    ):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(
+            yaml.safe_dump({**settings, "output_dir": str(output), "stages": STAGES[:1]})
+        )
+        with pytest.raises(
+            InputError, match=rf"output_dir {output} cannot be written to \({reason}"
+        ):
+            run_recipe(["--config", str(recipe)])

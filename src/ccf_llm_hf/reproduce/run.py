@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from ccf_llm_hf.configs import ReproduceConfig
-from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.errors import FolderInUse, InputError
 from ccf_llm_hf.reproduce.analyses import Subject, analyze
 from ccf_llm_hf.reproduce.cells import Cell
 from ccf_llm_hf.reproduce.reproduction import Reproduction
@@ -46,6 +46,8 @@ def reproduce(config: ReproduceConfig) -> list[dict[str, Any]]:
             say(f"{here.label(cell)} too: others are made of it, and it is not in the work folder")
     try:
         compute(here, left)
+    except FolderInUse:
+        raise
     except InputError as error:
         if (made := here.workspace.holding(str(error))) is None:
             raise
@@ -125,22 +127,29 @@ def outlook(config: ReproduceConfig) -> list[dict[str, Any]]:
 
     Returns:
         A dict a cell, in order: its name, whether it is done, whether it is computed `again` since
-        others are made of what it left, which is not in the work folder, and the minutes that the
-        finished seeds of its row took on average, None where there are none.
+        others are made of what it left, which is not in the work folder, and the minutes that it
+        took, or else that the finished seeds of its row took on average, None where there are none.
 
     Raises:
         InputError: what `begun` raises.
     """
     here, cells, left = begun(config)
-    took = {
-        key: mean(cell["minutes"] for cell in row) for key, row in read_cells(here.results).items()
-    }
+    rows = read_cells(here.results)
+
+    def minutes(cell: Cell) -> float | None:
+        took = {
+            result["seed"]: result["minutes"]
+            for result in rows.get(tuple(here.row(cell).values()), [])
+        }
+        own = took.get(cell.seed if cell.seeded else None)
+        return mean(took.values()) if own is None and took else own
+
     return [
         {
             "cell": here.label(cell),
             "done": cell not in left,
             "again": cell in left and here.result_file(cell).is_file(),
-            "minutes": took.get(tuple(here.row(cell).values())),
+            "minutes": minutes(cell),
         }
         for cell in here.cells
         if cell in cells or cell in left
@@ -185,7 +194,8 @@ def subjects(here: Reproduction) -> list[Subject]:
 
 
 def chosen(here: Reproduction, only: Sequence[str]) -> list[Cell]:
-    """The cells whose name contains one of `only`; all if that is empty.
+    """The cells whose name is one of `only`, or contains one that is no cell's name; all if that
+    is empty.
 
     Raises:
         InputError: one of them is in no cell's name.
@@ -197,7 +207,9 @@ def chosen(here: Reproduction, only: Sequence[str]) -> list[Cell]:
                 f"--only {text!r} is in no name of a cell with --budget {here.config.budget} "
                 f"--seeds {here.config.seeds}: --dry-run lists them, here and with --budget full"
             )
-    return [cell for name, cell in names.items() if not only or any(text in name for text in only)]
+    wanted = {text for text in only if text in names}
+    wanted |= {name for text in only if text not in names for name in names if text in name}
+    return [cell for name, cell in names.items() if not only or name in wanted]
 
 
 def folders(here: Reproduction) -> dict[str, Path]:

@@ -6,16 +6,18 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
 from ccf_llm_hf.data.assets import asset_source, hub_id
-from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.errors import FolderInUse, InputError
 from ccf_llm_hf.hub.example import record_example
 from ccf_llm_hf.hub.model_card import describe_run
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import ADAPTER_FOLDER, FUSION_FILE
@@ -47,10 +49,17 @@ def run_recipe(argv: Sequence[str]) -> dict[str, Any]:
 
     Raises:
         InputError: for an impossible recipe, inputs that do not fit, or stages trained otherwise.
+        FolderInUse: another process trains in the same folder.
     """
     recipe = parse_recipe(argv)
     # As in `training_arguments`: on a machine without an accelerator ranks need this to meet.
     state = PartialState(cpu=not torch.accelerator.is_available())
+    with held(Path(recipe.output_dir)) if state.is_main_process else nullcontext():
+        return run_stages(recipe, state)
+
+
+def run_stages(recipe: Recipe, state: PartialState) -> dict[str, Any]:
+    """Train the stages that are not finished and export the last one; returns `outcome`."""
     with state.main_process_first():
         inputs = RunInputs.load(recipe)
     output = Path(recipe.output_dir)
@@ -70,6 +79,32 @@ def run_recipe(argv: Sequence[str]) -> dict[str, Any]:
         export(recipe, inputs, output / "stages" / recipe.stages[-1].name / CHECKPOINT, records)
     state.wait_for_everyone()
     return outcome(recipe, records)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a run's folder to this process: two would write over each other's checkpoints.
+
+    Raises:
+        FolderInUse: another process holds it; a process that ended, however it did, does not.
+        InputError: it cannot be made or written to.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FolderInUse(
+            f"another process trains in {folder} now: wait until it ends, or name another folder"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"output_dir {folder} cannot be written to ({error.strerror}): name another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def init_folder(init_from: str, output: Path, earlier: list[str], offline: bool) -> Path | None:
