@@ -80,6 +80,7 @@ def test_settings_come_from_the_config_dataclass(capsys):
         (["prepare", "ml-1m", "--out", "x", "--frob"], ["--frob", "ccf-llm prepare --help"]),
         (["prepare", "netflix", "--out", "x"], ["netflix", "ml-1m"]),
         (["prepare", "ml-1m"], ["--out"]),
+        (["train", "."], ["recipe . is a folder", "demo.yaml"]),
         (["train", "missing.yaml"], ["missing.yaml does not exist", "demo.yaml"]),
         (["fit-cf", "mf", "--data", "missing", "--out", "x"], ["missing", "ccf-llm prepare"]),
         (["fit-cf", "bpr", "--data", "x", "--out", "x"], ["'bpr'", "mf", "lightgcn", "sasrec"]),

@@ -28,9 +28,9 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> Output:
     if not Path(arguments.recipe).is_file():
+        wrong = "is a folder" if Path(arguments.recipe).is_dir() else "does not exist"
         raise InputError(
-            f"recipe {arguments.recipe} does not exist: name a YAML file like "
-            "examples/configs/demo.yaml"
+            f"recipe {arguments.recipe} {wrong}: name a YAML file like examples/configs/demo.yaml"
         )
     from ccf_llm_hf.training.run import run_recipe
 

@@ -194,7 +194,7 @@ def outlook_text(cells: list[dict[str, Any]]) -> str:
     ]
     if any(cell["again"] for cell in cells):
         lines.append("again: has a result; others are made of it, and it is not in the work folder")
-    total = f"{len(left)} cells to do"
+    total = f"{len(left)} cell{'s' * (len(left) != 1)} to do"
     if known:
         total += f": {sum(known) / 60:.1f} hours by the minutes of finished seeds"
     if unknown := len(left) - len(known):
