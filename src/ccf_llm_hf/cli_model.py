@@ -35,7 +35,8 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> Output:
     from ccf_llm_hf.training.run import run_recipe
 
     # `--config recipe.yaml`, as examples/train.py takes it, is read as that recipe.
-    overrides = [word for word in overrides if word != "--config"]
+    if overrides[:1] == ["--config"] and (len(overrides) == 1 or overrides[1].startswith("--")):
+        overrides = overrides[1:]
     result = run_recipe(["--config", arguments.recipe, *overrides])
     return Output("\n".join(f"{key}: {value}" for key, value in result.items()), result)
 

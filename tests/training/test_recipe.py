@@ -44,7 +44,7 @@ def test_flags_override_the_file(content, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sead": 1}, "sead"),
+        ({"sead": 1}, "unknown key 'sead'; known keys are backbone,"),
         ({"data_dir": "nowhere"}, "data_dir"),
         ({"cf_dir": ""}, "cf_dir"),
         ({"output_dir": ""}, "output_dir"),
@@ -90,6 +90,15 @@ def test_bad_recipes_are_refused_in_one_sentence(content, tmp_path, change, mess
 def test_a_setting_of_a_stage_is_no_flag(content, tmp_path):
     with pytest.raises(InputError, match=r"--epochs is a setting of a stage.*under `stages`"):
         parse_recipe([*write(tmp_path, content), "--epochs", "2"])
+
+
+def test_an_unknown_flag_is_named_before_any_folder(content, tmp_path):
+    argv = write(tmp_path, content | {"data_dir": "nowhere"})
+    with pytest.raises(InputError, match=r"--sead is no setting .*--seed") as problem:
+        parse_recipe([*argv, "--sead", "3"])
+    assert "Parser" not in str(problem.value)
+    with pytest.raises(InputError, match="two recipes"):
+        parse_recipe([*argv, *argv])
 
 
 def test_a_bad_flag_is_refused_in_one_sentence(content, tmp_path, capsys):

@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -12,7 +13,7 @@ from typing import Any
 from ccf_llm_hf.configs import ReproduceConfig
 from ccf_llm_hf.errors import FolderInUse, InputError
 from ccf_llm_hf.reproduce.analyses import Subject, analyze
-from ccf_llm_hf.reproduce.cells import Cell
+from ccf_llm_hf.reproduce.cells import TRACKS, Cell, plan
 from ccf_llm_hf.reproduce.reproduction import Reproduction
 from ccf_llm_hf.reproduce.side_by_side import side_by_side
 from ccf_llm_hf.reproduce.table import read_cells, write_table
@@ -205,11 +206,23 @@ def chosen(here: Reproduction, only: Sequence[str]) -> list[Cell]:
         if not any(text in name for name in names):
             raise InputError(
                 f"--only {text!r} is in no name of a cell with --budget {here.config.budget} "
-                f"--seeds {here.config.seeds}: --dry-run lists them, here and with --budget full"
+                f"--seeds {here.config.seeds}{_hint(here, text)}: --dry-run lists them, here and "
+                "with --budget full"
             )
     wanted = {text for text in only if text in names}
     wanted |= {name for text in only if text not in names for name in names if text in name}
     return [cell for name, cell in names.items() if not only or name in wanted]
+
+
+def _hint(here: Reproduction, text: str) -> str:
+    """Where a name that no chosen cell has may come from: another track, or a slip."""
+    asked = here.config
+    for track in (track for track in TRACKS if track not in asked.tracks):
+        cells = plan([track], asked.budget, asked.seeds, asked.dataset)
+        if any(text in here.label(cell) for cell in cells):
+            return f" --tracks {' '.join(asked.tracks)} (but with --tracks {track})"
+    near = get_close_matches(text, [here.label(cell) for cell in here.cells], 1)
+    return f" (near it: {near[0]!r})" if near else ""
 
 
 def folders(here: Reproduction) -> dict[str, Path]:

@@ -348,21 +348,40 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
     `--help` ends the program.
     """
     parser = _RecipeParser([Recipe], prog="ccf-llm train", description=__doc__)  # type: ignore[list-item]
+    _check_flags(parser, argv)
     try:
-        (recipe,) = parser.parse_args_and_config(list(argv))
+        recipe, *unknown = parser.parse_args_and_config(list(argv), return_remaining_strings=True)
     except InputError:
         raise
     except (OSError, ValueError, yaml.YAMLError) as problem:
-        flags = [word.split("=")[0].lstrip("-") for word in argv if word.startswith("--")]
-        stage_keys = {f.name for f in dataclasses.fields(StageConfig)}
-        if of_stage := [flag for flag in flags if flag in stage_keys]:
-            raise InputError(
-                f"--{of_stage[0]} is a setting of a stage, which no flag overrides: change it "
-                "under `stages` in the recipe"
-            ) from problem
         reason = " ".join(str(problem).split())
         raise InputError(f"the recipe cannot be read: {reason}") from problem
+    if unknown[0]:
+        known = ", ".join(sorted(f.name for f in dataclasses.fields(Recipe)))
+        key = unknown[0][0].lstrip("-")
+        raise InputError(f"recipe: the unknown key {key!r}; known keys are {known}")
     return recipe
+
+
+def _check_flags(parser: TrlParser, argv: Sequence[str]) -> None:
+    """Refuse what no flag of the command takes, before any folder that the recipe names."""
+    words = list(argv)
+    if "--config" in words:
+        place = words.index("--config")
+        del words[place : place + 2]
+    _, unknown = parser.parse_known_args(words)
+    if not unknown:
+        return
+    flag = unknown[0].split("=")[0]
+    if flag == "--config":
+        raise InputError("two recipes are named: give one")
+    if flag.lstrip("-") in {f.name for f in dataclasses.fields(StageConfig)}:
+        raise InputError(
+            f"{flag} is a setting of a stage, which no flag overrides: change it under `stages` in "
+            "the recipe"
+        )
+    known = ", ".join(f"--{f.name}" for f in dataclasses.fields(Recipe) if f.name != "stages")
+    raise InputError(f"{flag} is no setting of a recipe that a flag overrides: these are {known}")
 
 
 class _RecipeParser(TrlParser):
