@@ -30,6 +30,7 @@ TABLES = {
 PROTOCOL = (
     ("item mean", ""),
     ("CF", ""),
+    ("CF, recent likes", ""),
     ("text_only", "LoRA"),
     ("gate", "joint"),
     ("gate", "two-stage"),

@@ -53,7 +53,7 @@ def test_what_a_cell_builds_on_is_planned_before_it(budget, dataset):
     cells = plan(list(TRACKS), budget, 2, dataset)
     done: set[str] = set()
     for cell in cells:
-        for row in (*filter(None, [cell.starts_from]), *cell.average_of):
+        for row in filter(None, [cell.starts_from, cell.recent_likes_of, *cell.average_of]):
             assert f"{row}-seed{cell.seed}" in done or row in done, cell.name
         done.add(cell.name)
     assert any(cell.average_of for cell in cells)

@@ -26,7 +26,8 @@ def test_every_cell_has_a_result_and_every_row_is_in_the_table(rows, world):
     files = {file.stem for file in (world.results / "cells").iterdir()}
     assert {f"{name}-quick" for name in (TEXT, GATE, STAGED, AVERAGE)} <= files
     assert {"protocol-CF-mf", "open-CF_folded_in-mf", "open-item_and_user_mean"} <= files
-    assert len(files) == len(rows) == 10
+    assert "protocol-CF_recent_likes-mf" in files
+    assert len(files) == len(rows) == 11
     assert rows == json.loads((world.results / "table.json").read_text())
     assert (world.results / "table.png").read_bytes().startswith(b"\x89PNG")
     for row in rows:
@@ -135,6 +136,10 @@ def test_only_takes_parts_of_names_and_refuses_others(tmp_path, monkeypatch):
         InputError, match=r"--only 'gait' .* --budget quick --seeds 1: --dry-run lists"
     ):
         run.chosen(here, ["gate", "gait"])
+    with pytest.raises(InputError, match=r"\(but with --tracks open\): --dry-run lists"):
+        run.chosen(here, ["open-CF-mf"])
+    with pytest.raises(InputError, match=r"\(near it: 'protocol-CF-mf_nobias'\)"):
+        run.chosen(here, ["protocol-CF-mf_no_bias"])
 
 
 @pytest.mark.usefixtures("rows")

@@ -111,3 +111,16 @@ def test_rows_that_validation_hardly_tells_from_the_chosen_one_are_named(rows):
     far["validation_auc"] -= 0.0006
     (said,) = targets_in_words([rows[-1], near, far])
     assert "Less than 0.0005 of validation AUC behind it: *near (" in said and "far" not in said
+
+
+def test_the_chosen_row_has_a_language_model_and_simpler_ones_above_it_are_named(rows):
+    (model,) = [row for row in rows if row["arm"] == "sum"]
+    above, below = ({**model, "arm": arm, "backbone": ""} for arm in ("above", "below"))
+    above["validation_auc"] += 0.001
+    below["validation_auc"] -= 0.001
+    (said,) = targets_in_words([above, model, below])
+    assert "chosen on validation: sum (MF, joint, tiny), " in said
+    assert "Without a language model, validation puts above it: *above (MF, joint)* (" in said
+    assert "below (" not in said
+    assert "Without a language model" not in targets_in_words([model, below])[0]
+    assert targets_in_words([above]) == []

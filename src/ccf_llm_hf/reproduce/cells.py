@@ -61,11 +61,12 @@ class Cell:
     """One row of the table and one seed.
 
     `cf` names a CF table of the track, or is empty. `stage` holds the settings of its only stage;
-    None marks a row without a language model. `starts_from` names the row whose LoRA a two-stage
+    None marks a row that is not trained. `starts_from` names the row whose LoRA a two-stage
     cell takes and freezes; `average_of` the rows whose scores are averaged, a trained one last;
-    `beside` another row that it is compared with besides the usual ones. `titles` says that
-    labels cost the tokens of titles, `quick` that the row belongs to the quick budget too,
-    `analyzed` that `--analyses` takes it unless told otherwise.
+    `recent_likes_of` the row whose logits get the term of recent likes; `beside` another row that
+    it is compared with besides the usual ones. `titles` says that labels cost the tokens of titles,
+    `quick` that the row belongs to the quick budget too, `analyzed` that `--analyses` takes it
+    unless told otherwise.
     """
 
     track: str
@@ -77,6 +78,7 @@ class Cell:
     stage: dict[str, Any] | None = None
     starts_from: str = ""
     average_of: tuple[str, ...] = ()
+    recent_likes_of: str = ""
     beside: str = ""
     use_cf_snapshots: bool = True
     titles: bool = False
@@ -141,6 +143,12 @@ def protocol_rows() -> list[Cell]:
     """Rows comparable with the literature."""
     mf = "protocol-CF-mf"
     blend = Cell("protocol", "average of MF and LightGCN", average_of=(mf, "protocol-CF-lightgcn"))
+    recent = Cell("protocol", "CF, recent likes", cf="mf", recent_likes_of=mf)
+    recent_blend = Cell(
+        "protocol",
+        "average of MF with recent likes and LightGCN",
+        average_of=(recent.row, blend.average_of[1]),
+    )
     text_only = Cell("protocol", "text_only", "", "LoRA", SMOLLM, stage=TITLES, titles=True)
     fusions = ("gate", "scalar_gate", "sum", "cf_only")
     arms = {fusion: SLOTS | {"fusion": fusion} for fusion in fusions}
@@ -148,6 +156,14 @@ def protocol_rows() -> list[Cell]:
     titled = _joint("gate, title candidates", TITLED | {"fusion": "gate"}, titles=True)
     joint = _joint("gate", gate, quick=True, analyzed=True)
     folds = _joint("gate, k-fold CF", gate, cf="mf_folds")
+    taught_folds = _joint("gate, CF target, k-fold CF", gate | TAUGHT, cf="mf_folds")
+    recent_gate = replace(
+        taught_folds,
+        arm=f"{taught_folds.arm}, recent likes",
+        stage=None,
+        recent_likes_of=taught_folds.row,
+        beside=recent.row,
+    )
     staged = _staged(text_only, "gate", gate)
     return [
         *(Cell("protocol", arm, quick=True) for arm in ("item mean", "item + user mean")),
@@ -156,6 +172,8 @@ def protocol_rows() -> list[Cell]:
             for cf in PROTOCOL_CF
         ),
         blend,
+        recent,
+        recent_blend,
         joint,
         replace(text_only, quick=True, analyzed=True),
         *(_joint(arm, arms[arm], quick=True, analyzed=arm == "cf_only") for arm in fusions[1:]),
@@ -177,6 +195,16 @@ def protocol_rows() -> list[Cell]:
             beside=blend.row,
         ),
         _joint("gate and CF logit, k-fold CF", gate | {"cf_residual": True}, cf="mf_folds"),
+        taught_folds,
+        recent_gate,
+        replace(
+            _average(
+                "average of CF and gate, both with recent likes, and LightGCN",
+                recent_blend.average_of,
+                recent_gate,
+            ),
+            beside=recent_blend.row,
+        ),
         staged,
         *(_staged(text_only, arm, arms[arm]) for arm in fusions[1:]),
         _staged(text_only, "gate and CF logit", gate | {"cf_residual": True}),
@@ -230,6 +258,7 @@ def _average(arm: str, cf_rows: tuple[str, ...], row: Cell, *, quick: bool = Fal
         "average_of": (*cf_rows, row.row),
         "stage": None,
         "starts_from": "",
+        "recent_likes_of": "",
     }
     return replace(row, arm=arm, cf="mf", **averaged, quick=quick, analyzed=False)
 

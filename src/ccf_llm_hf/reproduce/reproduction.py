@@ -34,6 +34,7 @@ from ccf_llm_hf.reproduce.cells import (
 )
 from ccf_llm_hf.reproduce.folded import folded_scores
 from ccf_llm_hf.reproduce.kept_scores import keep_scores, kept_scores
+from ccf_llm_hf.reproduce.recent_likes import recent_likes_term, with_term
 from ccf_llm_hf.reproduce.table import ROW
 from ccf_llm_hf.reproduce.workspace import Workspace
 from ccf_llm_hf.training.run import run_recipe
@@ -197,13 +198,16 @@ class Reproduction:
                 for other in others
             ]
             return shared.join(as_logits(score_average(*others, model)))
+        if cell.recent_likes_of:
+            term = recent_likes_term(self.workspace.cf(cell.track, "mf"), data, split)
+            return with_term(self.scores_of(cell, cell.recent_likes_of, split), term)
         folder = self.workspace.cf(cell.track, cell.cf)
         if cell.arm == "CF, folded in":
             return keys.join(folded_scores(folder, load_prepared(data).splits[split]))
         return load_scores(folder, data, split)
 
     def scores_of(self, cell: Cell, row: str, split: str) -> pd.DataFrame:
-        """What the cell of another row, averaged by `cell`, has scored."""
+        """What the cell of another row, which `cell` is made of, has scored."""
         other = self.same_seed(cell, row)
         if not other.seeded:
             return self.control_scores(other, split)
@@ -220,7 +224,7 @@ class Reproduction:
 
     def builds_on(self, cell: Cell) -> list[Cell]:
         """The trained cells whose checkpoint or scores this one is made of."""
-        rows = (cell.starts_from, *cell.average_of)
+        rows = (cell.starts_from, cell.recent_likes_of, *cell.average_of)
         others = (self.same_seed(cell, row) for row in rows if row)
         return [other for other in others if other.seeded]
 

@@ -134,43 +134,58 @@ def _counted(rows: Rows, control: str, metric: str) -> str:
 
 
 def targets_in_words(rows: Rows) -> list[str]:
-    """Of each track, what the row of the highest validation AUC reaches of the targets.
+    """Of each track, what the row with a language model of the highest validation AUC reaches of
+    the targets, and which rows without one have more.
 
     Args:
         rows: of the full budget.
     """
     lines = []
     for track, wanted in TARGETS.items():
-        best = max(
-            (row for row in rows if row["track"] == track),
-            key=lambda row: row["validation_auc"],
-            default=None,
-        )
-        if best is None:
+        mine = [row for row in rows if row["track"] == track]
+        models = [row for row in mine if row["backbone"]]
+        if not models:
             continue
+        best = max(models, key=lambda row: row["validation_auc"])
         said = [
             _reached(best, metric, target) for metric, target in zip(METRICS, wanted, strict=True)
         ]
         seeds = f"{best['seeds']} seed" + "s" * (best["seeds"] > 1)
         lines.append(
-            f"- **{track}**, row chosen on validation: {name_of(best)}, {seeds}. "
-            f"{'; '.join(said)}.{_ties(best, rows)}"
+            f"- **{track}**, row with a language model chosen on validation: {name_of(best)}, "
+            f"{seeds}. {'; '.join(said)}.{_ties(best, models)}{_simpler(best, mine)}"
         )
     return lines
 
 
-def _ties(best: dict[str, Any], rows: Rows) -> str:
-    """The rows of the same track that validation hardly tells from the best."""
+def _ties(best: dict[str, Any], models: Rows) -> str:
+    """The other rows with a language model that validation hardly tells from the best."""
     ties = [
-        f"*{name_of(row)}* (test {row['auc']:.4f} / {row['uauc']:.4f})"
-        for row in rows
-        if row["track"] == best["track"]
-        and row is not best
-        and best["validation_auc"] - row["validation_auc"] < SMALLEST
+        row
+        for row in models
+        if row is not best and best["validation_auc"] - row["validation_auc"] < SMALLEST
     ]
     if not ties:
         return ""
-    return f" Less than {SMALLEST:.4f} of validation AUC behind it: {', '.join(ties)}."
+    return f" Less than {SMALLEST:.4f} of validation AUC behind it: {_with_test(ties)}."
+
+
+def _simpler(best: dict[str, Any], rows: Rows) -> str:
+    """The rows without a language model that validation puts above the chosen one."""
+    above = [
+        row
+        for row in rows
+        if not row["backbone"] and row["validation_auc"] > best["validation_auc"]
+    ]
+    if not above:
+        return ""
+    return f" Without a language model, validation puts above it: {_with_test(above)}."
+
+
+def _with_test(rows: Rows) -> str:
+    return ", ".join(
+        f"*{name_of(row)}* (test {row['auc']:.4f} / {row['uauc']:.4f})" for row in rows
+    )
 
 
 def _reached(row: dict[str, Any], metric: str, target: float) -> str:
