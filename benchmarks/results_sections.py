@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from ccf_llm_hf.reproduce.analyses_text import analyses_markdown
-from ccf_llm_hf.reproduce.cells import CF_NAMES, SMOLLM, TRACKS, plan
+from ccf_llm_hf.reproduce.cells import CF_NAMES, SMOLLM, TRACKS, name_of, plan
 from ccf_llm_hf.reproduce.table import PUBLISHED, markdown, published, read_cells
 from ccf_llm_hf.reproduce.words import (
     differences_in_words,
@@ -19,6 +19,7 @@ from ccf_llm_hf.reproduce.words import (
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "ml-1m"
 QUICK = Path(__file__).resolve().parent / "results" / "quick.json"
 SEEDS, WORKERS = 3, 2
+LONGEST = 45  # minutes that a cell may take on 2 cores
 COMMAND = f"ccf-llm reproduce ml-1m --budget full --seeds {SEEDS}"
 # The rows of the README's table: what is compared with, and the method.
 MAIN_ARMS = (
@@ -162,7 +163,7 @@ def time_section() -> list[str]:
         hours = sum(row["minutes"] * row["seeds"] for row in mine) / 60
         cells, longest = sum(row["seeds"] for row in mine), max(row["minutes"] for row in mine)
         lines.append(f"| {track} | {budget} | {cells} | {hours:.1f} | {longest:.0f} |")
-    return [*lines, *whole_budget_lines(), *quick_lines()]
+    return [*lines, *whole_budget_lines(), *slow_lines(), *quick_lines()]
 
 
 def whole_budget_lines() -> list[str]:
@@ -192,6 +193,31 @@ def whole_budget_lines() -> list[str]:
         f"By these minutes, most of them beside another cell, {SEEDS} seeds of every row take, "
         f"{WORKERS} cells at a time: {'; '.join(lines)}; as a sum, not as one run.",
     ]
+
+
+def slow_lines() -> list[str]:
+    """Which cells took longer than one is meant to take, and on how many cores."""
+    named = []
+    for cells in read_cells(RESULTS).values():
+        slow = [cell for cell in cells if cell["minutes"] > LONGEST and cell["backbone"]]
+        slow.sort(key=lambda cell: cell["seed"])
+        took = [_minutes_of(cell) for cell in slow]
+        if took:
+            named.append(f"*{name_of(slow[0])}* ({slow[0]['track']} track): {', '.join(took)}")
+    if not named:
+        return []
+    return [
+        "",
+        f"A cell is meant to take {LONGEST} minutes at most on 2 cores. These took longer: "
+        f"{'; '.join(sorted(named))}.",
+    ]
+
+
+def _minutes_of(cell: dict[str, Any]) -> str:
+    hardware = cell["hardware"]
+    cores = "one core" if hardware["torch_threads"] == 1 else f"{hardware['torch_threads']} cores"
+    bf16 = "" if hardware["bf16_backbone"] else ", no bf16"
+    return f"{cell['minutes']:.0f} (seed {cell['seed']}, {cores}{bf16})"
 
 
 def quick_lines() -> list[str]:

@@ -64,6 +64,20 @@ def test_the_whole_budget_is_estimated_from_the_rows_that_are_there(results):
     assert "protocol" not in text
 
 
+def test_cells_that_took_too_long_are_named_with_their_cores(results):
+    write_cells(results, [cell_result("gate", 0.75, minutes=45.0)])
+    assert results_sections.slow_lines() == []
+    fast, slow = (
+        {"minutes": minutes, "hardware": {"torch_threads": 1, "bf16_backbone": bf16}}
+        for minutes, bf16 in ((46.0, True), (99.6, False))
+    )
+    cells = [cell_result("gate", 0.75, seed=1, **slow), cell_result("gate", 0.75, **fast)]
+    write_cells(results, [*cells, cell_result("sum", 0.75)])
+    _, text = results_sections.slow_lines()
+    seeds = "46 (seed 0, one core), 100 (seed 1, one core, no bf16)"
+    assert text.endswith(f"took longer: *gate (MF, joint, tiny)* (protocol track): {seeds}.")
+
+
 def test_repeated_cells_stand_beside_those_of_the_table(results):
     write_cells(results, CELLS)
     write_cells(results / "repeats", [cell_result("gate", 0.7, seed=1)])
