@@ -97,8 +97,10 @@ def test_an_unknown_flag_is_named_before_any_folder(content, tmp_path):
     with pytest.raises(InputError, match=r"--sead is no setting .*--seed") as problem:
         parse_recipe([*argv, "--sead", "3"])
     assert "Parser" not in str(problem.value)
-    with pytest.raises(InputError, match="two recipes"):
+    with pytest.raises(InputError, match=r"two recipes are named, one of them .*\.yaml: give one"):
         parse_recipe([*argv, *argv])
+    with pytest.raises(InputError, match=r"other\.yaml stands where a flag belongs"):
+        parse_recipe([*argv, "other.yaml"])
 
 
 def test_a_bad_flag_is_refused_in_one_sentence(content, tmp_path, capsys):

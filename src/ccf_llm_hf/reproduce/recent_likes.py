@@ -18,7 +18,8 @@ def recent_likes_term(cf_folder: str | Path, data_dir: str | Path, split: str) -
     """`a + b log(1 + likes of the last three minutes)` of a split's rows (our choice).
 
     The two numbers are fitted on the train split by maximum likelihood, beside the CF logit of a
-    snapshot that was not fitted on the row; the likes are those that make the protocol's history.
+    snapshot that was not fitted on the row; the likes are those of the protocol's histories, of all
+    splits, but for the same second, where a history goes by the order of the file.
 
     Args:
         cf_folder: a table fitted by `fit-cf mf`.

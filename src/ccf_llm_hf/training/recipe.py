@@ -374,7 +374,11 @@ def _check_flags(parser: TrlParser, argv: Sequence[str]) -> None:
         return
     flag = unknown[0].split("=")[0]
     if flag == "--config":
-        raise InputError("two recipes are named: give one")
+        raise InputError(f"two recipes are named, one of them {' '.join(unknown[1:2])}: give one")
+    if not flag.startswith("--"):
+        raise InputError(
+            f"{flag} stands where a flag belongs: one recipe is taken, then --key value"
+        )
     if flag.lstrip("-") in {f.name for f in dataclasses.fields(StageConfig)}:
         raise InputError(
             f"{flag} is a setting of a stage, which no flag overrides: change it under `stages` in "
