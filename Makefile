@@ -31,7 +31,7 @@ bench: $(INSTALLED)
 	test -f runs/demo/checkpoint-slim/config.json || PATH="$(BIN):$$PATH" examples/demo.sh
 	for part in packing training scoring same_labels around scaling; do \
 		PATH="$(BIN):$$PATH" $(BIN)/python benchmarks/$$part.py || exit 1; done
-	PATH="$(BIN):$$PATH" $(BIN)/python benchmarks/same_labels.py --cf-residual
+	PATH="$(BIN):$$PATH" $(BIN)/python benchmarks/same_labels.py --cf-logit
 	$(BIN)/python benchmarks/summary.py
 	$(BIN)/python benchmarks/readme.py
 

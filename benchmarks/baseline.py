@@ -125,11 +125,11 @@ class Baseline:
         config = self.model.config
         logits = last[:, config.yes_token_id] - last[:, config.no_token_id]
         logits = self.model.answer_scale * logits
-        if config.cf_residual:
+        if config.cf_logit:
             if ((items >= 0).sum(1) != 1).any():
                 raise ValueError("the CF logit needs prompts whose only item slot is the candidate")
             own = fusion.cf.logits(users.amax(1), items.amax(1), when[:, 0])
-            logits = logits + self.model.residual_scale * own
+            logits = logits + self.model.cf_logit_scale * own
         return logits
 
     def train_pass(self, samples: Sequence[Sample], way: Way) -> None:

@@ -2,7 +2,7 @@
 same labels.
 
     python benchmarks/same_labels.py                # the paper's gate alone
-    python benchmarks/same_labels.py --cf-residual  # with the CF logit, as the demo's recipe has it
+    python benchmarks/same_labels.py --cf-logit  # with the CF logit, as the demo's recipe has it
 
 Both train the same parameters (LoRA and a gate fusion) from the same start, for one epoch in the
 same order of steps with the same optimizer, and are scored on the same validation users. Writes
@@ -77,11 +77,11 @@ def cut_steps(groups: Sequence[Group], labels_per_step: int) -> list[list[Group]
 
 
 def packed(
-    work: Workload, steps: Sequence[Sequence[Group]], chosen: set[int], cf_residual: bool
+    work: Workload, steps: Sequence[Sequence[Group]], chosen: set[int], cf_logit: bool
 ) -> dict[str, Any]:
     """Our prompt: logits of the validation rows and seconds of training."""
     processor = work.processor()
-    model = work.model(processor, lora=True, cf_residual=cf_residual).train()
+    model = work.model(processor, lora=True, cf_logit=cf_logit).train()
     if uses_bf16("auto"):
         freeze_in_bf16(model)
     collate = PackingCollator(processor)
@@ -95,16 +95,16 @@ def packed(
 
 
 def peers(
-    work: Workload, steps: Sequence[Sequence[Group]], chosen: set[int], cf_residual: bool
+    work: Workload, steps: Sequence[Sequence[Group]], chosen: set[int], cf_logit: bool
 ) -> dict[str, Any]:
     """The peers' prompt with ten titles, by the fair baseline."""
     processor = work.processor(
-        layout="question_last",
+        wording="question_last",
         history_format="title",
         candidate_format="title_slot",
         history_window=(10, 1),
     )
-    model = work.model(processor, lora=False, cf_residual=cf_residual).train()
+    model = work.model(processor, lora=False, cf_logit=cf_logit).train()
     baseline = Baseline(model, work.backbone, LORA)
     lora = [p for name, p in baseline.causal.named_parameters() if ".lora_" in name]
     if uses_bf16("auto"):
@@ -129,9 +129,9 @@ def main() -> None:
     parser = arguments(__doc__, "same_labels.json")
     parser.add_argument("--labels", type=int, default=4000, help="training labels")
     parser.add_argument("--eval-labels", type=int, default=1000, help="validation labels")
-    parser.add_argument("--cf-residual", action="store_true", help="add the CF model's own logit")
+    parser.add_argument("--cf-logit", action="store_true", help="add the CF model's own logit")
     options = parser.parse_args()
-    if options.cf_residual and options.out == parser.get_default("out"):
+    if options.cf_logit and options.out == parser.get_default("out"):
         options.out = options.out.replace(".json", "_residual.json")
     work = Workload.load(options.data, options.cf)
     steps = cut_steps(whole_groups(work.train_groups(), options.labels), LABELS_PER_STEP)
@@ -139,7 +139,7 @@ def main() -> None:
     sample = sample_users(group_rows(validation, WINDOW), options.eval_labels, seed=0)
     rows = sorted(row for group in sample for row in group.rows)
     labels, users = (np.array(validation.select(rows)[key]) for key in ("label", "user_id"))
-    found = {name: way(work, steps, set(rows), options.cf_residual) for name, way in WAYS.items()}
+    found = {name: way(work, steps, set(rows), options.cf_logit) for name, way in WAYS.items()}
     logits = {
         name: np.array([entry["logits"][row] for row in rows]) for name, entry in found.items()
     }
@@ -153,7 +153,7 @@ def main() -> None:
     summary = [
         line(
             "validation AUC on the same labels, packed minus question last"
-            + ", both with the CF logit" * options.cf_residual,
+            + ", both with the CF logit" * options.cf_logit,
             "at least 0",
             difference,
             "AUC",

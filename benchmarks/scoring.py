@@ -36,7 +36,7 @@ from ccf_llm_hf.inference.ranker import CTRRanker
 from ccf_llm_hf.inference.scoring import score_split
 
 PEERS = {
-    "layout": "question_last",
+    "wording": "question_last",
     "history_format": "title",
     "candidate_format": "title_slot",
     "history_window": (10, 1),

@@ -60,7 +60,7 @@ class Contest:
         self.rows = {row for group in self.groups for row in group.rows}
         self.processors = {form: work.processor(**PROMPTS[form]) for form in FORMATS}
         peers = work.processor(
-            layout="question_last",
+            wording="question_last",
             history_format="title",
             candidate_format="title_slot",
             history_window=(10, 1),
@@ -161,7 +161,7 @@ def against_history(work: Workload, model: Any, rows: int) -> list[dict[str, Any
             seconds = timed(lambda p=processor, g=groups: packed_pass(model, p, g))
             entry[f"packed, {form}"] = round(count / seconds, 2)
         peers = work.processor(
-            layout="question_last",
+            wording="question_last",
             history_format="title",
             candidate_format="title_slot",
             history_window=(length, 1),

@@ -17,7 +17,7 @@ import peft
 import torch
 from transformers import AutoTokenizer
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.assets import load_backbone_path
 from ccf_llm_hf.data.grouping import Group, group_rows
 from ccf_llm_hf.data.prepared import PreparedData, load_prepared
@@ -52,15 +52,13 @@ class Workload:
     """Data, CF table and backbone folder."""
 
     data: PreparedData
-    cf: CFEmbeddings
+    cf: CFVectors
     backbone: str
 
     @classmethod
     def load(cls, data_dir: str, cf_dir: str) -> "Workload":
         """Read a prepared folder and its CF table; fetch the backbone if need be."""
-        return cls(
-            load_prepared(data_dir), CFEmbeddings.load(cf_dir), load_backbone_path(BACKBONE)[0]
-        )
+        return cls(load_prepared(data_dir), CFVectors.load(cf_dir), load_backbone_path(BACKBONE)[0])
 
     def processor(self, **prompt: Any) -> CCFLLMProcessor:
         """A processor over the catalog."""
@@ -72,7 +70,7 @@ class Workload:
         )
 
     def model(
-        self, processor: CCFLLMProcessor, lora: bool = False, cf_residual: bool = False
+        self, processor: CCFLLMProcessor, lora: bool = False, cf_logit: bool = False
     ) -> CCFLLMForCTR:
         """A fresh gate model; with `lora` it and the fusion learn, as in the demo."""
         torch.manual_seed(SEED)
@@ -82,7 +80,7 @@ class Workload:
             cf=self.cf,
             item_title_ids=processor.item_title_ids(),
             fusion="gate",
-            cf_residual=cf_residual,
+            cf_logit=cf_logit,
             yes_token_id=yes,
             no_token_id=no,
             item_slot_token_id=processor.item_slot_token_id,

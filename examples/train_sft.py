@@ -5,7 +5,7 @@
         --lora_target_modules q_proj v_proj --learning_rate 5e-4 --num_train_epochs 1 \
         --per_device_train_batch_size 8 --gradient_accumulation_steps 4 --max_labels 4000
 
-One row per label in the papers' question-last layout; the loss is the language model's own, on the
+One row per label in the papers' question-last wording; the loss is the language model's own, on the
 answer token only. The output folder is a PEFT adapter: a recipe's stage starts from it with
 `init_from: runs/sft`. All flags of TRL's `SFTConfig` and `ModelConfig` work.
 """
@@ -65,7 +65,7 @@ def train(prompts: PromptArguments, config: SFTConfig, model_config: ModelConfig
         list(data.items["item_id"]),
         list(data.items["title"]),
         user_ids=[],
-        layout="question_last",
+        wording="question_last",
         history_format="title",
         candidate_format="title",
         history_window=(prompts.history_length, 1),

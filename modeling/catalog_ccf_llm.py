@@ -36,7 +36,7 @@ class CatalogMixin(PreTrainedModel):
 
         Args:
             processor: over the new catalog: `old_processor.with_catalog(item_ids, ...)`.
-            cf: a `CFEmbeddings` of the same ids (all snapshots are kept); None: no CF vectors, so
+            cf: a `CFVectors` of the same ids (all snapshots are kept); None: no CF vectors, so
                 that every user and item is read as cold, an item by its title.
 
         Returns:
@@ -107,7 +107,7 @@ class CatalogMixin(PreTrainedModel):
 
 
 def cf_settings(cf: Any) -> dict[str, Any]:
-    """The part of a configuration that a `CFEmbeddings` decides."""
+    """The part of a configuration that a `CFVectors` decides."""
     return {
         "num_users": len(cf.user_ids),
         "num_items": len(cf.item_ids),

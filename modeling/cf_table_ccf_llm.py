@@ -39,7 +39,7 @@ class CFTable(nn.Module):
         self.user_precision, self.decay = config.cf_user_precision, config.fold_in_decay
 
     def fill(self, cf: Any) -> None:
-        """Take the tensors of a `CFEmbeddings` and measure their scales."""
+        """Take the tensors of a `CFVectors` and measure their scales."""
         for name in CF_TENSORS:
             buffer = getattr(self, name)
             buffer.copy_(torch.as_tensor(getattr(cf, name)).to(buffer.dtype))

@@ -28,10 +28,10 @@ class CCFLLMConfig(PreTrainedConfig):
     Args:
         text_config: the backbone's configuration (a `PreTrainedConfig` or its dict); default Llama.
         fusion: how text and CF meet in an item slot, one of `FUSION_ARMS`. `gate` is the paper's.
-        cf_residual: add a learned scale times the CF model's own logit to the score (our choice).
+        cf_logit: add a learned scale times the CF model's own logit to the score (our choice).
         cf_fold_in: the user vector in that logit is solved for from the signed history that the
             prompt shows, at the CF model's own prior, instead of looked up (our choice). It needs
-            `cf_user_precision` and a processor with `history_labels="signed"`.
+            `cf_user_precision` and a processor with `histories="signed"`.
         cf_user_precision: `(cf_dim,)` precision of the CF model's Gaussian prior over user vectors
             about its default user; 0 for a dimension that is fixed there. None: not known.
         fold_in_decay: weight of a history item in `cf_fold_in` over that of the next later one.
@@ -58,7 +58,7 @@ class CCFLLMConfig(PreTrainedConfig):
 
     Raises:
         ValueError: on an unknown `fusion`, `score_head` or `checkpoint_form`, or a `cf_fold_in`
-            without `cf_residual` or `cf_user_precision`.
+            without `cf_logit` or `cf_user_precision`.
     """
 
     model_type = "ccf_llm"
@@ -72,7 +72,7 @@ class CCFLLMConfig(PreTrainedConfig):
         *,
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
         fusion: str = "gate",
-        cf_residual: bool = False,
+        cf_logit: bool = False,
         cf_fold_in: bool = False,
         cf_user_precision: list[float] | None = None,
         fold_in_decay: float = 1.0,
@@ -110,9 +110,9 @@ class CCFLLMConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}."
                 )
-        if cf_fold_in and not (cf_residual and cf_user_precision):
+        if cf_fold_in and not (cf_logit and cf_user_precision):
             raise ValueError(
-                "cf_fold_in needs cf_residual and a CF model whose prior over users is known "
+                "cf_fold_in needs cf_logit and a CF model whose prior over users is known "
                 "(cf_user_precision): turn it off, or take a CF table fitted by `fit-cf mf`."
             )
         if not isinstance(text_config, PreTrainedConfig):
@@ -120,7 +120,7 @@ class CCFLLMConfig(PreTrainedConfig):
             text_config = AutoConfig.for_model(values.pop("model_type", "llama"), **values)
         self.text_config = text_config
         self.fusion = fusion
-        self.cf_residual = cf_residual
+        self.cf_logit = cf_logit
         self.cf_fold_in = cf_fold_in
         self.cf_user_precision = cf_user_precision
         self.fold_in_decay = fold_in_decay

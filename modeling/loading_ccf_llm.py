@@ -70,7 +70,7 @@ class CheckpointMixin(Publishable, CatalogMixin):
     _adapter: Adapter
     _no_split_modules: Any
     answer_scale: nn.Parameter
-    residual_scale: nn.Parameter
+    cf_logit_scale: nn.Parameter
 
     @property
     def language_model(self) -> nn.Module:
@@ -95,7 +95,7 @@ class CheckpointMixin(Publishable, CatalogMixin):
         Args:
             backbone: folder or Hub id of a causal language model.
             backbone_name: name to record when `backbone` is a local copy.
-            cf: a `CFEmbeddings` (all snapshots are kept); None for text_only.
+            cf: a `CFVectors` (all snapshots are kept); None for text_only.
             item_title_ids: title tokens of every catalog item, in table order.
             settings: other arguments of [`CCFLLMConfig`], such as `fusion`.
         """
@@ -160,9 +160,9 @@ class CheckpointMixin(Publishable, CatalogMixin):
 
     def head_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Named scalars of the score, which every stage trains: the scale of the answer and, with
-        `cf_residual`, that of the CF logit."""
+        `cf_logit`, that of the CF logit."""
         scales = [("answer_scale", self.answer_scale)]
-        return scales + [("residual_scale", self.residual_scale)] * self.config.cf_residual
+        return scales + [("cf_logit_scale", self.cf_logit_scale)] * self.config.cf_logit
 
     def checkpoint_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """CF table (last snapshot only) and all other weights outside the backbone."""

@@ -102,7 +102,7 @@ class CCFLLMPreTrainedModel(PreTrainedModel):
             init.zeros_(module.title_lengths)
         elif isinstance(module, CCFLLMForCTR):
             init.zeros_(module.answer_weight)
-            init.ones_(module.residual_scale)
+            init.ones_(module.cf_logit_scale)
             init.constant_(module.answer_scale, 0.1)
 
 
@@ -308,7 +308,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         self.model = CCFLLMModel(config)
         self.answer_weight = nn.Parameter(torch.zeros(2, config.text_config.hidden_size))
         self.answer_scale = nn.Parameter(torch.ones(()))
-        self.residual_scale = nn.Parameter(torch.ones(()))
+        self.cf_logit_scale = nn.Parameter(torch.ones(()))
         self._adapter: Adapter = {}
         self.post_init()
 
@@ -353,12 +353,12 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         direction = answers[0] if self.config.score_head == "yes_only" else answers[0] - answers[1]
         logits = self.answer_scale * (hidden @ direction)
         targets, taught = labels, self.config.cf_target_share if self.training else 0.0
-        if self.config.cf_residual or taught:
+        if self.config.cf_logit or taught:
             pairs = (candidate_users, candidate_items)
             history = (history_items, history_targets, history_unshown)
             cf_logits = self.cf_logits(answer_positions, pairs, history, inputs)
-            if self.config.cf_residual:
-                logits = logits + self.residual_scale * cf_logits
+            if self.config.cf_logit:
+                logits = logits + self.cf_logit_scale * cf_logits
             if taught and labels is not None:
                 targets = torch.lerp(labels.float(), torch.sigmoid(cf_logits.float()), taught)
         logits = logits.masked_fill(~candidate_mask, 0.0)
@@ -402,7 +402,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         if history_items is None or history_targets is None or history_unshown is None:
             raise ValueError(
                 "This model folds users in from signed histories: build the batch with a processor "
-                'of history_labels="signed".'
+                'of histories="signed".'
             )
         asked = torch.stack([sequences.flatten(), depths.flatten(), when.flatten()])
         (sequence, depth, snapshot), place = torch.unique(asked, dim=1, return_inverse=True)

@@ -33,12 +33,12 @@ from .prompt_ccf_llm import HybridPrompt, check_choice
 
 logger = logging.get_logger(__name__)
 
-HISTORY_LABELS = ("positives", "signed")
+HISTORIES = ("likes", "signed")
 PROCESSOR_FILE = "processor_config.json"
 
 PROMPT_SETTINGS = (
-    *("layout", "history_format", "candidate_format"),
-    *("history_window", "history_labels", "fold_in_items", "rating_scale"),
+    *("wording", "history_format", "candidate_format"),
+    *("history_window", "histories", "fold_in_items", "rating_scale"),
     *("title_years", "templates"),
 )
 
@@ -51,12 +51,12 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
     Args:
         tokenizer: the backbone's; two slot tokens are added past its vocabulary.
         item_ids, item_titles, user_ids: the catalog in CF table order (raw ids as strings).
-        layout: the prompt's words: `shared_prefix` (ours, default) or `question_last` (the
+        wording: the prompt's words: `shared_prefix` (ours, default) or `question_last` (the
             papers'), which asks after every candidate. Both are packed alike.
         history_format, candidate_format: how an item is rendered: `slot`, `title_slot`, or `title`
             (text only). With `title` for both, the user slot is left out too.
         history_window: `(H, S)`, see [`layout_ccf_llm.window_start`].
-        history_labels: `positives` (the papers' protocol): a history holds liked items; `signed`
+        histories: `likes` (the papers' protocol): a history holds liked items; `signed`
             (ours): disliked ones too, each given as `{"id": ..., "liked": False}` or with a
             `rating`, and shown as such.
         fold_in_items: how many signed items before the window a model with `cf_fold_in` folds in
@@ -66,10 +66,10 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             fitted. None: this model takes no ratings.
         title_years: whether the prompt writes the year at the end of a title, as in "Heat (1995)";
             its six tokens can be half of what an item costs. A gate reads the whole title anyway.
-        templates: replaces entries of `TEMPLATES[layout]`.
+        templates: replaces entries of `TEMPLATES[wording]`.
 
     Raises:
-        ValueError: on an unknown layout, format, `history_labels` or template, or duplicate ids.
+        ValueError: on an unknown wording, format, `histories` or template, or duplicate ids.
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012
@@ -81,29 +81,29 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         item_ids: list[str] | None = None,
         item_titles: list[str] | None = None,
         user_ids: list[str] | None = None,
-        layout: str = "shared_prefix",
+        wording: str = "shared_prefix",
         history_format: str = "slot",
         candidate_format: str = "slot",
         history_window: tuple[int, int] = (20, 16),
-        history_labels: str = "positives",
+        histories: str = "likes",
         fold_in_items: int = 0,
         rating_scale: tuple[float, float] | None = None,
         title_years: bool = True,
         templates: dict[str, str] | None = None,
     ) -> None:
-        check_choice("history_labels", history_labels, HISTORY_LABELS)
+        check_choice("histories", histories, HISTORIES)
         if history_window[0] < 0 or history_window[1] < 1:
             raise ValueError(f"history_window={history_window} needs H >= 0 and S >= 1.")
         self.chat_template = None
         self.tokenizer = tokenizer
         self.prompt = HybridPrompt(
-            tokenizer, layout, history_format, candidate_format, title_years, templates
+            tokenizer, wording, history_format, candidate_format, title_years, templates
         )
         self.item_slot_token_id = self.prompt.item_slot_token_id
         self.user_slot_token_id = self.prompt.user_slot_token_id
-        self.layout, self.history_window = layout, (history_window[0], history_window[1])
+        self.wording, self.history_window = wording, (history_window[0], history_window[1])
         self.history_format, self.candidate_format = history_format, candidate_format
-        self.history_labels, self.fold_in_items = history_labels, fold_in_items
+        self.histories, self.fold_in_items = histories, fold_in_items
         self.rating_scale = rating_scale and (float(rating_scale[0]), float(rating_scale[1]))
         self.title_years = title_years
         self.templates = self.prompt.templates
@@ -219,7 +219,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             ValueError: it was not, and this prompt has no form for that; or ratings mean nothing.
         """
         liked = self._graded(item) > 0.5
-        if not liked and self.history_labels != "signed":
+        if not liked and self.histories != "signed":
             raise ValueError(
                 f"The history holds {item!r}, but this model reads likes only: leave it out."
             )
@@ -286,7 +286,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         Args:
             user: raw id(s); unknown or None goes to the cold-user vector.
             history: earlier items, oldest first; `{"id": ..., "liked": False}` for one that the
-                user disliked, with `history_labels="signed"`. Without `history_lengths` the
+                user disliked, with `histories="signed"`. Without `history_lengths` the
                 anchored window is cut here; with them the history is taken as it stands.
             candidates: items to score (id, title, or `{"id", "title"}`).
             history_lengths: how many of `history` each candidate may see; default all.
@@ -335,7 +335,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             self.instruction(),
             len(self.item_ids),
             snapshots=snapshot is not None,
-            signed=self.history_labels == "signed",
+            signed=self.histories == "signed",
         )
         for index in range(size):
             self._write_sample(pack, {name: values[index] for name, values in columns.items()})
@@ -374,7 +374,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         pack.end_sample(labels)
 
     def _signs(self, items: list[Any], new: NewTitles) -> list[tuple[int, float]]:
-        if self.history_labels != "signed":
+        if self.histories != "signed":
             return []
         return [(self._slot(item, new)[0], self.target(item)) for item in items]
 
@@ -402,11 +402,11 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         return {
             "processor_class": type(self).__name__,
             "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
-            "layout": self.layout,
+            "wording": self.wording,
             "history_format": self.history_format,
             "candidate_format": self.candidate_format,
             "history_window": list(self.history_window),
-            "history_labels": self.history_labels,
+            "histories": self.histories,
             "fold_in_items": self.fold_in_items,
             "rating_scale": self.rating_scale,
             "title_years": self.title_years,

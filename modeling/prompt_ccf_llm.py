@@ -8,7 +8,7 @@ from .packing_ccf_llm import Span
 
 ITEM_SLOT = "<|ccf_item|>"
 USER_SLOT = "<|ccf_user|>"
-LAYOUTS = ("shared_prefix", "question_last")
+WORDINGS = ("shared_prefix", "question_last")
 ITEM_FORMATS = ("title_slot", "slot", "title")
 
 # Templates are data (our choice of words); `{user}` and `{item}` mark where slots or titles go. A
@@ -49,37 +49,38 @@ YEAR = re.compile(r"\s*\(\d{4}\)$")
 
 
 class HybridPrompt:
-    """Renders the parts of a prompt in the words of a layout.
+    """Renders the parts of a prompt in the words of one of `WORDINGS`.
 
     Args:
         tokenizer: the backbone's; two slot tokens are added past its vocabulary.
-        layout: of `LAYOUTS`, which words are used.
+        wording: of `WORDINGS`, which words are used.
         history_format, candidate_format: of `ITEM_FORMATS`, how an item is rendered.
         title_years: whether titles keep the year at their end.
-        templates: replaces entries of `TEMPLATES[layout]`.
+        templates: replaces entries of `TEMPLATES[wording]`.
 
     Raises:
-        ValueError: on an unknown layout, format or template, or a template without its slot.
+        ValueError: on an unknown wording, format or template, or a template without its slot.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        layout: str,
+        wording: str,
         history_format: str,
         candidate_format: str,
         title_years: bool,
         templates: dict[str, str] | None,
     ) -> None:
         for value, allowed, name in (
-            (layout, LAYOUTS, "layout"),
+            (wording, WORDINGS, "wording"),
             (history_format, ITEM_FORMATS, "history_format"),
             (candidate_format, ITEM_FORMATS, "candidate_format"),
         ):
             check_choice(name, value, allowed)
-        if unknown := set(templates or {}) - set(TEMPLATES[layout]):
+        if unknown := set(templates or {}) - set(TEMPLATES[wording]):
             raise ValueError(
-                f"templates has unknown entry {min(unknown)!r}: use {', '.join(TEMPLATES[layout])}."
+                f"templates has unknown entry {min(unknown)!r}: "
+                f"use {', '.join(TEMPLATES[wording])}."
             )
         self.tokenizer = tokenizer
         tokenizer.add_tokens([ITEM_SLOT, USER_SLOT], special_tokens=True)
@@ -91,7 +92,7 @@ class HybridPrompt:
         self.bos_token_ids: list[int] = bos if tokenizer("")["input_ids"][:1] == bos else []
         self.history_format, self.candidate_format = history_format, candidate_format
         self.title_years = title_years
-        self.templates = {**TEMPLATES[layout], **(templates or {})}
+        self.templates = {**TEMPLATES[wording], **(templates or {})}
         self._pieces: dict[str, list[int]] = {}
         self._check_templates()
 

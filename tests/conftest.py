@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +66,7 @@ def backbone_folder(
 
 
 @pytest.fixture
-def cf() -> CFEmbeddings:
+def cf() -> CFVectors:
     """Two snapshots; the last item and the last user are unknown in both."""
     generator = torch.Generator().manual_seed(1)
     users, items, dim = 5, len(TITLES), 6
@@ -75,7 +75,7 @@ def cf() -> CFEmbeddings:
     user_known[:, -1] = False
     item_known[:, -1] = False
     item_known[0, 2] = False
-    return CFEmbeddings(
+    return CFVectors(
         user_ids=[f"u{row}" for row in range(users)],
         item_ids=[f"i{row}" for row in range(items)],
         item_titles=list(TITLES),
@@ -94,13 +94,13 @@ def cf() -> CFEmbeddings:
 
 @pytest.fixture
 def build(
-    backbone_folder: Callable[[str], Path], cf: CFEmbeddings, tokenizer: PreTrainedTokenizerFast
+    backbone_folder: Callable[[str], Path], cf: CFVectors, tokenizer: PreTrainedTokenizerFast
 ) -> BuildModel:
-    """A tiny model and its processor for a fusion arm, layout and backbone."""
+    """A tiny model and its processor for a fusion arm, wording and backbone."""
 
     def make(
         fusion: str = "gate",
-        layout: str = "shared_prefix",
+        wording: str = "shared_prefix",
         backbone: str = "llama",
         lora: bool = False,
         attn: str | None = None,
@@ -113,7 +113,7 @@ def build(
             cf.item_ids,
             cf.item_titles,
             cf.user_ids,
-            layout=layout,
+            wording=wording,
             history_format=forms,
             candidate_format=forms,
             **(prompt or {}),

@@ -86,7 +86,10 @@ def test_settings_come_from_the_config_dataclass(capsys):
         (["fit-cf", "bpr", "--data", "x", "--out", "x"], ["'bpr'", "mf", "lightgcn", "sasrec"]),
         (["fit-cf", "mf", "--data", ".", "--out", "x", "--layers", "2"], ["--layers"]),
         (["fit-cf", "sasrec", "--data", ".", "--out", "x", "--heads", "3"], ["heads=3"]),
-        (["fit-cf", "mf", "--data", ".", "--out", "x", "--scheme", "user"], ["--scheme", "fold"]),
+        (
+            ["fit-cf", "mf", "--data", ".", "--out", "x", "--cross-fit", "user"],
+            ["--cross-fit", "folds"],
+        ),
         (
             ["evaluate", "org/model", "--data", "missing", "--out", "x"],
             ["--data missing is not a folder", "ccf-llm prepare"],
@@ -227,12 +230,12 @@ def test_documented_fits_parse():
 def test_fit_cf_fits_what_it_was_told(capsys, tmp_path):
     folder = write_prepared(tmp_path / "data", make_rows())
     argv = ["fit-cf", "lightgcn", "--data", str(folder), "--out", str(tmp_path / "cf")]
-    argv += ["--layers", "1", "--l2", "1", "--learning-rate", "0.03", "--scheme", "fold"]
+    argv += ["--layers", "1", "--l2", "1", "--learning-rate", "0.03", "--cross-fit", "folds"]
     code, out, _ = run(capsys, *argv, "--folds", "2", "--max-steps", "10", "--json")
     assert code == 0
     facts = json.loads(out)
     assert (facts["num_snapshots"], facts["layers"]) == (3, "1")
-    assert float(facts["out_of_fold_train_auc"]) > 0.5
+    assert float(facts["cross_fit_train_auc"]) > 0.5
 
 
 def test_config_arguments_cover_the_field_types():

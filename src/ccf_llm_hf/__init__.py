@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ccf_llm_hf.cf.embeddings import CFEmbeddings
+    from ccf_llm_hf.cf.vectors import CFVectors
     from ccf_llm_hf.inference.ranker import CTRRanker
     from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
     from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
@@ -21,7 +21,7 @@ LAZY = {
     "CCFLLMConfig": "ccf_llm_hf.modeling.configuration_ccf_llm",
     "CCFLLMForCTR": "ccf_llm_hf.modeling.modeling_ccf_llm",
     "CCFLLMProcessor": "ccf_llm_hf.modeling.processing_ccf_llm",
-    "CFEmbeddings": "ccf_llm_hf.cf.embeddings",
+    "CFVectors": "ccf_llm_hf.cf.vectors",
     "CTRRanker": "ccf_llm_hf.inference.ranker",
 }
 
@@ -37,4 +37,4 @@ def __getattr__(name: str) -> Any:
 if Path(*sys.argv[:1]).stem != "ccf-llm":
     import_module("ccf_llm_hf.registration")
 
-__all__ = ["CCFLLMConfig", "CCFLLMForCTR", "CCFLLMProcessor", "CFEmbeddings", "CTRRanker"]
+__all__ = ["CCFLLMConfig", "CCFLLMForCTR", "CCFLLMProcessor", "CFVectors", "CTRRanker"]

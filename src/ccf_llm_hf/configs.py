@@ -21,7 +21,7 @@ class PrepareConfig:
     three take label = rating >= 4. `amazon-books` follows CoLLM's protocol (2017 only: train
     January-November, December halved by time, label = rating 5). `collm` keeps the rows that CoLLM
     published. Of the options below, the `ml-*` sources use `out`, `input`, `offline`, `cache_dir`,
-    `history_labels` and `max_history` only, `amazon-books` the same without `offline` and
+    `histories` and `max_history` only, `amazon-books` the same without `offline` and
     `cache_dir`, `collm` `out` and `input` only, and `table` uses the others.
     """
 
@@ -84,10 +84,10 @@ class PrepareConfig:
     language: str | None = field(
         default=None, metadata={"help": "table: language of the titles, for cards: en, de, ..."}
     )
-    history_labels: str = field(
-        default="positives",
+    histories: str = field(
+        default="likes",
         metadata={
-            "help": "positives (the papers' protocol: earlier likes within the splits) or signed "
+            "help": "likes (the papers' protocol: earlier likes within the splits) or signed "
             "(all earlier rows, dislikes too, with their labels)"
         },
     )
@@ -167,18 +167,18 @@ class MFConfig:
     snapshots: int = field(
         default=20,
         metadata={
-            "help": "scheme=time: slices of the training rows by time, equal in rows; each slice "
+            "help": "cross_fit=snapshots: slices of the training rows by time, equal in rows; each "
             "gets vectors fitted on the slices before it (fewer where the tables would pass 1 GB)"
         },
     )
-    scheme: Literal["time", "fold"] = field(
-        default="time",
+    cross_fit: Literal["snapshots", "folds"] = field(
+        default="snapshots",
         metadata={
-            "help": "which vectors a training row sees: time, those fitted on earlier slices; "
-            "fold, those fitted on all folds of the (user, item) pairs but its own"
+            "help": "which vectors a training row sees: snapshots, those fitted on earlier slices; "
+            "folds, those fitted on all folds of the (user, item) pairs but its own"
         },
     )
-    folds: int = field(default=5, metadata={"help": "scheme=fold: folds, at least 2"})
+    folds: int = field(default=5, metadata={"help": "cross_fit=folds: folds, at least 2"})
     iterations: int | None = field(
         default=None,
         metadata={
@@ -213,7 +213,7 @@ class MFConfig:
             raise InputError("targets=graded needs rows=earlier: the train split holds labels only")
         _check_counts(self, "dim", "snapshots", "iterations")
         _check_positive(self, "l2_factors", "l2_user_bias", "l2_item_bias")
-        _check_scheme(self.scheme, self.folds)
+        _check_cross_fit(self.cross_fit, self.folds)
 
 
 @dataclass
@@ -237,24 +237,24 @@ class LightGCNConfig:
     snapshots: int = field(
         default=10,
         metadata={
-            "help": "scheme=time: slices of the training rows by time, equal in rows; each slice "
+            "help": "cross_fit=snapshots: slices of the training rows by time, equal in rows; each "
             "gets vectors fitted on the slices before it (fewer where the tables would pass 1 GB)"
         },
     )
-    scheme: Literal["time", "fold"] = field(
-        default="time",
+    cross_fit: Literal["snapshots", "folds"] = field(
+        default="snapshots",
         metadata={
-            "help": "which vectors a training row sees: time, those fitted on earlier slices; "
-            "fold, those fitted on all folds of the (user, item) pairs but its own"
+            "help": "which vectors a training row sees: snapshots, those fitted on earlier slices; "
+            "folds, those fitted on all folds of the (user, item) pairs but its own"
         },
     )
-    folds: int = field(default=5, metadata={"help": "scheme=fold: folds, at least 2"})
+    folds: int = field(default=5, metadata={"help": "cross_fit=folds: folds, at least 2"})
     seed: int = field(default=0, metadata={"help": "of the initial vectors"})
 
     def __post_init__(self) -> None:
         _check_counts(self, "dim", "layers", "max_steps", "snapshots")
         _check_positive(self, "l2", "learning_rate")
-        _check_scheme(self.scheme, self.folds)
+        _check_cross_fit(self.cross_fit, self.folds)
 
 
 @dataclass
@@ -306,9 +306,9 @@ def _check_counts(config: object, *names: str) -> None:
             raise InputError(f"{name}={value} must be at least 1")
 
 
-def _check_scheme(scheme: str, folds: int) -> None:
-    if scheme not in ("time", "fold"):
-        raise InputError(f"scheme={scheme!r} must be time or fold")
+def _check_cross_fit(cross_fit: str, folds: int) -> None:
+    if cross_fit not in ("snapshots", "folds"):
+        raise InputError(f"cross_fit={cross_fit!r} must be snapshots or folds")
     if folds < 2:
         raise InputError(f"folds={folds} must be at least 2")
 

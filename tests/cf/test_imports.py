@@ -1,4 +1,4 @@
-"""Vectors as `implicit` and RecBole leave them, through files, into `CFEmbeddings`: docs/cf.md."""
+"""Vectors as `implicit` and RecBole leave them, through files, into `CFVectors`: docs/cf.md."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ccf_llm_hf.cf import CFEmbeddings, read_vector_table
+from ccf_llm_hf.cf import CFVectors, read_vector_table
 
 DOC = (Path(__file__).parents[2] / "docs" / "cf.md").read_text(encoding="utf-8")
 USERS, ITEMS = [f"reader-{n}" for n in range(6)], [f"book-{n}" for n in range(9)]
@@ -40,7 +40,7 @@ def write_recbole(folder: Path) -> np.ndarray:
 @pytest.mark.parametrize("write", [write_implicit, write_recbole])
 def test_logits_rank_as_the_library_does(tmp_path: Path, write) -> None:
     scores = write(tmp_path)
-    imported = CFEmbeddings.from_tables(
+    imported = CFVectors.from_tables(
         read_vector_table(tmp_path / "users.npz"), read_vector_table(tmp_path / "items.npz")
     )
     assert (imported.user_ids, imported.item_ids) == (USERS, ITEMS)
@@ -58,7 +58,7 @@ def test_the_documented_import_runs(
     snippet = re.search(r"<!-- import -->\n```python\n(.*?)^```", DOC, re.MULTILINE | re.DOTALL)
     assert snippet is not None
     exec(snippet[1], {})
-    saved = CFEmbeddings.load(tmp_path / "runs" / "imported")
+    saved = CFVectors.load(tmp_path / "runs" / "imported")
     assert float(saved.logits(["reader-1"], ["book-1"])[0]) == pytest.approx(scores[1, 1], abs=1e-5)
     assert "tensor([" in capsys.readouterr().out
     assert "book-99" in saved.item_ids and not saved.item_known[-1, -1]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from prepared_folder import make_rows, write_prepared
 
-from ccf_llm_hf.cf import CFEmbeddings, LightGCNConfig, fit_lightgcn
+from ccf_llm_hf.cf import CFVectors, LightGCNConfig, fit_lightgcn
 from ccf_llm_hf.cf import lightgcn as lightgcn_module
 from ccf_llm_hf.cf.lightgcn import normalized_adjacency, propagated
 from ccf_llm_hf.cf.snapshots import Snapshot
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fitted(folder: Path) -> CFEmbeddings:
+def fitted(folder: Path) -> CFVectors:
     return fit_lightgcn(folder, CONFIG)
 
 
@@ -77,7 +77,7 @@ def test_the_gradient_is_that_of_the_log_loss(
     torch.testing.assert_close(found, vectors.grad)
 
 
-def test_it_learns_and_reports(fitted: CFEmbeddings, folder: Path) -> None:
+def test_it_learns_and_reports(fitted: CFVectors, folder: Path) -> None:
     assert fitted.model_name == "lightgcn"
     assert fitted.dim == 8
     assert not fitted.offset.any()
@@ -88,12 +88,12 @@ def test_it_learns_and_reports(fitted: CFEmbeddings, folder: Path) -> None:
     train = read_rows(folder, "train")
     scores = fitted.score(train, fitted.snapshot_for(train["timestamp"].to_numpy()))
     out_of_time = auc(train["label"], scores["score"])
-    assert fitted.metadata["out_of_time_train_auc"] == f"{out_of_time:.4f}"
+    assert fitted.metadata["cross_fit_train_auc"] == f"{out_of_time:.4f}"
     assert out_of_time < float(fitted.metadata["in_sample_train_auc"])
 
 
 def test_the_unknown_stand_at_the_mean_and_the_first_snapshot_knows_nobody(
-    fitted: CFEmbeddings,
+    fitted: CFVectors,
 ) -> None:
     assert fitted.num_snapshots == 4
     assert not fitted.user_known[0].any()
@@ -143,6 +143,6 @@ def test_settings_are_chosen_on_validation(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_bad_settings_are_refused() -> None:
-    for name, value in (("layers", 0), ("l2", 0.0), ("learning_rate", -1.0), ("scheme", "user")):
+    for name, value in (("layers", 0), ("l2", 0.0), ("learning_rate", -1.0), ("cross_fit", "user")):
         with pytest.raises(InputError, match=f"{name}="):
             LightGCNConfig(**{name: value})

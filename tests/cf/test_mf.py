@@ -9,7 +9,7 @@ import torch
 from prepared_folder import make_rows, write_prepared
 from torch import Tensor
 
-from ccf_llm_hf.cf import CFEmbeddings, LightGCNConfig, MFConfig, fit_cf, fit_mf, load_scores
+from ccf_llm_hf.cf import CFVectors, LightGCNConfig, MFConfig, fit_cf, fit_mf, load_scores
 from ccf_llm_hf.cf import mf as mf_module
 from ccf_llm_hf.cf import solver as solver_module
 from ccf_llm_hf.cf.folds import fold_of
@@ -28,11 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fitted(folder: Path) -> CFEmbeddings:
+def fitted(folder: Path) -> CFVectors:
     return fit_mf(folder, CONFIG)
 
 
-def test_biases_are_dimensions_of_the_vectors(fitted: CFEmbeddings) -> None:
+def test_biases_are_dimensions_of_the_vectors(fitted: CFVectors) -> None:
     assert fitted.dim == CONFIG.dim + 2
     assert (fitted.user_vectors[..., -1] == 1).all()
     assert (fitted.item_vectors[..., -2] == 1).all()
@@ -46,7 +46,7 @@ def test_biases_are_dimensions_of_the_vectors(fitted: CFEmbeddings) -> None:
 
 
 def test_the_table_covers_the_catalog_and_knows_what_was_fitted(
-    fitted: CFEmbeddings, folder: Path
+    fitted: CFVectors, folder: Path
 ) -> None:
     train = read_rows(folder, "train")
     assert len(fitted.item_ids) == 30
@@ -57,7 +57,7 @@ def test_the_table_covers_the_catalog_and_knows_what_was_fitted(
     assert "i0" not in known
 
 
-def test_snapshot_zero_knows_nothing_and_the_last_all(fitted: CFEmbeddings, folder: Path) -> None:
+def test_snapshot_zero_knows_nothing_and_the_last_all(fitted: CFVectors, folder: Path) -> None:
     times = read_rows(folder, "train")["timestamp"].to_numpy()
     assert not fitted.user_known[0].any()
     assert not fitted.item_known[0].any()
@@ -67,9 +67,9 @@ def test_snapshot_zero_knows_nothing_and_the_last_all(fitted: CFEmbeddings, fold
     assert fitted.snapshot_for(times).max() == fitted.num_snapshots - 2
 
 
-@pytest.mark.parametrize("scheme", ["time", "fold"])
-def test_the_bar_ends_full(folder: Path, scheme: str, capsys: pytest.CaptureFixture) -> None:
-    fit_mf(folder, replace(CONFIG, scheme=scheme))
+@pytest.mark.parametrize("cross_fit", ["snapshots", "folds"])
+def test_the_bar_ends_full(folder: Path, cross_fit: str, capsys: pytest.CaptureFixture) -> None:
+    fit_mf(folder, replace(CONFIG, cross_fit=cross_fit))
     done, fits = re.findall(r"(\d+)/(\d+) ", capsys.readouterr().err)[-1]
     assert done == fits
 
@@ -89,12 +89,12 @@ def test_a_snapshot_never_sees_its_own_rows(folder: Path, tmp_path: Path) -> Non
 
 
 def test_training_rows_look_held_out_through_their_snapshots(
-    fitted: CFEmbeddings, folder: Path
+    fitted: CFVectors, folder: Path
 ) -> None:
     train = read_rows(folder, "train")
     scores = fitted.score(train, fitted.snapshot_for(train["timestamp"].to_numpy()))
     out_of_time = auc(train["label"], scores["score"])
-    assert fitted.metadata["out_of_time_train_auc"] == f"{out_of_time:.4f}"
+    assert fitted.metadata["cross_fit_train_auc"] == f"{out_of_time:.4f}"
     held_out, in_sample = (
         float(fitted.metadata[name]) for name in ("validation_auc", "in_sample_train_auc")
     )
@@ -102,9 +102,9 @@ def test_training_rows_look_held_out_through_their_snapshots(
     assert held_out > 0.7
 
 
-def test_the_same_seed_gives_the_same_bits(fitted: CFEmbeddings, folder: Path) -> None:
+def test_the_same_seed_gives_the_same_bits(fitted: CFVectors, folder: Path) -> None:
     again = fit_mf(folder, CONFIG)
-    for name in (f.name for f in fields(CFEmbeddings) if f.type is Tensor):
+    for name in (f.name for f in fields(CFVectors) if f.type is Tensor):
         assert torch.equal(getattr(again, name), getattr(fitted, name)), name
 
 
@@ -174,8 +174,8 @@ def test_bad_input_is_refused(folder: Path, tmp_path: Path) -> None:
         MFConfig(l2_factors=0)
     with pytest.raises(InputError, match="snapshots=0"):
         MFConfig(snapshots=0)
-    with pytest.raises(InputError, match="scheme='user'"):
-        MFConfig(scheme="user")
+    with pytest.raises(InputError, match="cross_fit='user'"):
+        MFConfig(cross_fit="user")
     with pytest.raises(InputError, match="folds=1"):
         MFConfig(folds=1)
     with pytest.raises(InputError, match="LightGCNConfig does not configure mf"):
@@ -199,22 +199,22 @@ def test_many_rows_are_tuned_on_some_users(folder: Path, monkeypatch: pytest.Mon
 
 
 @pytest.fixture(scope="module")
-def folded(folder: Path) -> CFEmbeddings:
-    return fit_mf(folder, MFConfig(dim=4, scheme="fold", folds=4, **FIXED))
+def folded(folder: Path) -> CFVectors:
+    return fit_mf(folder, MFConfig(dim=4, cross_fit="folds", folds=4, **FIXED))
 
 
-def training_logits(embeddings: CFEmbeddings, train: pd.DataFrame) -> np.ndarray:
+def training_logits(embeddings: CFVectors, train: pd.DataFrame) -> np.ndarray:
     columns = [train[name].to_numpy() for name in ("user_id", "item_id", "timestamp")]
     snapshots = embeddings.training_snapshots(*columns)
     return embeddings.score(train, snapshots)["score"].to_numpy()
 
 
-def test_a_fold_never_sees_its_own_rows(folded: CFEmbeddings, folder: Path, tmp_path: Path) -> None:
+def test_a_fold_never_sees_its_own_rows(folded: CFVectors, folder: Path, tmp_path: Path) -> None:
     rows, train = make_rows(), read_rows(folder, "train")
     assert folded.num_snapshots == 5
     fold = fold_of(rows["user_id"], rows["item_id"], 4)
     changed = rows.assign(label=np.where(fold == 2, 1 - rows["label"], rows["label"]))
-    config = MFConfig(dim=4, scheme="fold", folds=4, **FIXED)
+    config = MFConfig(dim=4, cross_fit="folds", folds=4, **FIXED)
     after = fit_mf(write_prepared(tmp_path, changed), config)
     mine = fold_of(train["user_id"], train["item_id"], 4) == 2
     before, flipped = (training_logits(found, train)[mine] for found in (folded, after))
@@ -229,17 +229,17 @@ def test_folds_stay_aligned_with_the_fit_on_all_rows(tmp_path: Path) -> None:
     users, items = (rows[name].str[1:].astype(int) for name in ("user_id", "item_id"))
     rows["label"] = np.sin(users * 1.7) * np.sin(items * 2.3) > 0.5 * np.cos(users) * np.cos(items)
     folder = write_prepared(tmp_path, rows.astype({"label": int}))
-    config = MFConfig(dim=4, use_biases=False, l2_factors=0.5, scheme="fold", folds=4)
+    config = MFConfig(dim=4, use_biases=False, l2_factors=0.5, cross_fit="folds", folds=4)
     folded = fit_mf(folder, config)
     vectors = folded.item_vectors[:, folded.item_known[-1]]
     for table in vectors[:-1]:
         assert torch.nn.functional.cosine_similarity(table, vectors[-1]).mean() > 0.9
 
 
-def test_folds_look_held_out_and_all_rows_do_not(folded: CFEmbeddings, folder: Path) -> None:
+def test_folds_look_held_out_and_all_rows_do_not(folded: CFVectors, folder: Path) -> None:
     train = read_rows(folder, "train")
     out_of_fold = auc(train["label"], training_logits(folded, train))
-    assert folded.metadata["out_of_fold_train_auc"] == f"{out_of_fold:.4f}"
+    assert folded.metadata["cross_fit_train_auc"] == f"{out_of_fold:.4f}"
     assert 0.65 < out_of_fold < float(folded.metadata["in_sample_train_auc"]) - 0.01
     assert (folded.snapshot_times == train["timestamp"].max() + 1).all()
     whole = fit_mf(folder, MFConfig(dim=4, snapshots=1, **FIXED))
@@ -249,7 +249,7 @@ def test_folds_look_held_out_and_all_rows_do_not(folded: CFEmbeddings, folder: P
 def test_random_labels_teach_nothing_out_of_fold(tmp_path: Path) -> None:
     rows = make_rows()
     rows["label"] = np.random.default_rng(1).integers(0, 2, len(rows))
-    config = MFConfig(dim=4, scheme="fold", l2_factors=0.3, l2_user_bias=1.0, l2_item_bias=1.0)
+    config = MFConfig(dim=4, cross_fit="folds", l2_factors=0.3, l2_user_bias=1.0, l2_item_bias=1.0)
     facts = fit_mf(write_prepared(tmp_path, rows), config).metadata
-    assert float(facts["out_of_fold_train_auc"]) < 0.53
+    assert float(facts["cross_fit_train_auc"]) < 0.53
     assert float(facts["in_sample_train_auc"]) > 0.7

@@ -36,7 +36,7 @@ def test_mf_with_biases_passes_the_item_and_user_means(folder: Path) -> None:
     assert methods["mf"]["auc"] > methods["item + user mean"]["auc"]
     assert methods["mf"]["uauc_users"] == 224
     # In-sample vectors would rank training rows near .9; these must look like held-out ones.
-    assert 0.65 < float(embeddings.metadata["out_of_time_train_auc"]) < 0.76
+    assert 0.65 < float(embeddings.metadata["cross_fit_train_auc"]) < 0.76
 
 
 def test_bias_free_mf_matches_the_published_baseline(folder: Path) -> None:
@@ -55,15 +55,15 @@ def test_lightgcn_and_sasrec_reach_their_validation_floors(folder: Path) -> None
     found = fit_lightgcn(folder, gcn).metadata
     assert float(found["validation_auc"]) > 0.69
     assert float(found["validation_uauc"]) > 0.65
-    assert 0.60 < float(found["out_of_time_train_auc"]) < 0.72
+    assert 0.60 < float(found["cross_fit_train_auc"]) < 0.72
     sasrec = SASRecConfig(l2=1e-3, dropout=0.2, item_bias=True)
     found = fit_sasrec(folder, sasrec).embeddings.metadata
     assert float(found["validation_auc"]) > 0.68
     assert float(found["validation_uauc"]) > 0.66
-    assert 0.60 < float(found["out_of_time_train_auc"]) < 0.72
+    assert 0.60 < float(found["cross_fit_train_auc"]) < 0.72
 
 
 def test_folds_look_held_out(folder: Path) -> None:
-    found = fit_mf(folder, MFConfig(scheme="fold")).metadata
-    out_of_fold = float(found["out_of_fold_train_auc"])
+    found = fit_mf(folder, MFConfig(cross_fit="folds")).metadata
+    out_of_fold = float(found["cross_fit_train_auc"])
     assert 0.74 < out_of_fold < 0.80 < float(found["in_sample_train_auc"])

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
-from ccf_llm_hf.cf import CFEmbeddings, read_vector_table
+from ccf_llm_hf.cf import CFVectors, read_vector_table
 from ccf_llm_hf.errors import InputError
 
 VECTORS = np.arange(6, dtype=np.float32).reshape(3, 2)
@@ -34,7 +34,7 @@ def test_every_format_gives_the_same_table(tmp_path: Path, suffix: str) -> None:
     table = read_vector_table(path)
     assert list(table) == ["10", "20", "30"]
     np.testing.assert_array_equal(np.stack(list(table.values())), VECTORS)
-    imported = CFEmbeddings.from_tables(table, table)
+    imported = CFVectors.from_tables(table, table)
     assert imported.logits(["10"], ["30"]).tolist() == [5.0]
 
 

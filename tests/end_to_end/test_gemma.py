@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
 from ccf_llm_hf.cf import MFConfig, fit_mf
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data import PrepareConfig, get_asset, load_prepared, prepare
 from ccf_llm_hf.data.prepared import PreparedData
 from ccf_llm_hf.inference.scoring import score_split
@@ -23,7 +23,7 @@ def gemma() -> Path:
 
 
 @pytest.fixture(scope="module")
-def ratings(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedData, CFEmbeddings]:
+def ratings(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedData, CFVectors]:
     folder = tmp_path_factory.mktemp("ml1m")
     prepare(PrepareConfig(source="ml-1m", out=str(folder)), summary=False)
     return load_prepared(folder), fit_mf(folder, MFConfig(snapshots=1))
@@ -43,7 +43,7 @@ def test_the_converted_model_speaks(gemma: Path) -> None:
 
 
 def test_the_tokenizer_keeps_titles_and_answers(
-    gemma: Path, ratings: tuple[PreparedData, CFEmbeddings]
+    gemma: Path, ratings: tuple[PreparedData, CFVectors]
 ) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(gemma)
     processor = CCFLLMProcessor.from_catalog(tokenizer, ["1"], ["Heat (1995)"], [])
@@ -55,7 +55,7 @@ def test_the_tokenizer_keeps_titles_and_answers(
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_packed_scores_of_real_rows_equal_their_scores_alone(
-    gemma: Path, ratings: tuple[PreparedData, CFEmbeddings], attn: str
+    gemma: Path, ratings: tuple[PreparedData, CFVectors], attn: str
 ) -> None:
     data, cf = ratings
     processor = CCFLLMProcessor.from_catalog(

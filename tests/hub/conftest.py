@@ -56,7 +56,7 @@ def save(build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path
     """Save a tiny checkpoint as training does, with junk beside it that is nobody's business."""
 
     def make(form: str = "full", name: str = "films", lora: bool = True, **config: Any) -> Path:
-        model, processor = build(lora=lora, cf_residual=True)
+        model, processor = build(lora=lora, cf_logit=True)
         for key, value in {"backbone_name": str(backbone_folder()), **config}.items():
             setattr(model.config, key, value)
         folder = tmp_path / "runs" / name

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 
 TITLES = (
     """
@@ -54,13 +54,13 @@ def titles_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def titles_table() -> CFEmbeddings:
+def titles_table() -> CFVectors:
     """Random vectors whose last dimension is item bias; the titles of `UNRATED` are unknown."""
     generator = torch.Generator().manual_seed(4)
     items = torch.randn(1, len(TITLES), DIM, generator=generator)
     new_user = torch.zeros(1, DIM)
     new_user[:, -1] = 1.0
-    return CFEmbeddings(
+    return CFVectors(
         user_ids=["1"],
         item_ids=[f"t{row}" for row in range(len(TITLES))],
         item_titles=list(TITLES),

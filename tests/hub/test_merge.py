@@ -26,7 +26,7 @@ def slim(build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path
 def save_slim(
     build: BuildModel, backbone_folder: Callable[..., Path], folder: Path, kind: str = "llama"
 ) -> Path:
-    model, processor = build(backbone=kind, lora=True, cf_residual=True)
+    model, processor = build(backbone=kind, lora=True, cf_logit=True)
     model.config.backbone_name = str(backbone_folder(kind))
     model.save_pretrained(folder, form="slim")
     processor.save_pretrained(folder)

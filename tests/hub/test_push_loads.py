@@ -82,7 +82,7 @@ def test_strangers_load_what_was_pushed(
 ) -> None:
     causal = AutoModelForCausalLM.from_pretrained(backbone_folder())
     causal.push_to_hub("acme/backbone")
-    model, processor = build(lora=True, cf_residual=True)
+    model, processor = build(lora=True, cf_logit=True)
     first = logits(model, processor)
     slim, full = save("slim", "slim", backbone_name="acme/backbone"), save("full")
     shutil.rmtree(slim / "logs")

@@ -128,11 +128,11 @@ def test_code_is_pinned_with_the_weights_or_apart_from_them(
 ) -> None:
     api = HfApi(endpoint=hub.url, token="hf_ada")
     api.create_repo("acme/films", private=True)
-    model, processor = build(cf_residual=True)
+    model, processor = build(cf_logit=True)
     expected = []
     commits = []
     for mark, scale in (("old", 1.0), ("new", 2.0)):
-        model.residual_scale.data.fill_(scale)
+        model.cf_logit_scale.data.fill_(scale)
         folder = tmp_path / mark
         model.save_pretrained(folder, form="full")
         processor.save_pretrained(folder)

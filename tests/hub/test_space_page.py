@@ -292,18 +292,18 @@ def test_status_says_what_was_ranked_for_whom() -> None:
 def test_the_note_admits_what_the_bar_does_not_show(recommender: Recommender) -> None:
     config = recommender.model.config
     assert "does not show" not in bar_note(config)
-    config.cf_residual = True
+    config.cf_logit = True
     try:
         assert "CF model's own estimate, which the bar does not show" in bar_note(config)
     finally:
-        config.cf_residual = False
+        config.cf_logit = False
 
 
 def test_dislikes_are_read_by_a_model_of_signed_histories_only(checkpoint: Path) -> None:
     likes_only = Recommender(*load_checkpoint(str(checkpoint)))
     assert not likes_only.reads_dislikes
     model, processor = load_checkpoint(str(checkpoint))
-    processor.history_labels = "signed"
+    processor.histories = "signed"
     signed = Recommender(model, processor)
     assert signed.reads_dislikes
     places = signed.rank(HISTORY, disliked=["Psycho (1960)"])

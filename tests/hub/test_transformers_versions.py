@@ -65,7 +65,7 @@ def checkpoints(
     for form, backbones in (("full", BACKBONES), ("slim", ("llama", "gpt2"))):
         for backbone in backbones:
             model, processor = build(
-                backbone=backbone, lora=True, cf_residual=True, logit_temperature=1.5
+                backbone=backbone, lora=True, cf_logit=True, logit_temperature=1.5
             )
             folder = tmp_path / f"{form}-{backbone}"
             with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.prepare import PrepareConfig, prepare
 
 TITLES = {
@@ -24,14 +24,14 @@ USERS = ["a", "b", "c"]
 DIM = 4
 
 
-def film_table() -> CFEmbeddings:
+def film_table() -> CFVectors:
     """Film 6 is unknown; the last dimension is item bias, which alone is left of a new user."""
     generator = torch.Generator().manual_seed(0)
     items = torch.randn(1, len(TITLES), DIM, generator=generator)
     users = torch.randn(1, len(USERS), DIM, generator=generator)
     users[..., -1] = 1.0
     items[0, :, -1] = torch.tensor([0.5, 2.0, 1.0, -1.0, 0.0, 0.0])
-    return CFEmbeddings(
+    return CFVectors(
         user_ids=USERS,
         item_ids=list(TITLES),
         item_titles=list(TITLES.values()),

@@ -36,12 +36,12 @@ def test_batching_changes_no_score(loaded, split):
     np.testing.assert_allclose(whole, cut, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["shared_prefix", "question_last"])
+@pytest.mark.parametrize("wording", ["shared_prefix", "question_last"])
 @pytest.mark.parametrize("form", ["slot", "title_slot"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_cached_history_changes_no_score(build, backbone, attn, form, layout):
-    model, processor = build("gate", layout, backbone, True, attn, cf_residual=True)
+def test_cached_history_changes_no_score(build, backbone, attn, form, wording):
+    model, processor = build("gate", wording, backbone, True, attn, cf_logit=True)
     processor.prompt.candidate_format = form
     candidates = ["i0", "i3", {"title": "A new film"}, "i4", "i5", "i1"]
     group = Group("u0", ["i1", "i2", "i7"], candidates, [0, 1, 2, 3, 3, 3])
@@ -54,7 +54,7 @@ def test_cached_history_changes_no_score(build, backbone, attn, form, layout):
 
 
 def test_question_last_is_packed_and_scores_as_alone(build):
-    model, processor = build(layout="question_last")
+    model, processor = build(wording="question_last")
     group = Group("u0", ["i1", "i2"], ["i0", "i3", "i4"], [2, 0, 1])
     other = Group("u1", [], ["i5"], [0])
     scores = score_groups(model, processor, [group, other], progress=False)

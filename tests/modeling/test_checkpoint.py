@@ -51,7 +51,7 @@ def options(form: str, folder: Path) -> dict[str, str]:
 def test_saved_equals_loaded_for_every_arm(
     build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path, fusion: str, form: str
 ) -> None:
-    model, processor = build(fusion, lora=True, cf_residual=True)
+    model, processor = build(fusion, lora=True, cf_logit=True)
     folder = save(model, processor, tmp_path / "saved", form)
     loaded = AutoModel.from_pretrained(folder, **options(form, backbone_folder()))
     again = AutoProcessor.from_pretrained(folder)
@@ -288,7 +288,7 @@ def test_a_merged_model_has_no_slim_form(build: BuildModel, tmp_path: Path) -> N
 def test_checkpoints_load_in_bfloat16_and_keep_the_tables_exact(
     build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path, form: str
 ) -> None:
-    model, processor = build(lora=True, cf_residual=True)
+    model, processor = build(lora=True, cf_logit=True)
     folder = save(model, processor, tmp_path, form)
     place = options(form, backbone_folder())
     loaded = AutoModel.from_pretrained(folder, dtype=torch.bfloat16, **place)

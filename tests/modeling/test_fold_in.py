@@ -9,7 +9,7 @@ from tiny import BuildModel
 from torch.nn.functional import softplus
 
 from ccf_llm_hf import CCFLLMConfig, CCFLLMForCTR, CCFLLMProcessor
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.grouping import Group
 from ccf_llm_hf.inference.scoring import score_groups
 from ccf_llm_hf.modeling.catalog_ccf_llm import cf_settings
@@ -17,8 +17,8 @@ from ccf_llm_hf.modeling.cf_table_ccf_llm import CFTable
 from ccf_llm_hf.modeling.pipeline_ccf_llm import cf_logits
 
 PRECISION = [1.0, 2.0, 0.5, 1.5, 3.0, 0.0]  # the last dimension is fixed, as the "1" of MF is
-FOLDED = {"cf_residual": True, "cf_fold_in": True, "fold_in_decay": 0.9}
-SIGNED = {"history_labels": "signed", "history_window": (2, 2), "fold_in_items": 3}
+FOLDED = {"cf_logit": True, "cf_fold_in": True, "fold_in_decay": 0.9}
+SIGNED = {"histories": "signed", "history_window": (2, 2), "fold_in_items": 3}
 
 
 def disliked(item: str) -> dict[str, object]:
@@ -30,19 +30,19 @@ CANDIDATES = ["i2", "i1", "i6", "i3"]
 
 
 @pytest.fixture
-def cf(cf: CFEmbeddings) -> CFEmbeddings:
+def cf(cf: CFVectors) -> CFVectors:
     cf.item_vectors /= 3
     return replace(cf, metadata={"user_precision": json.dumps(PRECISION)})
 
 
-def table_of(cf: CFEmbeddings, decay: float = 1.0) -> CFTable:
+def table_of(cf: CFVectors, decay: float = 1.0) -> CFTable:
     table = CFTable(CCFLLMConfig(**cf_settings(cf), fold_in_decay=decay))
     table.fill(cf)
     return table
 
 
 def objective(
-    cf: CFEmbeddings, user: torch.Tensor, rows: list[int], liked: list[float], decay: float
+    cf: CFVectors, user: torch.Tensor, rows: list[int], liked: list[float], decay: float
 ) -> torch.Tensor:
     """The CF model's own loss of one user on the last snapshot, written out."""
     known = cf.item_known[-1]
@@ -55,7 +55,7 @@ def objective(
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.8])
-def test_a_folded_user_minimizes_the_cf_models_loss(cf: CFEmbeddings, decay: float) -> None:
+def test_a_folded_user_minimizes_the_cf_models_loss(cf: CFVectors, decay: float) -> None:
     rows, liked = (
         [0, 3, 7, 4, 99, 1],
         [1.0, 0.0, 1.0, 0.7, 0.0, 0.0],
@@ -74,7 +74,7 @@ def test_a_folded_user_minimizes_the_cf_models_loss(cf: CFEmbeddings, decay: flo
     assert (user - cf.default_user[-1]).abs().max() > 0.1
 
 
-def test_without_a_history_the_default_user_stands(cf: CFEmbeddings) -> None:
+def test_without_a_history_the_default_user_stands(cf: CFVectors) -> None:
     items = torch.full((2, 1), -1)
     users = table_of(cf).folded_users(
         items, items.float(), torch.tensor([0, 0]), torch.tensor([0, 1])
@@ -82,10 +82,10 @@ def test_without_a_history_the_default_user_stands(cf: CFEmbeddings) -> None:
     torch.testing.assert_close(users, cf.default_user)
 
 
-@pytest.mark.parametrize("layout", ["shared_prefix", "question_last"])
+@pytest.mark.parametrize("wording", ["shared_prefix", "question_last"])
 @pytest.mark.parametrize("fusion", ["gate", "concat", "text_only"])
-def test_packed_equals_alone(build: BuildModel, fusion: str, layout: str) -> None:
-    model, processor = build(fusion, layout, prompt=SIGNED, **FOLDED)
+def test_packed_equals_alone(build: BuildModel, fusion: str, wording: str) -> None:
+    model, processor = build(fusion, wording, prompt=SIGNED, **FOLDED)
     lengths = [0, 1, 3, 2]
     common = {"user": "u0", "earlier": HISTORY[:3], "snapshot": 0}
     packed = processor(
@@ -105,14 +105,14 @@ def test_packed_equals_alone(build: BuildModel, fusion: str, layout: str) -> Non
 
 
 def test_the_score_is_the_backbones_plus_the_folded_cf_logit(
-    build: BuildModel, cf: CFEmbeddings
+    build: BuildModel, cf: CFVectors
 ) -> None:
     model, processor = build(prompt=SIGNED, **FOLDED)
     batch = processor(user="u0", history=HISTORY, candidates=CANDIDATES)
     both = model(**batch).logits[0]
     rows = torch.tensor([int(item[1:]) for item in CANDIDATES])
     residual = cf_logits(model, processor, "u0", HISTORY, rows)
-    model.residual_scale.data.zero_()
+    model.cf_logit_scale.data.zero_()
     torch.testing.assert_close(both - model(**batch).logits[0], residual, atol=1e-5, rtol=0)
     # The window begins at item 6, and three items before it are folded in too.
     shown = [{"i4": 4, "i5": 5, "i6": 6}.get(str(item), -1) for item in HISTORY[3:]]
@@ -161,17 +161,17 @@ def test_a_checkpoint_without_the_new_settings_still_loads(build: BuildModel, tm
     processor.save_pretrained(tmp_path)
     file = tmp_path / "processor_config.json"
     settings = json.loads(file.read_text())
-    del settings["history_labels"], settings["fold_in_items"]
+    del settings["histories"], settings["fold_in_items"]
     file.write_text(json.dumps(settings))
-    assert CCFLLMProcessor.from_pretrained(tmp_path).history_labels == "positives"
+    assert CCFLLMProcessor.from_pretrained(tmp_path).histories == "likes"
 
 
 def test_a_model_that_folds_in_says_what_it_lacks(build: BuildModel) -> None:
     model, processor = build(**FOLDED)  # a processor of likes only
-    with pytest.raises(ValueError, match="history_labels"):
+    with pytest.raises(ValueError, match="histories"):
         model(**processor(user="u0", history=["i0"], candidates=["i2"]))
     with pytest.raises(ValueError, match="cf_user_precision"):
-        CCFLLMConfig(cf_residual=True, cf_fold_in=True)
+        CCFLLMConfig(cf_logit=True, cf_fold_in=True)
 
 
 def test_slot_dropout_takes_cf_vectors_away_in_training_only(build: BuildModel) -> None:

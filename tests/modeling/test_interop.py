@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tiny import BACKBONES, BuildModel, inject_lora
 from transformers import AutoModelForCausalLM
 
-from ccf_llm_hf import CCFLLMForCTR, CFEmbeddings
+from ccf_llm_hf import CCFLLMForCTR, CFVectors
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import adapter_scale, injected_adapter
 
 
@@ -95,7 +95,7 @@ def test_two_adapters_cannot_be_saved_as_one(
 
 
 def test_the_cf_table_opens_with_plain_safetensors(
-    build: BuildModel, cf: CFEmbeddings, tmp_path: Path
+    build: BuildModel, cf: CFVectors, tmp_path: Path
 ) -> None:
     model, processor = build()
     model.save_pretrained(tmp_path, form="slim")
@@ -119,12 +119,12 @@ def test_the_cf_table_opens_with_plain_safetensors(
 
 
 def test_a_checkpoints_cf_table_is_a_cf_table(
-    build: BuildModel, cf: CFEmbeddings, tmp_path: Path
+    build: BuildModel, cf: CFVectors, tmp_path: Path
 ) -> None:
     model, processor = build()
     model.save_pretrained(tmp_path, form="slim")
     processor.save_pretrained(tmp_path)
-    table = CFEmbeddings.load(tmp_path)
+    table = CFVectors.load(tmp_path)
     assert table.num_snapshots == 1
     pairs = (["u0", "u4", "x"], ["i0", "i1", "i7"])
     torch.testing.assert_close(table.logits(*pairs), cf.logits(*pairs))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tiny import BuildModel
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.modeling.loss_ccf_llm import cross_entropy, ctr_loss, ranking
 
 LABELS = torch.tensor([[1, 0, 1, 0, -100], [1, 1, -100, -100, -100], [0, 1, 0, 0, 1]])
@@ -62,7 +62,7 @@ def test_a_model_trains_on_the_share_of_its_config(build: BuildModel) -> None:
 @pytest.mark.parametrize("share", [0.4, 1.0])
 @pytest.mark.parametrize("snapshot", [0, 1])
 def test_the_cf_model_takes_its_share_of_the_labels_in_training_only(
-    build: BuildModel, cf: CFEmbeddings, share: float, snapshot: int
+    build: BuildModel, cf: CFVectors, share: float, snapshot: int
 ) -> None:
     taught, processor = build(cf_target_share=share)
     plain, _ = build()

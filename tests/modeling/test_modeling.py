@@ -6,7 +6,7 @@ from tiny import BACKBONES, BuildModel, put_bos_first
 from transformers import PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMConfig, CCFLLMForCTR, CCFLLMProcessor
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.modeling.configuration_ccf_llm import FUSION_ARMS
 
 HISTORY = ["i1", "i2", "i7", "i0", "i6"]
@@ -40,10 +40,10 @@ def alone_logits(
     return torch.stack(scores)
 
 
-@pytest.mark.parametrize("layout", ["shared_prefix", "question_last"])
+@pytest.mark.parametrize("wording", ["shared_prefix", "question_last"])
 @pytest.mark.parametrize("fusion", FUSION_ARMS)
-def test_packed_equals_alone_for_every_arm(build: BuildModel, fusion: str, layout: str) -> None:
-    model, processor = build(fusion, layout, cf_residual=fusion == "sum")
+def test_packed_equals_alone_for_every_arm(build: BuildModel, fusion: str, wording: str) -> None:
+    model, processor = build(fusion, wording, cf_logit=fusion == "sum")
     packed = packed_logits(model, processor)
     assert packed.shape == (2, len(CANDIDATES))
     assert packed[0].std() > 1e-3
@@ -88,12 +88,12 @@ def test_several_users_in_one_batch_do_not_meet(build: BuildModel) -> None:
 
 @pytest.mark.parametrize("fusion", FUSION_ARMS)
 def test_every_arm_trains(build: BuildModel, fusion: str) -> None:
-    model, processor = build(fusion, lora=True, cf_residual=True)
+    model, processor = build(fusion, lora=True, cf_logit=True)
     batch = processor(user="u0", history=HISTORY, candidates=CANDIDATES, labels=[1, 0, 1, 0, 1, 1])
     output = model.train()(**batch)
     output.loss.backward()
     names = {name for name, weight in model.named_parameters() if weight.grad is not None}
-    expected = {"residual_scale"} | {name for name, _ in model.lora_parameters()}
+    expected = {"cf_logit_scale"} | {name for name, _ in model.lora_parameters()}
     if fusion != "text_only":
         expected |= {"model.item_alignment.up.weight", "model.user_alignment.up.weight"}
         expected |= {"model.cold_item"}
@@ -134,11 +134,11 @@ def test_labels_of_padded_candidates_do_not_count(build: BuildModel) -> None:
     torch.testing.assert_close(together, apart)
 
 
-def test_cf_residual_adds_the_cf_logit(build: BuildModel, cf: CFEmbeddings) -> None:
+def test_cf_residual_adds_the_cf_logit(build: BuildModel, cf: CFVectors) -> None:
     plain, processor = build()
-    residual, _ = build(cf_residual=True)
+    residual, _ = build(cf_logit=True)
     with torch.no_grad():
-        residual.residual_scale.fill_(0.5)
+        residual.cf_logit_scale.fill_(0.5)
     difference = packed_logits(residual, processor) - packed_logits(plain, processor)
     known = [item for item in CANDIDATES if item in cf.item_ids]
     expected = cf.logits(["u0"] * len(known), known, snapshot=1) * 0.5

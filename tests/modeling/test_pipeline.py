@@ -34,7 +34,7 @@ KEYS = ["item_id", "title", "probability", "logit", "text_share", "cf_share", "k
 
 @pytest.fixture
 def ranker(build: BuildModel) -> Pipeline:
-    model, processor = build(cf_residual=True)
+    model, processor = build(cf_logit=True)
     model.config.logit_temperature = 1.7
     return pipeline("ctr-ranking", model=model, processor=processor)
 
@@ -125,7 +125,7 @@ def test_long_lists_share_one_reading_of_the_history(
 
 
 @pytest.mark.parametrize(
-    "prompt", [{"layout": "question_last"}, {"templates": {"prefix": ""}}], ids=str
+    "prompt", [{"wording": "question_last"}, {"templates": {"prefix": ""}}], ids=str
 )
 def test_long_lists_work_in_every_prompt(build: BuildModel, prompt: dict[str, Any]) -> None:
     model, processor = build()
@@ -238,7 +238,7 @@ print("FOUND", json.dumps([found, str(model.dtype)]))
 def test_runs_where_the_package_is_not_installed(
     build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path, form: str
 ) -> None:
-    model, processor = build(lora=True, cf_residual=True)
+    model, processor = build(lora=True, cf_logit=True)
     model.save_pretrained(tmp_path / "saved", form=form)
     processor.save_pretrained(tmp_path / "saved")
     backbone = {"backbone": str(backbone_folder())} if form == "slim" else {}

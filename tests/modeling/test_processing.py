@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMProcessor
 from ccf_llm_hf.modeling.layout_ccf_llm import window_start
-from ccf_llm_hf.modeling.prompt_ccf_llm import LAYOUTS
+from ccf_llm_hf.modeling.prompt_ccf_llm import WORDINGS
 
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 ITEMS = [f"i{row}" for row in range(len(TITLES))]
@@ -25,14 +25,14 @@ def make(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> CCFLLMProcessor
     return CCFLLMProcessor.from_catalog(tokenizer, ITEMS, list(TITLES), ["u0", "u1"], **settings)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wording", WORDINGS)
 @pytest.mark.parametrize("form", ["slot", "title_slot", "title"])
 @FIXTURE
 @given(history=st.lists(items, max_size=45), candidates=st.lists(items, min_size=1, max_size=5))
 def test_every_item_has_its_slot_and_every_candidate_its_answer(
-    tokenizer: PreTrainedTokenizerFast, layout: str, form: str, history: list, candidates: list
+    tokenizer: PreTrainedTokenizerFast, wording: str, form: str, history: list, candidates: list
 ) -> None:
-    processor = make(tokenizer, layout=layout, history_format=form, candidate_format=form)
+    processor = make(tokenizer, wording=wording, history_format=form, candidate_format=form)
     batch = processor(user="u1", history=history, candidates=candidates)
     window = history[window_start(len(history), (20, 16)) :]
     assert batch["input_ids"].shape[0] == 1
@@ -46,7 +46,7 @@ def test_every_item_has_its_slot_and_every_candidate_its_answer(
     assert (blocks >= 1).all(), "an answer is read in a candidate's block"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wording", WORDINGS)
 @FIXTURE
 @given(
     history=st.lists(items, max_size=6),
@@ -55,14 +55,14 @@ def test_every_item_has_its_slot_and_every_candidate_its_answer(
 )
 def test_packing_is_the_samples_alone(
     tokenizer: PreTrainedTokenizerFast,
-    layout: str,
+    wording: str,
     history: list,
     candidates: list,
     data: st.DataObject,
 ) -> None:
     """What a candidate sees, by position, is its own prompt: tokens, positions and slots."""
     form = {"history_format": "title_slot", "candidate_format": "title_slot"}
-    processor = make(tokenizer, layout=layout, **form)
+    processor = make(tokenizer, wording=wording, **form)
     lengths = [data.draw(st.integers(0, len(history))) for _ in candidates]
     packed = processor(user="u0", history=history, candidates=candidates, history_lengths=lengths)
     for index, (item, length) in enumerate(zip(candidates, lengths, strict=True)):
@@ -81,20 +81,20 @@ def test_packing_is_the_samples_alone(
 def test_count_tokens_is_the_row_length_without_the_instruction(
     tokenizer: PreTrainedTokenizerFast, candidates: list, history: list
 ) -> None:
-    for form, layout in product(("slot", "title_slot", "title"), LAYOUTS):
-        processor = make(tokenizer, layout=layout, history_format=form, candidate_format=form)
+    for form, wording in product(("slot", "title_slot", "title"), WORDINGS):
+        processor = make(tokenizer, wording=wording, history_format=form, candidate_format=form)
         batch = processor(user="u0", history=history, candidates=candidates)
         group = SimpleNamespace(history=history, candidates=candidates)
         row = batch["input_ids"].shape[1]
         assert processor.count_tokens(group) == row - len(processor.instruction())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wording", WORDINGS)
 @pytest.mark.parametrize("form", ["slot", "title_slot", "title"])
 def test_a_batch_begins_with_bos_once_where_the_tokenizer_puts_one(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, layout: str, form: str
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, wording: str, form: str
 ) -> None:
-    settings = {"layout": layout, "history_format": form, "candidate_format": form}
+    settings = {"wording": wording, "history_format": form, "candidate_format": form}
     call = {"user": ["u0", "u1"], "history": [["i0"], []], "candidates": [["i1", "i2"], ["i3"]]}
     tokenizer.bos_token = "<|endoftext|>"
     without = make(tokenizer, **settings)(**call)["input_ids"][0].tolist()
@@ -198,7 +198,7 @@ def test_bad_calls_name_the_mistake(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"layout": "x"}, "layout='x'"),
+        ({"wording": "x"}, "wording='x'"),
         ({"candidate_format": "x"}, "candidate_format='x'"),
         ({"templates": {"prefx": ""}}, "unknown entry 'prefx'"),
         ({"templates": {"candidate_slot": "no slot"}}, "must contain {item} exactly once"),

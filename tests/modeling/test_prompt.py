@@ -6,41 +6,41 @@ from transformers import PreTrainedTokenizerFast
 from ccf_llm_hf.modeling.prompt_ccf_llm import (
     ITEM_FORMATS,
     ITEM_SLOT,
-    LAYOUTS,
     TEMPLATES,
     USER_SLOT,
+    WORDINGS,
     HybridPrompt,
 )
 
 KINDS = ("history", "disliked", "candidate")
 
 
-def make(tokenizer: PreTrainedTokenizerFast, layout: str, form: str, years: bool) -> HybridPrompt:
-    return HybridPrompt(tokenizer, layout, form, form, years, None)
+def make(tokenizer: PreTrainedTokenizerFast, wording: str, form: str, years: bool) -> HybridPrompt:
+    return HybridPrompt(tokenizer, wording, form, form, years, None)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wording", WORDINGS)
 @pytest.mark.parametrize("form", ITEM_FORMATS)
 @pytest.mark.parametrize("years", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_item_is_its_template_with_title_and_slot_in_place(
-    tokenizer: PreTrainedTokenizerFast, layout: str, form: str, years: bool, kind: str
+    tokenizer: PreTrainedTokenizerFast, wording: str, form: str, years: bool, kind: str
 ) -> None:
-    prompt = make(tokenizer, layout, form, years)
+    prompt = make(tokenizer, wording, form, years)
     title = "Heat (1995)" if years else "Heat"
     shown = {"slot": ITEM_SLOT, "title": title, "title_slot": title + ITEM_SLOT}[form]
     span = prompt.item(kind, 7, "Heat (1995)")
-    assert tokenizer.decode(span.ids) == TEMPLATES[layout][f"{kind}_{form}"].format(item=shown)
+    assert tokenizer.decode(span.ids) == TEMPLATES[wording][f"{kind}_{form}"].format(item=shown)
     assert [row for row in span.items if row >= 0] == [7] * (form != "title")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wording", WORDINGS)
 @pytest.mark.parametrize("form", ["slot", "title"])
 def test_the_user_slot_comes_after_what_all_prompts_share(
-    tokenizer: PreTrainedTokenizerFast, layout: str, form: str
+    tokenizer: PreTrainedTokenizerFast, wording: str, form: str
 ) -> None:
-    prompt = make(tokenizer, layout, form, True)
-    before, _, after = TEMPLATES[layout]["prefix"].partition("{user}")
+    prompt = make(tokenizer, wording, form, True)
+    before, _, after = TEMPLATES[wording]["prefix"].partition("{user}")
     user = prompt.prefix(3)
     if form == "title":
         assert prompt.instruction() == prompt.bos_token_ids + prompt.tokens(before + after)

@@ -9,23 +9,23 @@ from tiny import BuildModel
 from transformers import AutoModel, AutoProcessor
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor, CTRRanker
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.modeling.configuration_ccf_llm import FUSION_ARMS
 
 # Of the old catalog `Heat` stays, under another id and with another vector.
 ITEMS = {"n0": "Fargo (1996)", "n1": "Heat (1995)", "n2": "A film without ratings (2024)"}
 
 
-def new_table(dim: int) -> CFEmbeddings:
+def new_table(dim: int) -> CFVectors:
     generator = torch.Generator().manual_seed(7)
     vectors = {name: torch.randn(dim, generator=generator).numpy() for name in ("n0", "n1")}
     users = {name: torch.randn(dim, generator=generator).numpy() for name in ("v0", "v1")}
-    return CFEmbeddings.from_tables(users, vectors, ITEMS, model_name="lightgcn")
+    return CFVectors.from_tables(users, vectors, ITEMS, model_name="lightgcn")
 
 
 def replaced(
     model: CCFLLMForCTR, processor: CCFLLMProcessor, dim: int
-) -> tuple[CCFLLMForCTR, CCFLLMProcessor, CFEmbeddings]:
+) -> tuple[CCFLLMForCTR, CCFLLMProcessor, CFVectors]:
     cf = new_table(dim)
     processor = processor.with_catalog(cf.item_ids, cf.item_titles, cf.user_ids)
     return model.replace_catalog(processor, cf), processor, cf
@@ -70,7 +70,7 @@ def test_an_item_by_its_new_id_scores_as_by_its_title(build: BuildModel) -> None
 def test_only_the_alignment_may_start_afresh_and_it_is_said(
     build: BuildModel, dim: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, processor = build(lora=True, cf_residual=True)
+    model, processor = build(lora=True, cf_logit=True)
     before = {
         name: value.clone()
         for name, value in model.state_dict().items()
@@ -95,7 +95,7 @@ def test_only_the_alignment_may_start_afresh_and_it_is_said(
 def test_saved_equals_loaded(
     build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path, fusion: str, form: str
 ) -> None:
-    model, processor, _ = replaced(*build(fusion, lora=True, cf_residual=True), 4)
+    model, processor, _ = replaced(*build(fusion, lora=True, cf_logit=True), 4)
     model.save_pretrained(tmp_path, form=form)
     processor.save_pretrained(tmp_path)
     options = {"backbone": str(backbone_folder())} if form == "slim" else {}
@@ -144,7 +144,7 @@ def test_without_a_cf_table_everything_is_cold(build: BuildModel, tmp_path: Path
 
 @pytest.mark.parametrize("dim", [6, 4])
 def test_the_new_table_can_be_trained_on(build: BuildModel, dim: int) -> None:
-    model, processor, _ = replaced(*build(cf_residual=True), dim)
+    model, processor, _ = replaced(*build(cf_logit=True), dim)
     batch = processor(
         user=["v0", "v1"],
         history=[["n0"], ["n2"]],
@@ -174,9 +174,9 @@ def test_tables_and_tokenizers_that_do_not_fit_are_refused(build: BuildModel) ->
 
 
 def test_the_prompt_stays(build: BuildModel) -> None:
-    _, processor = build("concat", layout="question_last")
+    _, processor = build("concat", wording="question_last")
     processor.templates["prefix"] = "For{user}:"
     new = processor.with_catalog(list(ITEMS), list(ITEMS.values()), ["v0"])
-    assert (new.layout, new.candidate_format) == ("question_last", "title_slot")
+    assert (new.wording, new.candidate_format) == ("question_last", "title_slot")
     assert new.templates == processor.templates and new.history_window == processor.history_window
     assert new.item_ids == list(ITEMS) and processor.item_ids != list(ITEMS)

@@ -105,9 +105,9 @@ def world(
     """A world in which every planned cell is tiny; the current folder is in it."""
     here = World(tmp_path_factory.mktemp("world"))
     ratings = write_ratings(here.folder / "ratings.csv")
-    for track, kept in (("protocol", "positives"), ("open", "signed")):
+    for track, kept in (("protocol", "likes"), ("open", "signed")):
         options = {
-            "history_labels": kept,
+            "histories": kept,
             "out": str(here.work / f"data-{track}"),
             "name": "ml-100k",
         }

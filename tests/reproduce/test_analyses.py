@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
 from ccf_llm_hf.cf.scoring import load_scores
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import auc
 from ccf_llm_hf.reproduce import analyses
@@ -101,7 +101,7 @@ def test_the_cf_control_is_the_table_without_the_drawn_rows(world):
     by = {(entry["side"], entry["share"]): entry for entry in entries}
     assert by["item", 0.0]["auc"] == pytest.approx(auc(whole["label"], whole["score"]))
     rows = pd.read_parquet(data / "data" / "test.parquet")
-    table = CFEmbeddings.load(cf)
+    table = CFVectors.load(cf)
     nobody = table.logits(["nobody"] * len(rows), rows["item_id"].to_numpy()).numpy()
     assert by["user", 1.0]["auc"] == pytest.approx(auc(rows["label"], nobody))
     assert by["both", 1.0]["auc"] == 0.5

@@ -87,7 +87,7 @@ def test_arms_to_compare_differ_in_what_their_names_say_only():
         pair = [stages[arm, "mf", "joint"].items() for arm in (first, second)]
         return {key for key, _ in pair[0] ^ pair[1]}
 
-    assert differing("gate", "gate, question last") == {"layout"}
+    assert differing("gate", "gate, question last") == {"wording"}
     assert differing("gate, title candidates", "concat") == {"fusion"}
     titled = {"candidate_format", "title_years"}
     assert differing("gate", "gate, title candidates") == titled

@@ -52,7 +52,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ranker(build) -> CTRRanker:
-    model, processor = build(cf_residual=True)
+    model, processor = build(cf_logit=True)
     processor.history_window = (5, 3)
     return CTRRanker(model, processor)
 

@@ -17,7 +17,7 @@ ROWS = {
     "user_id": ["u0", "u0", "stranger", "u1"],
     "item_id": ["i1", "i7", "i3", "i0"],
     "history": [["i0", "i3", "i4"], ["i5"], [], ["i6", "i7", "i1", "i2"]],
-    "history_labels": [[1, 0, 1], [0], [], [0, 1, 1, 0]],
+    "histories": [[1, 0, 1], [0], [], [0, 1, 1, 0]],
     "history_ratings": [[5.0, 1.0, 4.0], [3.0], [], [2.0, 4.0, 5.0, 3.0]],
 }
 
@@ -94,5 +94,5 @@ def test_what_folding_in_needs_is_named(cf, folder, tmp_path):
     cf.save(tmp_path / "imported")
     with pytest.raises(InputError, match=r"imported.*is another"):
         folded_scores(tmp_path / "imported", split)
-    with pytest.raises(InputError, match="--history-labels signed"):
-        folded_scores(folder / "labels", split.remove_columns("history_labels"))
+    with pytest.raises(InputError, match="--histories signed"):
+        folded_scores(folder / "labels", split.remove_columns("histories"))

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from prepared_folder import make_rows, write_prepared
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
 from ccf_llm_hf.cf.fit import fit_cf
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.configs import MFConfig
 from ccf_llm_hf.evaluation.metrics import auc
 from ccf_llm_hf.evaluation.rows import read_rows
@@ -44,7 +44,7 @@ def world(tmp_path_factory):
 
 def test_bias_and_weight_are_the_likeliest_for_snapshots_that_do_not_know_the_row(world):
     data, cf_folder = world
-    cf, rows = CFEmbeddings.load(cf_folder), {split: read_rows(data, split) for split in SPLITS}
+    cf, rows = CFVectors.load(cf_folder), {split: read_rows(data, split) for split in SPLITS}
     likes = pd.concat(part[part["label"] == 1] for part in rows.values())
     feature = np.log1p(recent_likes(rows["test"], likes))
     term = recent_likes_term(cf_folder, data, "test")["term"].to_numpy()
@@ -64,7 +64,7 @@ def test_bias_and_weight_are_the_likeliest_for_snapshots_that_do_not_know_the_ro
 @pytest.mark.parametrize("split", SPLITS[1:])
 def test_the_term_makes_the_cf_model_better_where_likes_follow_upon_likes(world, split):
     data, cf_folder = world
-    alone = CFEmbeddings.load(cf_folder).score(read_rows(data, split))
+    alone = CFVectors.load(cf_folder).score(read_rows(data, split))
     scores = with_term(alone, recent_likes_term(cf_folder, data, split))
     assert scores["user_id"].tolist() == read_rows(data, split)["user_id"].tolist()
     assert auc(alone["label"], scores["score"]) > auc(alone["label"], alone["score"])

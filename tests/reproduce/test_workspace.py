@@ -3,7 +3,7 @@
 import pytest
 from prepared_folder import make_rows, write_prepared
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.configs import CF_CONFIGS, MFConfig
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.reproduce import workspace
@@ -25,8 +25,8 @@ def test_data_is_prepared_once_a_track(tmp_path, monkeypatch):
         assert (here.data(track) / "protocol.json").is_file()
     protocol, opened = asked
     assert protocol.source == opened.source == "synthetic" and protocol.offline
-    assert (protocol.history_labels, protocol.max_history) == ("positives", None)
-    assert (opened.history_labels, opened.max_history) == ("signed", STORED_HISTORY)
+    assert (protocol.histories, protocol.max_history) == ("likes", None)
+    assert (opened.histories, opened.max_history) == ("signed", STORED_HISTORY)
     assert here.data("protocol") != here.data("open")
 
 
@@ -35,7 +35,7 @@ def test_a_table_is_fitted_once(tmp_path, monkeypatch):
     write_prepared(tmp_path / "data-protocol", make_rows(600))
     here = Workspace(tmp_path, "synthetic")
     folder = here.cf("protocol", "mf")
-    assert CFEmbeddings.load(folder).model_name == "mf"
+    assert CFVectors.load(folder).model_name == "mf"
     file = folder / "cf_embeddings.safetensors"
     stamp = file.stat().st_mtime_ns
     assert here.cf("protocol", "mf") == folder

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.prepare import PrepareConfig, prepare
 from ccf_llm_hf.data.prepared import load_prepared
 from ccf_llm_hf.training.recipe import Recipe, StageConfig
@@ -89,7 +89,7 @@ def cf_dir(tmp_path_factory: pytest.TempPathFactory, data_dir: Path) -> Path:
     item_vectors = items[order] + noise * draw.normal(size=(3, NUM_ITEMS, DIM))
     known = torch.ones(3, NUM_ITEMS, dtype=torch.bool)
     known[:, -1] = False
-    CFEmbeddings(
+    CFVectors(
         user_ids=[f"u{user}" for user in range(NUM_USERS)],
         item_ids=list(data.items["item_id"]),
         item_titles=list(data.items["title"]),

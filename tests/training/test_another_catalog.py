@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.prepare import PrepareConfig, prepare
 from ccf_llm_hf.data.prepared import load_prepared
 from ccf_llm_hf.errors import InputError
@@ -28,14 +28,14 @@ NUM_USERS, NUM_ITEMS = 8, 10
 @pytest.fixture
 def source(stage_run: Any, tmp_path: Path) -> Path:
     """A slim checkpoint of the films that the other tests train on, as if trained."""
-    run = stage_run(train=["fusion", "lora"], cf_residual=True)
+    run = stage_run(train=["fusion", "lora"], cf_logit=True)
     processor = run.processor()
     model = run.model(processor)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for _, weight in model.lora_parameters() + model.fusion_parameters():
             weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-        model.residual_scale.fill_(0.7)
+        model.cf_logit_scale.fill_(0.7)
     model.save_pretrained(tmp_path / "source", form="slim")
     processor.save_pretrained(tmp_path / "source")
     return tmp_path / "source"
@@ -70,7 +70,7 @@ def table_of(books: Path, dim: int, folder: Path) -> Path:
     titles = dict(zip(data.items["item_id"], data.items["title"], strict=True))
     users = {f"r{user}": draw.normal(size=dim) for user in range(NUM_USERS)}
     items = {item: draw.normal(size=dim) for item in list(titles)[:-1]}  # the last one is cold
-    CFEmbeddings.from_tables(users, items, titles, fitted_before=500_000).save(folder)
+    CFVectors.from_tables(users, items, titles, fitted_before=500_000).save(folder)
     return folder
 
 
@@ -78,7 +78,7 @@ def stage_of(settings: dict[str, Any], books: Path, cf: Path, source: Path) -> S
     recipe = Recipe(
         **settings | {"data_dir": str(books), "cf_dir": str(cf)},
         output_dir="unused",
-        stages=[{"name": "fusion", "cf_residual": True, "init_from": str(source)}],  # type: ignore[list-item]
+        stages=[{"name": "fusion", "cf_logit": True, "init_from": str(source)}],  # type: ignore[list-item]
     )
     return StageRun(recipe, recipe.stages[0], RunInputs.load(recipe), cf, source)
 
@@ -100,7 +100,7 @@ def test_gate_cold_vectors_and_lora_carry_over(
     for name, value in expected.items():
         if "_alignment." not in name or dim == 4:
             assert torch.equal(found[name], value), name
-    assert model.residual_scale.item() == pytest.approx(0.7)
+    assert model.cf_logit_scale.item() == pytest.approx(0.7)
     ids = torch.tensor([[3, 4, 5]])
     with torch.no_grad():  # LoRA is injected here and merged there
         torch.testing.assert_close(
@@ -126,7 +126,7 @@ def test_a_recipe_trains_on_from_a_checkpoint_of_another_catalog(
             {
                 "name": "books",
                 "init_from": str(source),
-                "cf_residual": True,
+                "cf_logit": True,
                 "train": ["fusion", "lora"],
                 "labels_per_step": 16,
             }

@@ -110,9 +110,9 @@ def test_a_changed_stage_is_refused_or_retrained(settings, tmp_path):
 
 
 def test_a_cf_table_of_other_data_is_refused(settings, cf_dir, tmp_path):
-    from ccf_llm_hf.cf.embeddings import CFEmbeddings
+    from ccf_llm_hf.cf.vectors import CFVectors
 
-    CFEmbeddings.from_tables({"u1": [1.0]}, {"i1": [1.0]}).save(tmp_path / "cf")
+    CFVectors.from_tables({"u1": [1.0]}, {"i1": [1.0]}).save(tmp_path / "cf")
     recipe = write_recipe({**settings, "cf_dir": str(tmp_path / "cf")}, tmp_path / "run", STAGES)
     with pytest.raises(InputError, match=r"lacks .* items"):
         run_recipe(recipe)

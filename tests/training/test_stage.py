@@ -40,7 +40,7 @@ def test_training_rows_see_earlier_snapshots_only(stage_run, inputs):
 
 def test_training_rows_see_the_table_that_leaves_their_fold_out(stage_run, inputs, monkeypatch):
     last = inputs.cf.snapshot_times[-1:].expand(3)
-    monkeypatch.setattr(inputs, "cf", replace(inputs.cf, scheme="fold", snapshot_times=last))
+    monkeypatch.setattr(inputs, "cf", replace(inputs.cf, cross_fit="folds", snapshot_times=last))
     run = stage_run()
     split = inputs.data.splits["train"].to_pandas()
     folds = fold_of(split["user_id"], split["item_id"], 2)
@@ -71,11 +71,11 @@ def test_samples_of_training_and_validation(stage_run):
     assert sample_users(everything, 0, seed=0) == everything
 
 
-@pytest.mark.parametrize("layout", ["shared_prefix", "question_last"])
-def test_labels_share_a_row_unless_told_otherwise(stage_run, layout):
-    run = stage_run(layout=layout, **TEXT)
+@pytest.mark.parametrize("wording", ["shared_prefix", "question_last"])
+def test_labels_share_a_row_unless_told_otherwise(stage_run, wording):
+    run = stage_run(wording=wording, **TEXT)
     assert max(len(group.labels) for group in run.train_groups(run.processor())) > 1
-    alone = stage_run(layout=layout, max_candidates=1, **TEXT)
+    alone = stage_run(wording=wording, max_candidates=1, **TEXT)
     assert {len(group.labels) for group in alone.train_groups(alone.processor())} == {1}
 
 

@@ -48,7 +48,7 @@ def test_adapter_of_the_sft_trainer_starts_a_stage(
     assert lora_of(tmp_path / "sft")["r"] == 4
 
     run = stage_run(
-        init_folder=tmp_path / "sft", fusion="text_only", train=["lora"], layout="question_last"
+        init_folder=tmp_path / "sft", fusion="text_only", train=["lora"], wording="question_last"
     )
     processor = run.processor()
     model = run.model(processor).eval()

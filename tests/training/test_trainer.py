@@ -148,7 +148,7 @@ def test_trainer_checkpoints_are_slim_and_load_alone(stage_run):
 def test_each_part_has_its_own_learning_rate_and_decay(stage_run, answer):
     rates = {"fusion_learning_rate": 1e-2, "lora_learning_rate": 1e-4, "weight_decay": 0.1}
     rates["answer_learning_rate"] = answer
-    trainer = make_trainer(stage_run(train=["fusion", "lora"], cf_residual=True, **rates))
+    trainer = make_trainer(stage_run(train=["fusion", "lora"], cf_logit=True, **rates))
     trainer.create_optimizer()
     places = {
         id(parameter): (group["lr"], group["weight_decay"])
@@ -199,7 +199,7 @@ def test_arms_without_gate_have_no_gate_statistics(stage_run):
 
 @pytest.mark.parametrize("fusion", ["scalar_gate", "sum", "concat", "cf_only"])
 def test_every_fusion_arm_trains(stage_run, fusion):
-    trainer = make_trainer(stage_run(fusion=fusion, cf_residual=fusion == "sum"))
+    trainer = make_trainer(stage_run(fusion=fusion, cf_logit=fusion == "sum"))
     before = weights(trainer.model)
     history = trainer.train_or_resume()
     assert any(not torch.equal(v, before[n]) for n, v in weights(trainer.model).items())

@@ -54,7 +54,7 @@ def bar_note(config: Any) -> str:
     text = "The bar is the mean of the gate over dimensions."
     if config.fusion not in ("gate", "scalar_gate"):
         text = f"This model has no gate (fusion: {config.fusion}), so that all bars are alike."
-    if config.cf_residual:
+    if config.cf_logit:
         text += " The score adds the CF model's own estimate, which the bar does not show."
     return text
 

@@ -85,7 +85,7 @@ class Recommender:
     @property
     def reads_dislikes(self) -> bool:
         """Whether the model was trained on histories that hold dislikes too."""
-        return self.processor.history_labels == "signed"
+        return self.processor.histories == "signed"
 
     @property
     def longest_history(self) -> int:

@@ -1,16 +1,16 @@
 """Collaborative-filtering models: their vectors, our own fits, imports."""
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
 from ccf_llm_hf.cf.fit import fit_cf
 from ccf_llm_hf.cf.lightgcn import fit_lightgcn
 from ccf_llm_hf.cf.mf import fit_mf
 from ccf_llm_hf.cf.sasrec import SASRecFit, fit_sasrec
 from ccf_llm_hf.cf.scoring import load_scores, score_sasrec
 from ccf_llm_hf.cf.tables import read_vector_table
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.configs import LightGCNConfig, MFConfig, SASRecConfig
 
 __all__ = [
-    "CFEmbeddings",
+    "CFVectors",
     "LightGCNConfig",
     "MFConfig",
     "SASRecConfig",

@@ -1,4 +1,4 @@
-"""The files behind `CFEmbeddings`: safetensors for the vectors, JSON lines for the ids."""
+"""The files behind `CFVectors`: safetensors for the vectors, JSON lines for the ids."""
 
 import json
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ def read_tensors(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], d
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is missing or damaged ({error}); fit or copy it again") from error
     if missing:
-        raise InputError(f"{path} lacks {missing[0]!r}, so it holds no CF embeddings; fit it again")
+        raise InputError(f"{path} lacks {missing[0]!r}, so it holds no CF vectors; fit it again")
     if metadata["format_version"] != FORMAT_VERSION:
         raise InputError(
             f"{path} has format version {metadata['format_version']}, this package reads "

@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
 from ccf_llm_hf.cf.lightgcn import fit_lightgcn
 from ccf_llm_hf.cf.mf import fit_mf
 from ccf_llm_hf.cf.sasrec import fit_sasrec
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.configs import CF_CONFIGS, CFConfig, LightGCNConfig, MFConfig
 from ccf_llm_hf.errors import InputError
 
 
 def fit_cf(
     kind: str, data_dir: str | Path, out: str | Path, config: CFConfig | None = None
-) -> CFEmbeddings:
+) -> CFVectors:
     """Fit a CF model, save it in `out` and print what was chosen (`ccf-llm fit-cf`).
 
     Args:

@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ccf_llm_hf.cf.early_stopping import EarlyStopping
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
 from ccf_llm_hf.cf.snapshots import Snapshot, facts_of_fit, logits_not_fitted_on, stacked
 from ccf_llm_hf.cf.solver import Rows, threads_for
 from ccf_llm_hf.cf.training_data import (
@@ -23,6 +22,7 @@ from ccf_llm_hf.cf.training_data import (
     seen,
     time_plan,
 )
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.configs import LightGCNConfig
 from ccf_llm_hf.evaluation.metrics import auc
 
@@ -42,7 +42,7 @@ class _Chosen:
     steps: int = 0
 
 
-def fit_lightgcn(data_dir: str | Path, config: LightGCNConfig | None = None) -> CFEmbeddings:
+def fit_lightgcn(data_dir: str | Path, config: LightGCNConfig | None = None) -> CFVectors:
     """Fit LightGCN (He et al. 2020) on the training rows of a prepared folder.
 
     A vector is the mean of what 0 to `layers` steps of symmetrically normalized propagation over
@@ -51,9 +51,9 @@ def fit_lightgcn(data_dir: str | Path, config: LightGCNConfig | None = None) -> 
     items or at large. Full-batch Adam; layers, L2, learning rate and the number of steps are chosen
     on the whole validation split. Then each snapshot is fitted on the rows, and the graph, before
     its time, from where the one before it ended, for as many steps; the last is stopped early on
-    validation again. With `scheme="fold"` each is fitted afresh on the rows of all folds but one,
-    and rotated onto the fit on all rows, which is the last. An unknown user or item stands at the
-    mean of the known ones (our choice).
+    validation again. With `cross_fit="folds"` each is fitted afresh on the rows of all folds but
+    one, and rotated onto the fit on all rows, which is the last. An unknown user or item stands at
+    the mean of the known ones (our choice).
 
     Args:
         data_dir: folder written by `ccf-llm prepare`.
@@ -67,12 +67,12 @@ def fit_lightgcn(data_dir: str | Path, config: LightGCNConfig | None = None) -> 
     """
     config = config or LightGCNConfig()
     data = load_training_data(Path(data_dir))
-    if config.scheme == "fold":
+    if config.cross_fit == "folds":
         plan = fold_plan(data, config.folds, config.dim)
     else:
         plan = time_plan(data, config.snapshots, config.dim)
     grid = _grid(config)
-    total = len(grid) + len(plan.rows) - (plan.scheme == "time")
+    total = len(grid) + len(plan.rows) - (plan.cross_fit == "snapshots")
     with threads_for(len(data.train)), tqdm(total=total, desc="fit lightgcn", unit=" fits") as bar:
         chosen = _choose(data, config, grid, bar)
         snapshots = _fit_tables(data, config, chosen, plan, bar)
@@ -82,7 +82,7 @@ def fit_lightgcn(data_dir: str | Path, config: LightGCNConfig | None = None) -> 
         snapshots[-1].logits(data.validation),
         logits_not_fitted_on(data.train, plan, snapshots),
         snapshots[-1].logits(data.train),
-        plan.scheme,
+        plan.cross_fit,
     )
     embeddings.metadata |= {
         "layers": str(chosen.layers),
@@ -125,7 +125,7 @@ def _fit_tables(
     data: TrainingData, config: LightGCNConfig, chosen: _Chosen, plan: Plan, bar: Any
 ) -> list[Snapshot]:
     start = _initial_vectors(data, config)
-    if plan.scheme == "fold":
+    if plan.cross_fit == "folds":
         return _fit_folds(data, chosen, plan, start, bar)
     nothing = data.train[:0]
     snapshots = [_Fit(data, nothing, chosen).snapshot(torch.zeros_like(start))]

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ccf_llm_hf.cf.alignment import turned
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.rotation import rotate_onto
 from ccf_llm_hf.cf.snapshots import facts_of_fit, logits_not_fitted_on
 from ccf_llm_hf.cf.solver import (
     Parameters,
@@ -31,6 +30,7 @@ from ccf_llm_hf.cf.training_data import (
     seen,
     time_plan,
 )
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.configs import MFConfig
 from ccf_llm_hf.evaluation.metrics import auc
 
@@ -43,14 +43,14 @@ MANY_ROWS = 300_000
 ITERATIONS, ITERATIONS_MANY_ROWS = 100, 30
 
 
-def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFEmbeddings:
+def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFVectors:
     """Fit MF on the training rows of a prepared folder, or with `rows="earlier"` on all rows before
     the validation split.
 
     The L2 strengths are chosen on the whole validation split (biases first, then factors), then
     each snapshot is solved for the rows before its time, warm-started from the one before. Snapshot
     0 is fitted on what precedes the train split (nothing, of the training rows); the last on all
-    rows. With `scheme="fold"` each is solved for
+    rows. With `cross_fit="folds"` each is solved for
     the rows of all folds but one, and rotated onto the fit on all rows, which is the last.
 
     Args:
@@ -60,8 +60,8 @@ def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFEmbeddings
     Returns:
         The vectors: dim + 2 with biases (user `[p, b_u, 1]`, item `[q, 1, b_i]`), else dim.
         `metadata` records the chosen strengths, validation AUC and UAUC, and
-        `out_of_time_train_auc`: training rows scored by the snapshots that they get, which is near
-        a held-out AUC unless labels leak (`out_of_fold_train_auc` by folds).
+        `cross_fit_train_auc`: training rows scored by the snapshots that they get, which is near
+        a held-out AUC unless labels leak (`cross_fit_train_auc` by folds).
 
     Raises:
         InputError: the folder is no prepared one, train is empty, or a split has one class only.
@@ -73,14 +73,14 @@ def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFEmbeddings
     with tqdm(total=grid + len(plan.rows), desc="fit mf", unit=" fits") as bar:
         penalties = _choose_penalties(data, config, bar)
         fits = _fit_tables(data, config, penalties, plan, bar)
-    embeddings = _embeddings(data, fits, plan, penalties, config.scheme)
+    embeddings = _embeddings(data, fits, plan, penalties, config.cross_fit)
     embeddings.metadata |= _facts(data, config, penalties, fits, plan)
     return embeddings
 
 
 def _plan(data: TrainingData, config: MFConfig) -> Plan:
     width = config.dim + 2 * config.use_biases
-    if config.scheme == "fold":
+    if config.cross_fit == "folds":
         return fold_plan(data, config.folds, width)
     return time_plan(data, config.snapshots, width)
 
@@ -182,7 +182,7 @@ def _fit_tables(
         bar.update()
         return found
 
-    if config.scheme == "fold":
+    if config.cross_fit == "folds":
         whole = fit(plan.rows[-1], start)
         return [*(_turned(fit(rows, start), whole) for rows in plan.rows[:-1]), whole]
     fits: list[Parameters] = []
@@ -194,7 +194,7 @@ def _fit_tables(
 
 def _turned(fit: Parameters, onto: Parameters) -> Parameters:
     """The same model, its factors rotated onto another fit's."""
-    users, items = turned(
+    users, items = rotate_onto(
         (fit.user_factors, fit.item_factors), (onto.user_factors, onto.item_factors)
     )
     return replace(fit, user_factors=users, item_factors=items)
@@ -205,8 +205,8 @@ def _embeddings(
     fits: list[Parameters],
     plan: Plan,
     penalties: Penalties,
-    scheme: str,
-) -> CFEmbeddings:
+    cross_fit: str,
+) -> CFVectors:
     """Vectors of every snapshot; the unknown get the defaults, MF's own answer for them."""
     biases = penalties.use_biases
     dim = fits[0].user_factors.shape[1]
@@ -220,7 +220,7 @@ def _embeddings(
         if biases:
             user_vectors[snapshot, :, dim] = fit.user_bias
             item_vectors[snapshot, :, dim + 1] = fit.item_bias
-    return CFEmbeddings(
+    return CFVectors(
         user_ids=data.users.tolist(),
         item_ids=data.items["item_id"].tolist(),
         item_titles=data.items["title"].tolist(),
@@ -233,7 +233,7 @@ def _embeddings(
         offset=torch.cat([fit.offset for fit in fits]),
         snapshot_times=torch.as_tensor(plan.times, dtype=torch.int64),
         model_name="mf" if biases else "mf_nobias",
-        scheme=scheme,
+        cross_fit=cross_fit,
     )
 
 
@@ -250,7 +250,7 @@ def _facts(
         last.logits(data.validation),
         logits_not_fitted_on(data.train, plan, fits),
         last.logits(data.train),
-        plan.scheme,
+        plan.cross_fit,
     )
     facts["l2_factors"] = f"{penalties.factors:g}"
     if penalties.use_biases:

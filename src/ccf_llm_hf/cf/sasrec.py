@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ccf_llm_hf.cf.early_stopping import EarlyStopping
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
 from ccf_llm_hf.cf.histories import Histories, read_histories
 from ccf_llm_hf.cf.sasrec_encoder import ENCODER_FILE, SASRecEncoder
 from ccf_llm_hf.cf.snapshots import (
@@ -26,6 +25,7 @@ from ccf_llm_hf.cf.snapshots import (
 )
 from ccf_llm_hf.cf.solver import Rows, threads_for
 from ccf_llm_hf.cf.training_data import Plan, TrainingData, load_training_data, seen, time_plan
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.configs import SASRecConfig
 from ccf_llm_hf.evaluation.metrics import auc
 
@@ -57,7 +57,7 @@ class _Fit:
 class SASRecFit:
     """What a fit leaves: the table of states and items, and the encoder that makes states."""
 
-    embeddings: CFEmbeddings
+    embeddings: CFVectors
     encoder: SASRecEncoder
 
     def save(self, folder: str | Path) -> None:
@@ -114,7 +114,7 @@ def fit_sasrec(data_dir: str | Path, config: SASRecConfig | None = None) -> SASR
             _held_out(encoder, data.validation, histories),
             logits_not_fitted_on(data.train, plan, snapshots),
             snapshots[-1].logits(data.train),
-            plan.scheme,
+            plan.cross_fit,
         )
     embeddings.metadata |= {
         "l2": f"{chosen.l2:g}",

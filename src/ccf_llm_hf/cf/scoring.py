@@ -6,10 +6,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
 from ccf_llm_hf.cf.histories import read_histories
 from ccf_llm_hf.cf.sasrec_encoder import ENCODER_FILE, SASRecEncoder
 from ccf_llm_hf.cf.snapshots import at
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.rows import read_rows
 from ccf_llm_hf.evaluation.scores import read_scores
@@ -19,7 +19,7 @@ def load_scores(path: str | Path, data_dir: str | Path, split: str = "test") -> 
     """What a comparison is given as, turned into scores of a split's rows.
 
     Args:
-        path: a folder of `CFEmbeddings`, scored with its last snapshot, of SASRec with each row's
+        path: a folder of `CFVectors`, scored with its last snapshot, of SASRec with each row's
             own history; or a parquet file of scores.
         data_dir: folder written by `ccf-llm prepare`.
         split: train, validation or test.
@@ -32,7 +32,7 @@ def load_scores(path: str | Path, data_dir: str | Path, split: str = "test") -> 
     """
     if not Path(path).is_dir():
         return read_scores(path)
-    embeddings = CFEmbeddings.load(path)
+    embeddings = CFVectors.load(path)
     if embeddings.model_name == "sasrec":
         return score_sasrec(path, data_dir, split)
     return embeddings.score(read_rows(data_dir, split))
@@ -56,7 +56,7 @@ def score_sasrec(folder: str | Path, data_dir: str | Path, split: str = "test") 
     Raises:
         InputError: the folder lacks the encoder or holds another fit's, or is damaged.
     """
-    table, rows = CFEmbeddings.load(folder).last(), read_rows(data_dir, split)
+    table, rows = CFVectors.load(folder).last(), read_rows(data_dir, split)
     encoder = _encoder_of(table, Path(folder) / ENCODER_FILE)
     histories = read_histories(data_dir, split, table.item_ids, encoder.max_history)
     states = encoder.as_users(histories.states(encoder))
@@ -68,7 +68,7 @@ def score_sasrec(folder: str | Path, data_dir: str | Path, split: str = "test") 
     )
 
 
-def _encoder_of(table: CFEmbeddings, path: Path) -> SASRecEncoder:
+def _encoder_of(table: CFVectors, path: Path) -> SASRecEncoder:
     encoder = SASRecEncoder.load(path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != table.metadata.get("encoder_sha256"):
         raise InputError(

@@ -1,4 +1,4 @@
-"""A fitted model's vectors at one moment, several as `CFEmbeddings`, and what they score."""
+"""A fitted model's vectors at one moment, several as `CFVectors`, and what they score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccf_llm_hf.cf.alignment import turned
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.rotation import rotate_onto
 from ccf_llm_hf.cf.solver import Rows
 from ccf_llm_hf.cf.training_data import Plan, TrainingData, seen
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.evaluation.metrics import auc, uauc
 
 
@@ -74,7 +74,7 @@ class Snapshot:
 
     def turned_onto(self, other: "Snapshot") -> "Snapshot":
         """The same logits in the other's space, see [`turned`]."""
-        users, items, user, item = turned(self._tables(), other._tables())
+        users, items, user, item = rotate_onto(self._tables(), other._tables())
         return replace(
             self,
             user_vectors=users,
@@ -100,21 +100,21 @@ def mean_of(vectors: Tensor, known: Tensor) -> Tensor:
 
 def stacked(
     snapshots: Sequence[Snapshot], plan: Plan, data: TrainingData, model_name: str
-) -> CFEmbeddings:
+) -> CFVectors:
     """Snapshots as the table that a fusion is trained on."""
     tensors: dict[str, Any] = {
         name: torch.stack([getattr(snapshot, name) for snapshot in snapshots])
         for name in vars(snapshots[0])
     }
     tensors["offset"] = tensors["offset"].flatten()
-    return CFEmbeddings(
+    return CFVectors(
         user_ids=data.users.tolist(),
         item_ids=data.items["item_id"].tolist(),
         item_titles=data.items["title"].tolist(),
         **tensors,
         snapshot_times=torch.as_tensor(plan.times, dtype=torch.int64),
         model_name=model_name,
-        scheme=plan.scheme,
+        cross_fit=plan.cross_fit,
     )
 
 
@@ -135,7 +135,7 @@ def logits_not_fitted_on(train: Rows, plan: Plan, models: Sequence[Model]) -> Te
 
 
 def facts_of_fit(
-    data: TrainingData, held_out: Tensor, not_fitted_on: Tensor, in_sample: Tensor, scheme: str
+    data: TrainingData, held_out: Tensor, not_fitted_on: Tensor, in_sample: Tensor, cross_fit: str
 ) -> dict[str, str]:
     """What every fit reports.
 
@@ -144,7 +144,7 @@ def facts_of_fit(
         held_out: `(validation rows,)` logits.
         not_fitted_on: `(training rows,)` logits by the tables that the rows see.
         in_sample: `(training rows,)` logits by the last table.
-        scheme: of the tables.
+        cross_fit: of the tables.
 
     Returns:
         AUC and UAUC on validation, AUC on train both ways, and the number of training rows.
@@ -155,7 +155,7 @@ def facts_of_fit(
     return {
         "validation_auc": f"{auc(labels, validation):.4f}",
         "validation_uauc": f"{uauc(labels, validation, data.validation_users):.4f}",
-        f"out_of_{scheme}_train_auc": f"{auc(train_labels[later], unseen[later]):.4f}",
+        "cross_fit_train_auc": f"{auc(train_labels[later], unseen[later]):.4f}",
         "in_sample_train_auc": f"{auc(train_labels, in_sample.numpy()):.4f}",
         "train_rows": str(len(data.train)),
     }

@@ -16,7 +16,7 @@ DAMAGED = (SafetensorError, BadZipFile, pa.ArrowException)
 
 
 def read_vector_table(path: str | Path) -> dict[str, np.ndarray]:
-    """Read one side's vectors, users or items, for `CFEmbeddings.from_tables`.
+    """Read one side's vectors, users or items, for `CFVectors.from_tables`.
 
     The suffix decides the format; nothing is unpickled:
 

@@ -139,20 +139,20 @@ class Plan:
         times: `(tables,)` int64, the time before which the rows of each lie.
         rows: of each table; the last is fitted on all.
         sees: `(n,)` int64, the table that each row sees; -1 before the train split.
-        scheme: `time` or `fold`.
+        cross_fit: `snapshots` or `folds`.
     """
 
     times: np.ndarray
     rows: list[slice | Tensor]
     sees: Tensor
-    scheme: str
+    cross_fit: str
 
 
 def time_plan(data: TrainingData, snapshots: int, width: int) -> Plan:
     """Tables by [`time_slices`]: one fitted on nothing, one at the end of each slice."""
     times, sizes = time_slices(data, snapshots, width)
     sees = torch.from_numpy(np.searchsorted(times, data.times, side="right") - 1)
-    return Plan(times, [slice(0, size) for size in sizes], sees, "time")
+    return Plan(times, [slice(0, size) for size in sizes], sees, "snapshots")
 
 
 def fold_plan(data: TrainingData, folds: int, width: int) -> Plan:
@@ -165,4 +165,4 @@ def fold_plan(data: TrainingData, folds: int, width: int) -> Plan:
     fold = torch.from_numpy(fold_of(users[data.train.users], items[data.train.items], count))
     rows = [(fold != left_out).nonzero().flatten() for left_out in range(count)]
     times = np.full(count + 1, data.times[-1] + 1)
-    return Plan(times, [*rows, slice(0, len(data.train))], fold, "fold")
+    return Plan(times, [*rows, slice(0, len(data.train))], fold, "folds")

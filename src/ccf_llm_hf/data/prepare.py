@@ -13,7 +13,7 @@ from ccf_llm_hf.configs import SOURCES, PrepareConfig
 from ccf_llm_hf.data import amazon, assets, collm
 from ccf_llm_hf.data.asset_list import ASSETS, MOVIELENS_LICENSE
 from ccf_llm_hf.data.folder import check_output, write_folder
-from ccf_llm_hf.data.prepared import FORMAT, HISTORY_LABELS
+from ccf_llm_hf.data.prepared import FORMAT, HISTORIES
 from ccf_llm_hf.data.protocol import (
     Samples,
     TimeSplit,
@@ -111,10 +111,9 @@ def _check_options(config: PrepareConfig) -> None:
     if not config.out:
         raise InputError("name the folder to write with --out")
     _refuse_idle_options(config)
-    if config.history_labels not in HISTORY_LABELS:
+    if config.histories not in HISTORIES:
         raise InputError(
-            f"--history-labels must be one of {', '.join(HISTORY_LABELS)}, "
-            f"not {config.history_labels!r}"
+            f"--histories must be one of {', '.join(HISTORIES)}, not {config.histories!r}"
         )
     if config.max_history is not None and config.max_history < 1:
         raise InputError(f"--max-history must be at least 1, not {config.max_history}")
@@ -139,7 +138,7 @@ def _check_options(config: PrepareConfig) -> None:
 def _refuse_idle_options(config: PrepareConfig) -> None:
     """Refuse an option that the source would not look at: silence would change the protocol."""
     fetched = {"input", "offline", "cache_dir"}
-    histories = {"history_labels", "max_history"}
+    histories = {"histories", "max_history"}
     options = {option.name for option in fields(config)}
     if config.source == "table":
         used = options - fetched
@@ -162,9 +161,9 @@ def _protocol(config: PrepareConfig) -> dict:
         "label_rule": f"1 if rating >= {_threshold(config):g}, else 0",
         "split_rule": "",
         "history_rule": HISTORY_RULE,
-        "history_labels": config.history_labels,
+        "histories": config.histories,
     }
-    if config.history_labels == "signed":
+    if config.histories == "signed":
         protocol["history_rule"] = SIGNED_HISTORY_RULE
     if config.max_history:
         protocol["history_rule"] += (
@@ -291,7 +290,7 @@ def _label_and_split(config: PrepareConfig, rows: pd.DataFrame, split: TimeSplit
     else:
         rows["label"] = (rows["rating"] >= _threshold(config)).astype("int64")
     rows["split"] = split.assign(rows["timestamp"].to_numpy())
-    return build_samples(rows, config.max_history, signed=config.history_labels == "signed")
+    return build_samples(rows, config.max_history, signed=config.histories == "signed")
 
 
 def format_summary(protocol: dict, out: Path) -> str:

@@ -20,7 +20,7 @@ PROTOCOL_FILE = "protocol.json"
 ITEMS_FILE = "items/items.parquet"
 INTERACTIONS_FILE = "interactions/interactions.parquet"
 FORMAT = "ccf-llm-prepared-1"
-HISTORY_LABELS = ("positives", "signed")
+HISTORIES = ("likes", "signed")
 
 
 @dataclass

@@ -41,7 +41,7 @@ def stored_history(data_dir: str | Path, user: str) -> list[Any]:
 def _shown(data_dir: str | Path, user: str | None = None) -> pd.DataFrame:
     rows = interactions(data_dir)
     rows = rows if user is None else rows[rows["user_id"] == user]
-    if load_protocol(Path(data_dir)).get("history_labels") != "signed":
+    if load_protocol(Path(data_dir)).get("histories") != "signed":
         rows = rows[(rows["split"] != "") & (rows["label"] == 1)]
         return rows.assign(shown=rows["item_id"])
     key, column = ("liked", "label") if rows["rating"].isna().any() else ("rating", "rating")

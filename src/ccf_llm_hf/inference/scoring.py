@@ -111,11 +111,11 @@ def score_split(
     Raises:
         InputError: the data's histories hold something else than the model reads.
     """
-    stored = "signed" if "history_labels" in split.column_names else "positives"
-    if processor.history_labels != stored:
+    stored = "signed" if "history_labels" in split.column_names else "likes"
+    if processor.histories != stored:
         raise InputError(
-            f"this model reads histories of {processor.history_labels}, but the data was prepared "
-            f"with {stored}: prepare it with --history-labels {processor.history_labels}"
+            f"this model reads histories of {processor.histories}, but the data was prepared "
+            f"with {stored}: prepare it with --histories {processor.histories}"
         )
     groups = group_rows(
         split,

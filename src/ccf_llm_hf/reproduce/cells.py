@@ -51,7 +51,7 @@ FAST = {key: value for key, value in SLOTS.items() if key != "answer_learning_ra
 # Without " (1995)" a title is half as many tokens.
 TITLED = SLOTS | {"candidate_format": "title_slot", "title_years": False}
 CONCAT = TITLED | {"fusion": "concat"}
-FOLDED = {"cf_residual": True, "cf_fold_in": True, "fold_in_items": 220}
+FOLDED = {"cf_logit": True, "cf_fold_in": True, "fold_in_items": 220}
 RANKING = {"pairwise_share": 0.5}
 TAUGHT = {"cf_target_share": 0.9}
 
@@ -177,7 +177,7 @@ def protocol_rows() -> list[Cell]:
         joint,
         replace(text_only, quick=True, analyzed=True),
         *(_joint(arm, arms[arm], quick=True, analyzed=arm == "cf_only") for arm in fusions[1:]),
-        _joint("gate and CF logit", gate | {"cf_residual": True}, quick=True, analyzed=True),
+        _joint("gate and CF logit", gate | {"cf_logit": True}, quick=True, analyzed=True),
         _average("average of CF and text_only", (mf,), text_only, quick=True),
         _average("average of CF and gate", (mf,), joint, quick=True),
         replace(
@@ -194,7 +194,7 @@ def protocol_rows() -> list[Cell]:
             _average("average of CF, LightGCN and gate, k-fold CF", blend.average_of, folds),
             beside=blend.row,
         ),
-        _joint("gate and CF logit, k-fold CF", gate | {"cf_residual": True}, cf="mf_folds"),
+        _joint("gate and CF logit, k-fold CF", gate | {"cf_logit": True}, cf="mf_folds"),
         taught_folds,
         recent_gate,
         replace(
@@ -207,7 +207,7 @@ def protocol_rows() -> list[Cell]:
         ),
         staged,
         *(_staged(text_only, arm, arms[arm]) for arm in fusions[1:]),
-        _staged(text_only, "gate and CF logit", gate | {"cf_residual": True}),
+        _staged(text_only, "gate and CF logit", gate | {"cf_logit": True}),
         _staged(text_only, "gate, CF target", gate | TAUGHT),
         _average("average of CF and gate", (mf,), staged),
         *(_joint("gate", gate, cf=cf) for cf in FUSED_CF[1:]),
@@ -216,7 +216,7 @@ def protocol_rows() -> list[Cell]:
         _joint("concat", CONCAT, titles=True, beside=titled.row),
         *(_joint("concat", CONCAT, cf=cf, titles=True) for cf in FUSED_CF[1:]),
         *(_staged(text_only, "concat", CONCAT, cf=cf, titles=True) for cf in FUSED_CF),
-        _joint("gate, question last", gate | {"layout": "question_last"}),
+        _joint("gate, question last", gate | {"wording": "question_last"}),
     ]
 
 

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import torch
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.prepared import load_prepared
 from ccf_llm_hf.inference.score_table import sample_users
 from ccf_llm_hf.reproduce.cold_start import LIKES, SHARES, SIDES, Measure, draw_rows
@@ -34,7 +34,7 @@ def blanked_cf(
 
     Args:
         method: name of the entries.
-        cf_folder: folder of `CFEmbeddings`.
+        cf_folder: folder of `CFVectors`.
         data_dir: prepared folder.
         split: train, validation or test.
         shares: in [0, 1], of the known items or users.
@@ -45,7 +45,7 @@ def blanked_cf(
     Raises:
         InputError: a bad folder.
     """
-    cf, rows = CFEmbeddings.load(cf_folder).last(), load_prepared(data_dir).splits[split]
+    cf, rows = CFVectors.load(cf_folder).last(), load_prepared(data_dir).splits[split]
     rows = rows if max_rows is None else sample_users(rows, max_rows, seed)
     measure = Measure(rows, resamples, seed)
     whole = measure.metrics(_scores(cf, rows))
@@ -90,7 +90,7 @@ def new_user_cf(
     Raises:
         InputError: a bad folder.
     """
-    cf, rows = CFEmbeddings.load(cf_folder).last(), load_prepared(data_dir).splits[split]
+    cf, rows = CFVectors.load(cf_folder).last(), load_prepared(data_dir).splits[split]
     rows = rows.select([row for row, past in enumerate(rows["history"]) if len(past) >= max(likes)])
     rows = rows if max_rows is None else sample_users(rows, max_rows, seed)
     measure = Measure(rows, resamples, seed)
@@ -100,7 +100,7 @@ def new_user_cf(
     return [{"method": method, "likes": int(number), **entry} for number in likes]
 
 
-def _without(cf: CFEmbeddings, draw: dict[str, np.ndarray]) -> CFEmbeddings:
+def _without(cf: CFVectors, draw: dict[str, np.ndarray]) -> CFVectors:
     """A copy of the table in which the drawn rows are unknown."""
     flags = {}
     for kind, drawn in draw.items():
@@ -109,11 +109,11 @@ def _without(cf: CFEmbeddings, draw: dict[str, np.ndarray]) -> CFEmbeddings:
     return replace(cf, **flags)
 
 
-def _scores(cf: CFEmbeddings, rows: datasets.Dataset) -> np.ndarray:
+def _scores(cf: CFVectors, rows: datasets.Dataset) -> np.ndarray:
     return cf.logits(np.asarray(rows["user_id"]), np.asarray(rows["item_id"])).numpy()
 
 
-def _count(cf: CFEmbeddings, rows: datasets.Dataset, draw: dict[str, np.ndarray]) -> int:
+def _count(cf: CFVectors, rows: datasets.Dataset, draw: dict[str, np.ndarray]) -> int:
     items = {cf.item_ids[row] for row in draw["item"].tolist()}
     users = {cf.user_ids[row] for row in draw["user"].tolist()}
     pairs = zip(rows["item_id"], rows["user_id"], strict=True)

@@ -105,7 +105,7 @@ def blanked(
 
 
 def _reads_cf(ranker: CTRRanker) -> bool:
-    return ranker.model.config.fusion != "text_only" or ranker.model.config.cf_residual
+    return ranker.model.config.fusion != "text_only" or ranker.model.config.cf_logit
 
 
 def draw_blanks(ranker: CTRRanker, side: str, share: float, seed: int) -> dict[str, np.ndarray]:

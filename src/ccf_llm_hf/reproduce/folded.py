@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.catalog_ccf_llm import cf_settings
 from ccf_llm_hf.modeling.cf_table_ccf_llm import CFTable
@@ -34,10 +34,10 @@ def folded_scores(
     Raises:
         InputError: the histories are not signed, or the table has no prior over users.
     """
-    cf = CFEmbeddings.load(cf_folder).last()
+    cf = CFVectors.load(cf_folder).last()
     if "history_labels" not in split.column_names or cf.user_precision is None:
         raise InputError(
-            "folding users in needs signed histories (ccf-llm prepare --history-labels signed) "
+            "folding users in needs signed histories (ccf-llm prepare --histories signed) "
             f"and a CF table by ccf-llm fit-cf mf; {cf_folder} or the data is another"
         )
     table = CFTable(CCFLLMConfig(**cf_settings(cf), fold_in_decay=decay))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.protocol import SPLITS
 from ccf_llm_hf.evaluation.rows import read_rows
 
@@ -32,7 +32,7 @@ def recent_likes_term(cf_folder: str | Path, data_dir: str | Path, split: str) -
     Raises:
         InputError: a folder is missing or damaged.
     """
-    cf = CFEmbeddings.load(cf_folder)
+    cf = CFVectors.load(cf_folder)
     splits = {name: read_rows(data_dir, name) for name in SPLITS}
     likes = pd.concat(rows[rows["label"] == 1] for rows in splits.values())
     train = splits["train"]

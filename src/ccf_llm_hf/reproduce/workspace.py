@@ -20,7 +20,7 @@ TABLES: dict[str, dict[str, tuple[str, CFConfig]]] = {
     "protocol": {
         "mf": ("mf", MFConfig()),
         "mf_nobias": ("mf", MFConfig(use_biases=False, snapshots=1)),
-        "mf_folds": ("mf", MFConfig(scheme="fold")),
+        "mf_folds": ("mf", MFConfig(cross_fit="folds")),
         "lightgcn": ("lightgcn", LightGCNConfig()),
         "sasrec": ("sasrec", SASRecConfig()),
     },
@@ -81,7 +81,7 @@ class Workspace:
         """The prepared folder of a track."""
         folder = self.folder / f"data-{track}"
         if not (folder / PROTOCOL_FILE).is_file():
-            signed = {"history_labels": "signed", "max_history": STORED_HISTORY}
+            signed = {"histories": "signed", "max_history": STORED_HISTORY}
             options = {} if track == "protocol" else signed
             source = {"source": self.dataset, "offline": self.offline}
             prepare(PrepareConfig(out=str(folder), **source, **options))  # type: ignore[arg-type]

@@ -18,8 +18,8 @@ from trl import TrlParser
 
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.configuration_ccf_llm import FUSION_ARMS, SCORE_HEADS
-from ccf_llm_hf.modeling.processing_ccf_llm import HISTORY_LABELS
-from ccf_llm_hf.modeling.prompt_ccf_llm import ITEM_FORMATS, LAYOUTS
+from ccf_llm_hf.modeling.processing_ccf_llm import HISTORIES
+from ccf_llm_hf.modeling.prompt_ccf_llm import ITEM_FORMATS, WORDINGS
 
 TRAINABLE_PARTS = ("fusion", "lora")
 PRECISIONS = ("fp32", "bf16", "auto")
@@ -32,14 +32,14 @@ class StageConfig:
 
     name: str = field(default="", metadata={"help": "Folder name of the stage."})
     fusion: str = field(default="gate", metadata={"help": f"Fusion arm, one of {FUSION_ARMS}."})
-    cf_residual: bool = field(
+    cf_logit: bool = field(
         default=False, metadata={"help": "Add a learned scale times the CF model's own logit."}
     )
     cf_fold_in: bool = field(
         default=False,
         metadata={
             "help": "In that logit, solve for the user's vector from the signed history shown "
-            "instead of looking it up; needs history_labels: signed and a CF table by fit-cf mf."
+            "instead of looking it up; needs histories: signed and a CF table by fit-cf mf."
         },
     )
     fold_in_decay: float = field(
@@ -77,7 +77,7 @@ class StageConfig:
             "run's. Empty: a fresh start. From another fusion arm only the LoRA adapter is taken."
         },
     )
-    layout: str = field(default="", metadata={"help": f"Prompt layout, one of {LAYOUTS}."})
+    wording: str = field(default="", metadata={"help": f"Prompt wording, one of {WORDINGS}."})
     history_format: str = field(
         default="", metadata={"help": f"Rendering of a history item, one of {ITEM_FORMATS}."}
     )
@@ -91,9 +91,9 @@ class StageConfig:
         default_factory=list,
         metadata={"help": "[H, S]: at most H + S - 1 history items, in windows S apart."},
     )
-    history_labels: str = field(
+    histories: str = field(
         default="",
-        metadata={"help": f"What histories hold, one of {HISTORY_LABELS}; empty: as in the data."},
+        metadata={"help": f"What histories hold, one of {HISTORIES}; empty: as in the data."},
     )
     fold_in_items: int = field(
         default=0,
@@ -175,12 +175,12 @@ class StageConfig:
                 f"every stage needs a `name` of letters, digits, dots and dashes; got {self.name!r}"
             )
         _one_of(place, "fusion", self.fusion, FUSION_ARMS)
-        _one_of(place, "layout", self.layout, ("", *LAYOUTS))
+        _one_of(place, "wording", self.wording, ("", *WORDINGS))
         for key in ("history_format", "candidate_format"):
             _one_of(place, key, getattr(self, key), ("", *ITEM_FORMATS))
-        _one_of(place, "history_labels", self.history_labels, ("", *HISTORY_LABELS))
-        if self.cf_fold_in and not self.cf_residual:
-            raise InputError(f"{place}: `cf_fold_in` needs cf_residual: true")
+        _one_of(place, "histories", self.histories, ("", *HISTORIES))
+        if self.cf_fold_in and not self.cf_logit:
+            raise InputError(f"{place}: `cf_fold_in` needs cf_logit: true")
         if not 0 < self.fold_in_decay <= 1:
             raise InputError(f"{place}: `fold_in_decay` must be above 0 and at most 1")
         if not 0 <= self.slot_dropout < 1:
@@ -208,14 +208,14 @@ class StageConfig:
 
     def reads_cf(self) -> bool:
         """Whether the stage reads the CF table."""
-        return self.cf_residual or self.cf_target_share > 0 or self.fusion != "text_only"
+        return self.cf_logit or self.cf_target_share > 0 or self.fusion != "text_only"
 
     def prompt_settings(self) -> dict[str, Any]:
         """Settings for `CCFLLMProcessor.from_catalog`; what is left empty stays out, except that a
         text-only prompt has titles and concat has titles followed by slots."""
         item_format = {"text_only": "title", "concat": "title_slot"}.get(self.fusion, "")
         chosen = {
-            "layout": self.layout,
+            "wording": self.wording,
             "history_format": self.history_format or item_format,
             "candidate_format": self.candidate_format or item_format,
         }

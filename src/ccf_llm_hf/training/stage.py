@@ -14,7 +14,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 
-from ccf_llm_hf.cf.embeddings import CFEmbeddings
+from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.assets import hub_id, load_backbone_path
 from ccf_llm_hf.data.grouping import Group, group_rows, sample_group
 from ccf_llm_hf.data.prepared import PreparedData, interactions, load_prepared, rating_midpoint
@@ -38,7 +38,7 @@ CHECKPOINT = "checkpoint"
 RECORD_FILE = "stage.json"
 # Settings of a stage that the model's config holds too, under the same names.
 OF_THE_MODEL = (
-    *("fusion", "cf_residual", "cf_fold_in", "fold_in_decay"),
+    *("fusion", "cf_logit", "cf_fold_in", "fold_in_decay"),
     *("slot_dropout", "pairwise_share", "cf_target_share"),
 )
 STEEP = 1e3  # turns ratings into plain likes and dislikes
@@ -58,7 +58,7 @@ class RunInputs:
     `digest`, which names the exact input files."""
 
     data: PreparedData
-    cf: CFEmbeddings | None
+    cf: CFVectors | None
     backbone: str
     revision: str | None
     digest: dict[str, str]
@@ -67,7 +67,7 @@ class RunInputs:
     def load(cls, recipe: Recipe) -> "RunInputs":
         """Read the inputs of a recipe. Raises `InputError` when data and CF table do not fit."""
         data = load_prepared(recipe.data_dir)
-        cf = CFEmbeddings.load(recipe.cf_dir) if recipe.cf_dir else None
+        cf = CFVectors.load(recipe.cf_dir) if recipe.cf_dir else None
         if cf is not None and (missing := set(data.items["item_id"]) - set(cf.item_ids)):
             raise InputError(
                 f"the CF table in {recipe.cf_dir} lacks {len(missing)} items of {recipe.data_dir}, "
@@ -194,7 +194,7 @@ class StageRun:
             tokenizer,
             *self.inputs.catalog(),
             **self.stage.prompt_settings(),
-            history_labels=self.history_labels(),
+            histories=self.histories(),
             rating_scale=self.rating_scale(),
         )
 
@@ -208,19 +208,19 @@ class StageRun:
             return self.inputs.cf.rating_scale
         return rating_midpoint(interactions(data.path)), STEEP
 
-    def history_labels(self) -> str:
+    def histories(self) -> str:
         """What histories hold, likes only or dislikes too: as the data was prepared."""
-        prepared = self.inputs.data.protocol.get("history_labels", "positives")
-        wanted = self.stage.history_labels or prepared
+        prepared = self.inputs.data.protocol.get("histories", "likes")
+        wanted = self.stage.histories or prepared
         if wanted != prepared:
             raise InputError(
-                f"stage {self.stage.name!r}: `history_labels` is {wanted}, but the data in "
-                f"{self.inputs.data.path} has {prepared}; prepare it with --history-labels {wanted}"
+                f"stage {self.stage.name!r}: `histories` is {wanted}, but the data in "
+                f"{self.inputs.data.path} has {prepared}; prepare it with --histories {wanted}"
             )
         if self.stage.cf_fold_in and wanted != "signed":
             raise InputError(
                 f"stage {self.stage.name!r}: `cf_fold_in` needs signed histories; prepare the data "
-                "with --history-labels signed"
+                "with --histories signed"
             )
         return wanted
 

@@ -1,4 +1,4 @@
-"""`CFEmbeddings`: the vectors of any CF model, per raw id, in snapshots in time."""
+"""`CFVectors`: the vectors of any CF model, per raw id, in snapshots in time."""
 
 import contextlib
 import json
@@ -31,15 +31,15 @@ from ccf_llm_hf.modeling.configuration_ccf_llm import ids_fingerprint
 
 
 @dataclass
-class CFEmbeddings:
+class CFVectors:
     """User and item vectors of a CF model; its logit is `(u * v).sum(-1) + offset`.
 
     Biases are dimensions of the vectors: a user is `[p, b_u, 1]`, an item `[q, 1, b_i]`. Snapshot s
     was fitted on interactions earlier than `snapshot_times[s]` only (our choice): a training row
     takes the snapshot that [`training_snapshots`] gives for it and so never meets a vector that was
-    fitted on its own label; evaluation and serving take the last. With `scheme="fold"` the first
-    snapshots are not slices of time but fits that leave out one fold of the (user, item) pairs each
-    (see `cf.folds`), and a row takes the one that leaves out its own.
+    fitted on its own label; evaluation and serving take the last. With `cross_fit="folds"` the
+    first snapshots are not slices of time but fits that leave out one fold of the (user, item)
+    pairs each (see `cf.folds`), and a row takes the one that leaves out its own.
 
     Args:
         user_ids: raw ids in table order.
@@ -55,11 +55,11 @@ class CFEmbeddings:
         snapshot_times: `(snapshots,)` int64, Unix seconds, ascending; with folds all the same.
         model_name: which CF model, for example `mf`.
         metadata: further facts of the fit, strings only.
-        scheme: `time` or `fold`; a file without it is of `time`.
+        cross_fit: `snapshots` or `folds`; a file without it is of `snapshots`.
 
     Raises:
         InputError: the shapes contradict each other, ids repeat, a vector is not finite, the times
-            do not ascend, or the scheme is unknown.
+            do not ascend, or the cross_fit is unknown.
     """
 
     user_ids: list[str]
@@ -75,46 +75,46 @@ class CFEmbeddings:
     snapshot_times: Tensor
     model_name: str
     metadata: dict[str, str] = field(default_factory=dict)
-    scheme: str = "time"
+    cross_fit: str = "snapshots"
 
     def __post_init__(self) -> None:
         self._check_ids()
         self._check_shapes()
         for name in ("user_vectors", "item_vectors", "default_user", "default_item", "offset"):
             if not torch.isfinite(getattr(self, name)).all():
-                raise InputError(f"CF embeddings: {name} holds NaN or infinity; refit or clean it")
-        self._check_scheme()
+                raise InputError(f"CF vectors: {name} holds NaN or infinity; refit or clean it")
+        self._check_cross_fit()
 
-    def _check_scheme(self) -> None:
-        if self.scheme == "fold":
+    def _check_cross_fit(self) -> None:
+        if self.cross_fit == "folds":
             if self.num_snapshots < 3:
                 raise InputError(
-                    f"CF embeddings: {self.num_snapshots} snapshots by fold; there must be one for "
+                    f"CF vectors: {self.num_snapshots} snapshots by fold; there must be one for "
                     "each of two folds or more, and one fitted on all rows"
                 )
-        elif self.scheme != "time":
-            raise InputError(f"CF embeddings: scheme {self.scheme!r} is neither time nor fold")
-        elif (self.snapshot_times.diff() <= 0).any():
+        elif self.cross_fit != "snapshots":
             raise InputError(
-                "CF embeddings: snapshot_times must ascend strictly; sort the snapshots"
+                f"CF vectors: cross_fit {self.cross_fit!r} is neither snapshots nor folds"
             )
+        elif (self.snapshot_times.diff() <= 0).any():
+            raise InputError("CF vectors: snapshot_times must ascend strictly; sort the snapshots")
 
     def _check_ids(self) -> None:
         for name, ids in (("user_ids", self.user_ids), ("item_ids", self.item_ids)):
             index = pd.Index(ids)
             if not index.is_unique:
                 twice = index[index.duplicated()][0]
-                raise InputError(f"CF embeddings: {name} holds {twice!r} twice; ids must be unique")
+                raise InputError(f"CF vectors: {name} holds {twice!r} twice; ids must be unique")
         if len(self.item_titles) != len(self.item_ids):
             raise InputError(
-                f"CF embeddings: {len(self.item_titles)} item_titles for {len(self.item_ids)} "
+                f"CF vectors: {len(self.item_titles)} item_titles for {len(self.item_ids)} "
                 "item_ids; give one title per item"
             )
 
     def _check_shapes(self) -> None:
         if self.user_vectors.dim() != 3 or not self.user_vectors.shape[0]:
             raise InputError(
-                "CF embeddings: user_vectors must have shape (snapshots, users, dim), not "
+                "CF vectors: user_vectors must have shape (snapshots, users, dim), not "
                 f"{tuple(self.user_vectors.shape)}"
             )
         snapshots, _, dim = self.user_vectors.shape
@@ -133,7 +133,7 @@ class CFEmbeddings:
             tensor = getattr(self, name)
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise InputError(
-                    f"CF embeddings: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but "
+                    f"CF vectors: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but "
                     f"the ids and the other tensors ask for {dtype} of shape {shape}"
                 )
 
@@ -246,9 +246,9 @@ class CFEmbeddings:
         Raises:
             InputError: the snapshots are folds.
         """
-        if self.scheme != "time":
+        if self.cross_fit != "snapshots":
             raise InputError(
-                "CF embeddings: these snapshots are folds, which no time tells apart; "
+                "CF vectors: these snapshots are folds, which no time tells apart; "
                 "ask training_snapshots for those of rows"
             )
         times = torch.from_numpy(np.array(timestamps, dtype=np.int64))
@@ -270,15 +270,15 @@ class CFEmbeddings:
         Returns:
             `(n,)` int64.
         """
-        if self.scheme == "time":
+        if self.cross_fit == "snapshots":
             return self.snapshot_for(timestamps)
         return torch.from_numpy(fold_of(user_ids, item_ids, self.num_snapshots - 1))
 
-    def last(self) -> "CFEmbeddings":
+    def last(self) -> "CFVectors":
         """The same with the last snapshot only, which is what a checkpoint carries."""
         names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
         last = {name: getattr(self, name)[-1:].clone() for name in names}
-        return replace(self, **last, scheme="time")
+        return replace(self, **last, cross_fit="snapshots")
 
     def save(self, folder: str | Path) -> None:
         """Write `cf_embeddings.safetensors`, `user_ids.jsonl` and `item_catalog.jsonl`.
@@ -305,10 +305,10 @@ class CFEmbeddings:
                 (temporary / file).replace(folder / file)
 
     def _file_metadata(self) -> dict[str, str]:
-        scheme = {} if self.scheme == "time" else {"scheme": self.scheme}
+        cross_fit = {} if self.cross_fit == "snapshots" else {"cross_fit": self.cross_fit}
         return (
             self.metadata
-            | scheme
+            | cross_fit
             | {
                 "format_version": FORMAT_VERSION,
                 "cf_model": self.model_name,
@@ -321,7 +321,7 @@ class CFEmbeddings:
         )
 
     @classmethod
-    def load(cls, folder: str | Path) -> "CFEmbeddings":
+    def load(cls, folder: str | Path) -> "CFVectors":
         """Read what [`save`] wrote.
 
         Raises:
@@ -346,8 +346,8 @@ class CFEmbeddings:
                 [i["title"] for i in items],
                 **tensors,
                 model_name=metadata["cf_model"],
-                metadata={k: v for k, v in metadata.items() if k not in (*RESERVED, "scheme")},
-                scheme=metadata.get("scheme", "time"),
+                metadata={k: v for k, v in metadata.items() if k not in (*RESERVED, "cross_fit")},
+                cross_fit=metadata.get("cross_fit", "snapshots"),
             )
 
     @classmethod
@@ -361,7 +361,7 @@ class CFEmbeddings:
         fitted_before: int | None = None,
         model_name: str = "imported",
         metadata: dict[str, str] | None = None,
-    ) -> "CFEmbeddings":
+    ) -> "CFVectors":
         """Import any CF model whose logit (or score) is `u . v + offset`.
 
         Biases go in as two more dimensions, `[p, b_u, 1]` and `[q, 1, b_i]`. An unknown user or
@@ -411,7 +411,7 @@ class CFEmbeddings:
         )
         return embeddings if fitted_before is None else embeddings._after_nothing(fitted_before)
 
-    def _after_nothing(self, fitted_before: int) -> "CFEmbeddings":
+    def _after_nothing(self, fitted_before: int) -> "CFVectors":
         """Put a snapshot that knows nobody in front, for rows before `fitted_before`."""
         names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
         doubled: dict[str, Any] = {

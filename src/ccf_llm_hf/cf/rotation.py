@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def turned(vectors: Sequence[Tensor], onto: Sequence[Tensor]) -> list[Tensor]:
+def rotate_onto(vectors: Sequence[Tensor], onto: Sequence[Tensor]) -> list[Tensor]:
     """Tables of one model, all rotated (or mirrored) alike, as near another model's as can be.
 
     Dot products between the tables stay as they are, so that the model remains ignorant of what the
