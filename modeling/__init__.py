@@ -1,1 +1,1 @@
-"""The code that a Hub repo carries, verbatim: config, layout, processor and model."""
+"""The code that a Hub repo carries, verbatim: config, model, processor and pipeline."""

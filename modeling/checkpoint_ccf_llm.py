@@ -1,27 +1,53 @@
-"""What a checkpoint folder holds: LoRA as plain tensors, fingerprints, files that say what is off.
+"""Checkpoints: which files there are, and how a [`CCFLLMForCTR`] is built, saved and loaded.
 
-LoRA is trained with PEFT but read and written here, so that loading a checkpoint needs torch,
-transformers and safetensors only. In memory an adapter is a dict keyed by the module's path in the
-backbone: `{"layers.0.self_attn.q_proj.lora_A.weight": tensor, ...}`.
+A checkpoint is *full* (one self-contained model.safetensors, LoRA merged) or *slim* (CF table,
+fusion weights and LoRA adapter; the backbone by name, revision and fingerprint).
 """
 
+import copy
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+import warnings
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import cached_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import cached_file, logging
 
-from .configuration_ccf_llm import ids_fingerprint
+from .adapter_ccf_llm import (
+    Adapter,
+    adapter_scale,
+    from_peft,
+    injected_adapter,
+    load_injected_adapter,
+    merge_adapter,
+    plain_state,
+    to_peft,
+)
+from .attention_ccf_llm import use_tiles
+from .configuration_ccf_llm import (
+    AUTO_MAP,
+    CONVERT,
+    CUSTOM_PIPELINES,
+    CCFLLMConfig,
+    ids_fingerprint,
+)
 
-FORMAT_VERSION = "1"
+logger = logging.get_logger(__name__)
+
+FORMAT_VERSION = "2"
 CF_FILE = "cf_embeddings.safetensors"
 FUSION_FILE = "fusion.safetensors"
 CATALOG_FILE = "item_catalog.jsonl"
@@ -29,23 +55,17 @@ USERS_FILE = "user_ids.jsonl"
 ADAPTER_FOLDER = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-PEFT_PREFIX = "base_model.model."
 CODE_FILES = (
     "configuration_ccf_llm.py",
-    "layout_ccf_llm.py",
-    "checkpoint_ccf_llm.py",
-    "cf_table_ccf_llm.py",
-    "packing_ccf_llm.py",
-    "prompt_ccf_llm.py",
-    "tiles_ccf_llm.py",
-    "pipeline_ccf_llm.py",
-    "processing_ccf_llm.py",
-    "catalog_ccf_llm.py",
-    "loading_ccf_llm.py",
-    "loss_ccf_llm.py",
     "modeling_ccf_llm.py",
+    "attention_ccf_llm.py",
+    "prompt_ccf_llm.py",
+    "processing_ccf_llm.py",
+    "ranking_ccf_llm.py",
+    "pipeline_ccf_llm.py",
+    "adapter_ccf_llm.py",
+    "checkpoint_ccf_llm.py",
 )
-
 CF_TENSORS = (
     "user_vectors",
     "item_vectors",
@@ -54,7 +74,6 @@ CF_TENSORS = (
     "default_user",
     "default_item",
     "offset",
-    "snapshot_times",
 )
 HUB_ARGUMENTS = (
     "revision",
@@ -64,28 +83,14 @@ HUB_ARGUMENTS = (
     "force_download",
     "subfolder",
 )
-
-Adapter = dict[str, Tensor]
-
-
-class Publishable:
-    """`push_to_hub` of model and processor."""
-
-    # An installed ccf_llm_hf puts a function here that checks files before it sends them.
-    publisher: ClassVar[Callable[..., Any] | None] = None
-
-    def _push_to_hub(self, repo_id: str, *args: Any, **options: Any) -> Any:
-        """Upload to a Hub repository, in one commit.
-
-        With ccf_llm_hf installed, the files are checked for secrets and local paths before, and
-        the options are those of its `hub.push.push_object`; else they are transformers' own.
-        """
-        if Publishable.publisher is None:
-            return super().push_to_hub(repo_id, *args, **options)  # type: ignore[misc]
-        return Publishable.publisher(self, repo_id, *args, **options)
-
-    # To type checkers, transformers' own is no plain method, and can be overridden by none.
-    push_to_hub: Any = _push_to_hub
+AUTO_ARGUMENTS = (
+    "trust_remote_code",
+    "code_revision",
+    "adapter_kwargs",
+    "_from_auto",
+    "_from_pipeline",
+    "_commit_hash",
+)
 
 
 def read_ids(file: str | Path) -> list[dict[str, Any]]:
@@ -177,9 +182,11 @@ def read_tensors(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
             # Files by other libraries, such as an adapter by PEFT, have no such version.
             version = metadata.get("format_version", FORMAT_VERSION)
             if version != FORMAT_VERSION:
+                newer = "load it with a newer ccf-llm-hf"
+                mend = newer if version > FORMAT_VERSION else CONVERT
                 raise OSError(
                     f"{file} has format version {version}, and this code reads version "
-                    f"{FORMAT_VERSION}: load it with a newer ccf-llm-hf."
+                    f"{FORMAT_VERSION}: {mend}."
                 )
             return {key: handle.get_tensor(key) for key in handle.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
@@ -210,6 +217,22 @@ def copy_code(folder: Path) -> None:
             shutil.copyfile(source, folder / name)
 
 
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Write JSON under a temporary name, then rename it."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(file)
+
+
+def read_adapter(file: str, backbone: PreTrainedModel) -> Adapter:
+    """Read a PEFT adapter file.
+
+    Raises:
+        OSError: naming the file, when it is damaged or fits another backbone.
+    """
+    return from_peft(read_tensors(file)[0], backbone, file)
+
+
 def backbone_fingerprint(backbone: nn.Module) -> str:
     """Sha256 (hex) over names, shapes and a strided sample of up to 1024 values of each parameter.
 
@@ -225,120 +248,477 @@ def backbone_fingerprint(backbone: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def plain_state(backbone: nn.Module) -> dict[str, Tensor]:
-    """The backbone's state as if no LoRA were injected: base weights under their plain names."""
-    return {
-        name.replace(".base_layer.", "."): weight
-        for name, weight in backbone.state_dict().items()
-        if ".lora_" not in name
-    }
+class CheckpointMixin(PreTrainedModel):
+    """The part of [`CCFLLMForCTR`] that deals with folders, repositories and catalogs."""
 
+    config: CCFLLMConfig
+    config_class: type[CCFLLMConfig]
+    model: Any
+    answer_weight: nn.Parameter
+    answer_scale: nn.Parameter
+    cf_logit_scale: nn.Parameter
+    _adapter: Adapter
+    _no_split_modules: Any
 
-def adapter_scale(lora: dict[str, Any]) -> float:
-    """Factor of `B @ A`: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
-    rank = lora["r"] ** 0.5 if lora.get("use_rslora") else lora["r"]
-    return lora["lora_alpha"] / rank
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The backbone without its head."""
+        return self.model.language_model
 
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str,
+        *,
+        backbone_name: str | None = None,
+        revision: str | None = None,
+        cf: Any = None,
+        item_title_ids: list[list[int]] | None = None,
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str | None = None,
+        **settings: Any,
+    ) -> Self:
+        """A fresh model around a pretrained backbone.
 
-def injected_adapter(backbone: nn.Module) -> Adapter:
-    """LoRA tensors of the modules that PEFT injected into the backbone; empty if there are none."""
-    return {
-        name.replace(".default.weight", ".weight"): weight.detach()
-        for name, weight in backbone.state_dict().items()
-        if ".lora_A." in name or ".lora_B." in name
-    }
-
-
-def merge_adapter(
-    backbone: nn.Module, state: dict[str, Tensor], adapter: Adapter, scale: float
-) -> None:
-    """Add `scale * B @ A` to the base weights of `state`, the backbone's plain state, in place."""
-    for name in [key for key in adapter if key.endswith(".lora_A.weight")]:
-        path = name.removesuffix(".lora_A.weight")
-        down, up = adapter[name].float(), adapter[f"{path}.lora_B.weight"].float()
-        module = backbone.get_submodule(path)
-        delta = scale * (up @ down).to(state[f"{path}.weight"].device)
-        if type(getattr(module, "base_layer", module)).__name__ == "Conv1D":
-            delta = delta.T
-        base = state[f"{path}.weight"]
-        state[f"{path}.weight"] = (base.float() + delta).to(base.dtype)
-
-
-def write_adapter(folder: Path, adapter: Adapter, backbone: nn.Module, config: Any) -> None:
-    """Write LoRA in PEFT's format, for the causal language model around the backbone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    prefix = f"{PEFT_PREFIX}{backbone.base_model_prefix}."
-    tensors = {prefix + name: weight for name, weight in adapter.items()}
-    write_tensors(folder / ADAPTER_FILE, tensors, {"format": "pt"})
-    conv = any(type(module).__name__ == "Conv1D" for module in backbone.modules())
-    settings = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.backbone_name,
-        "revision": config.backbone_revision,
-        "bias": "none",
-        "fan_in_fan_out": conv,
-        "inference_mode": True,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        **config.lora,
-    }
-    write_json(folder / ADAPTER_CONFIG, settings)
-
-
-def read_adapter(file: str, backbone: nn.Module) -> Adapter:
-    """Read a PEFT adapter file into this module's form.
-
-    Raises:
-        OSError: naming the file, when it is damaged or fits another backbone.
-    """
-    tensors, _ = read_tensors(file)
-    prefix = f"{backbone.base_model_prefix}."
-    modules = {name.replace(".base_layer", "") for name, _ in backbone.named_modules()}
-    adapter = {}
-    for name, weight in tensors.items():
-        path = name.removeprefix(PEFT_PREFIX).removeprefix(prefix)
-        if path.rsplit(".lora_", 1)[0] not in modules:
-            raise OSError(
-                f"{file} holds {name!r}, which this backbone has no module for: "
-                "it belongs to another one."
-            )
-        adapter[path] = weight
-    return adapter
-
-
-def load_injected_adapter(backbone: nn.Module, adapter: Adapter, source: str) -> None:
-    """Copy an adapter into the LoRA modules that PEFT injected.
-
-    Raises:
-        ValueError: when names or shapes differ from what was injected.
-    """
-    live = dict(backbone.named_parameters())
-    targets = {name.replace(".weight", ".default.weight"): value for name, value in adapter.items()}
-    injected = {name for name in live if ".lora_" in name}
-    wrong = injected ^ targets.keys()
-    wrong |= {name for name in injected & targets.keys() if live[name].shape != targets[name].shape}
-    if wrong:
-        raise ValueError(
-            f"The adapter in {source} does not fit this stage's LoRA at {min(wrong)!r}: "
-            "use the same lora_r and lora_target_modules as the stage that wrote it."
+        Args:
+            backbone: folder or Hub id of a causal language model.
+            backbone_name: name to record when `backbone` is a local copy.
+            cf: a `CFVectors`, of which the last fit is taken; None: no CF vectors.
+            item_title_ids: title tokens of every catalog item, in table order.
+            settings: other arguments of [`CCFLLMConfig`], such as `fusion`.
+        """
+        options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        causal = AutoModelForCausalLM.from_pretrained(
+            backbone, revision=revision, dtype=dtype, **options
         )
-    with torch.no_grad():
-        for name, value in targets.items():
-            live[name].copy_(value)
+        titles = item_title_ids or []
+        text_config = copy.deepcopy(causal.get_decoder().config)
+        if cf is not None:
+            settings |= cf_settings(cf)
+        else:
+            settings.setdefault("num_items", len(titles))
+        embedding: Any = causal.get_input_embeddings()
+        count = embedding.weight.shape[0]
+        with torch.no_grad():  # through the module: Gemma's scales its rows
+            words = embedding(torch.arange(0, count, max(1, count // 4096)))
+        config = CCFLLMConfig(
+            text_config=text_config,
+            num_title_tokens=sum(map(len, titles)),
+            slot_scale=float(words.float().pow(2).mean().sqrt()),
+            backbone_name=backbone_name or backbone,
+            backbone_revision=revision,
+            checkpoint_form="slim",
+            **settings,
+        )
+        model = cls(config)
+        model.attach_backbone(causal)
+        config.backbone_fingerprint = backbone_fingerprint(model.language_model)
+        config.checkpoint_form = "full"
+        if cf is not None:
+            model.model.cf.fill(cf)
+        if titles:
+            model.set_titles(titles)
+        return model
+
+    def attach_backbone(self, causal: PreTrainedModel) -> None:
+        """Put a causal language model's body under the fusion and keep two rows of its head."""
+        self.model.language_model = causal.get_decoder()
+        use_tiles(self.model.language_model)
+        head = causal.get_output_embeddings().weight.detach()
+        with torch.no_grad():
+            self.answer_weight.copy_(head[[self.config.yes_token_id, self.config.no_token_id]])
+        self._no_split_modules = list(causal._no_split_modules or [])
+        self.model._no_split_modules = self._no_split_modules
+
+    def lora_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Named LoRA parameters that PEFT injected into the backbone."""
+        return [(name, p) for name, p in self.named_parameters() if ".lora_" in name]
+
+    def fusion_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Named parameters of ALG, gate and cold vectors."""
+        return [
+            (name, p)
+            for name, p in self.named_parameters()
+            if name.startswith("model.") and not name.startswith("model.language_model.")
+        ]
+
+    def head_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Named scalars of the score, which every stage trains: the scale of the answer and, with
+        `cf_logit`, that of the CF logit."""
+        scales = [("answer_scale", self.answer_scale)]
+        return scales + [("cf_logit_scale", self.cf_logit_scale)] * self.config.cf_logit
+
+    def checkpoint_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """CF table and all other weights outside the backbone."""
+        cf, fusion = {}, {}
+        for name, value in self.state_dict().items():
+            field = name.removeprefix("model.cf.")
+            if field in CF_TENSORS:
+                cf[field] = value
+            elif not name.startswith("model.language_model."):
+                fusion[name] = value
+        return cf, fusion
+
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, form: str | None = None, **kwargs: Any
+    ) -> None:
+        """Save config, code and weights.
+
+        Args:
+            form: `full` (LoRA merged, self-contained) or `slim` (CF table, fusion weights,
+                adapter); default the form that the model was loaded in.
+
+        Raises:
+            ValueError: for `slim`, when the adapter was merged by a full checkpoint; with
+                `push_to_hub`, which has a method of its own.
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("save_pretrained does not upload: call push_to_hub(repo_id).")
+        if not kwargs.get("is_main_process", True):
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        loaded_form = self.config.checkpoint_form
+        self.config.checkpoint_form = form or loaded_form
+        self.config.auto_map = dict(AUTO_MAP)
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
+        try:
+            if self.config.checkpoint_form == "full":
+                kwargs.pop("state_dict", None)
+                super().save_pretrained(folder, state_dict=self.full_state(), **kwargs)
+            else:
+                self.save_slim(folder)
+        finally:
+            self.config.checkpoint_form = loaded_form
+        copy_code(folder)
+
+    def trained_adapter(self) -> Adapter:
+        """LoRA that PEFT injected into the backbone; its settings must be in `config.lora`."""
+        adapter = injected_adapter(self.language_model)
+        if adapter and not self.config.lora:
+            raise ValueError("LoRA was injected but config.lora is None: record r and lora_alpha.")
+        return adapter
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Self-contained state: backbone with LoRA merged, CF table, fusion."""
+        cf, fusion = self.checkpoint_tensors()
+        state = plain_state(self.language_model)
+        if adapter := self.trained_adapter():
+            merge_adapter(
+                self.language_model, state, adapter, adapter_scale(self.config.lora or {})
+            )
+        return {
+            **{f"model.language_model.{name}": value for name, value in state.items()},
+            **{f"model.cf.{name}": value for name, value in cf.items()},
+            **fusion,
+        }
+
+    def save_slim(self, folder: Path) -> None:
+        """Write everything but the backbone; tens of MB instead of GB."""
+        injected = self.trained_adapter()
+        if injected and self._adapter:
+            raise ValueError(
+                "LoRA was injected on top of the LoRA that this checkpoint had merged at loading, "
+                "and a slim checkpoint holds one: save with form='full', or train by a recipe with "
+                "init_from, which goes on with the old one."
+            )
+        adapter = injected or self._adapter
+        if self.config.lora and not adapter:
+            raise ValueError(
+                "LoRA is merged into this model's weights, so it has no slim form: "
+                "load the slim checkpoint, or save with form='full'."
+            )
+        cf, fusion = self.checkpoint_tensors()
+        config = self.config
+        metadata = {"format_version": FORMAT_VERSION, "ids_fingerprint": config.ids_fingerprint}
+        sizes = {
+            "cf_model": config.cf_model,
+            "dim": str(config.cf_dim),
+            "num_users": str(config.num_users),
+            "num_items": str(config.num_items),
+        }
+        write_tensors(folder / CF_FILE, cf, metadata | sizes)
+        write_tensors(folder / FUSION_FILE, fusion, metadata | {"fusion": config.fusion})
+        if adapter:
+            tensors, settings = to_peft(adapter, self.language_model, config)
+            (folder / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
+            write_tensors(folder / ADAPTER_FOLDER / ADAPTER_FILE, tensors, {"format": "pt"})
+            write_json(folder / ADAPTER_FOLDER / ADAPTER_CONFIG, settings)
+        config.save_pretrained(folder)
+
+    def load_trained_weights(self, folder: str | Path) -> None:
+        """Copy a slim checkpoint's fusion weights and adapter into this live model.
+
+        Alignment networks for CF vectors of another width are left fresh, and a log line says so.
+
+        Raises:
+            ValueError: naming a weight of another shape.
+        """
+        live = dict(self.fusion_parameters() + self.head_parameters())
+        tensors, _ = read_tensors(str(Path(folder) / FUSION_FILE))
+        tensors = {name: value for name, value in tensors.items() if name in live}
+        wrong = [name for name, value in tensors.items() if value.shape != live[name].shape]
+        if any("_alignment.up." in name for name in wrong):
+            logger.warning(
+                "The alignment networks start afresh, because those in %s are for CF vectors of "
+                "another width: train them.",
+                folder,
+            )
+            wrong = [name for name in wrong if "_alignment." not in name]
+            tensors = {name: value for name, value in tensors.items() if "_alignment." not in name}
+        if wrong:
+            raise ValueError(
+                f"{folder} holds {min(wrong)!r} for another backbone or alignment_multiplier."
+            )
+        self.load_state_dict(tensors, strict=False)
+        if self.lora_parameters():
+            self.load_adapter_folder(Path(folder) / ADAPTER_FOLDER)
+
+    def load_adapter_folder(self, folder: str | Path) -> None:
+        """Copy a PEFT adapter folder into the LoRA modules injected into the backbone."""
+        adapter = read_adapter(str(Path(folder) / ADAPTER_FILE), self.language_model)
+        load_injected_adapter(self.language_model, adapter, str(folder))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args: Any,
+        backbone: str | Path | PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a full or slim checkpoint from a folder or a Hub repo.
+
+        Args:
+            backbone: for a slim checkpoint, a folder, Hub id or loaded causal language model to use
+                instead of the recorded one. A loaded one is copied, since LoRA is merged into it.
+
+        Raises:
+            OSError: naming a damaged, missing or mismatched file.
+            ValueError: when the recorded backbone's weights are not those the model was trained on.
+        """
+        path = str(pretrained_model_name_or_path)
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        config: CCFLLMConfig = kwargs.pop("config", None) or cls.config_class.from_pretrained(
+            path, **hub
+        )
+        check_catalog(path, hub, config.ids_fingerprint)
+        if config.checkpoint_form == "full":
+            return cls._load_full(path, *args, config=config, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        for_backbone = {
+            key: value
+            for key, value in kwargs.items()
+            if key not in (*AUTO_ARGUMENTS, "revision", "subfolder", "force_download")
+        }
+        model = cls._load_slim(path, config, hub, backbone, for_backbone)
+        return (model, {"missing_keys": set()}) if wants_info else model  # type: ignore[return-value]
+
+    @classmethod
+    def _load_full(cls, path: str, *args: Any, **kwargs: Any) -> Any:
+        for file in sorted(Path(path).glob("*.safetensors")):
+            try_header(file)
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if missing := sorted(info["missing_keys"]):
+            raise OSError(
+                f"{path} lacks {len(missing)} weights, {missing[0]!r} first: "
+                "copy the checkpoint again."
+            )
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _load_slim(
+        cls,
+        path: str,
+        config: CCFLLMConfig,
+        hub: dict[str, Any],
+        backbone: str | Path | PreTrainedModel | None,
+        options: dict[str, Any],
+    ) -> Self:
+        fusion, _ = read_tensors(str(find_file(path, FUSION_FILE, hub)))
+        cf_file = str(find_file(path, CF_FILE, hub))
+        cf, metadata = read_tensors(cf_file)
+        if metadata.get("ids_fingerprint") != config.ids_fingerprint:
+            raise OSError(
+                f"{cf_file} belongs to another catalog than config.json: restore its own file."
+            )
+        model = cls(config)
+        causal = load_backbone(config, backbone, options)
+        model.attach_backbone(causal)
+        state = fusion | {f"model.cf.{name}": value for name, value in cf.items()}
+        try:
+            result = model.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise OSError(f"{path}: weights do not fit config.json ({error}).") from error
+        missing = [
+            key for key in result.missing_keys if not key.startswith("model.language_model.")
+        ]
+        if missing or result.unexpected_keys:
+            wrong = sorted(missing + result.unexpected_keys)[0]
+            raise OSError(f"{path}: {wrong!r} is in only one of config.json and the weight files.")
+        if config.lora:
+            file = str(find_file(path, f"{ADAPTER_FOLDER}/{ADAPTER_FILE}", hub))
+            model._adapter = read_adapter(file, model.language_model)
+            body = model.language_model.state_dict()
+            merge_adapter(model.language_model, body, model._adapter, adapter_scale(config.lora))
+            model.language_model.load_state_dict(body)
+        return model.to(causal.device).eval()  # type: ignore[arg-type]
+
+    def set_titles(self, titles: list[list[int]]) -> None:
+        """Take the title tokens of every catalog item, in table order."""
+        values = {
+            "title_ids": [token for title in titles for token in title],
+            "title_lengths": [len(title) for title in titles],
+        }
+        for name, value in values.items():
+            old = getattr(self.model.item_text, name)
+            new = torch.tensor(value, dtype=old.dtype, device=old.device)
+            setattr(self.model.item_text, name, new)
+
+    def replace_catalog(self, processor: Any, cf: Any = None) -> Self:
+        """Put another catalog of items and users under the trained weights, in place.
+
+        Backbone, LoRA, gate, cold vectors and score stay. So do the alignment networks, when the
+        new CF vectors are as wide as the old ones; else they start afresh and must be trained. A
+        log line says which. The calibration (`config.logit_temperature`) is that of the old data.
+
+        Args:
+            processor: over the new catalog: `old_processor.with_catalog(item_ids, ...)`.
+            cf: a `CFVectors` of the same ids; None: no CF vectors, so that every user and item is
+                read as cold, an item by its title.
+
+        Returns:
+            This model.
+
+        Raises:
+            ValueError: `cf` has other ids than `processor`, or the processor another tokenizer.
+        """
+        self._check_new_catalog(processor, cf)
+        config, old_dim = self.config, self.config.cf_dim
+        titles = processor.item_title_ids()
+        without_cf = {
+            "num_users": len(processor.user_ids),
+            "num_items": len(processor.item_ids),
+            "cf_model": "",
+            "ids_fingerprint": processor.ids_fingerprint,
+            "cf_user_precision": None,
+        }
+        config.update(without_cf if cf is None else cf_settings(cf))
+        config.num_title_tokens = sum(map(len, titles))
+        self.set_titles(titles)
+        self.model.cf = type(self.model.cf)(config).to(self.device)
+        if cf is not None:
+            self.model.cf.fill(cf)
+        if config.cf_dim != old_dim:
+            self._restart_alignment()
+            logger.warning(
+                "The alignment networks start afresh, because the new CF vectors have %d "
+                "dimensions instead of %d: train them.",
+                config.cf_dim,
+                old_dim,
+            )
+        elif cf is not None:
+            logger.warning(
+                "The alignment networks are kept, because the new CF vectors have %d dimensions "
+                "too: train them, unless the new vectors continue the old ones.",
+                old_dim,
+            )
+        return self
+
+    def _check_new_catalog(self, processor: Any, cf: Any) -> None:
+        fingerprint = processor.ids_fingerprint
+        if cf is not None and ids_fingerprint(cf.user_ids, cf.item_ids) != fingerprint:
+            raise ValueError(
+                "cf and processor name other users or items, or in another order: make the "
+                "processor by with_catalog(cf.item_ids, cf.item_titles, cf.user_ids)."
+            )
+        if self.config.cf_fold_in and (cf is None or cf.user_precision is None):
+            raise ValueError(
+                "This model folds users in, and the new CF vectors come without the prior that it "
+                "takes (user_precision): fit them by `fit-cf mf`."
+            )
+        for kind in ("item_slot_token_id", "user_slot_token_id"):
+            ours, given = getattr(self.config, kind), getattr(processor, kind)
+            if ours not in (None, given):
+                raise ValueError(
+                    f"{kind} is {ours} in the model but {given} in the processor: make it from "
+                    "the model's own processor by with_catalog."
+                )
+
+    def _restart_alignment(self) -> None:
+        for side in ("item", "user"):
+            old = getattr(self.model, f"{side}_alignment")
+            fresh = type(old)(self.config)
+            self._init_weights(fresh)
+            setattr(self.model, f"{side}_alignment", fresh.to(old.out.weight))
 
 
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Write JSON under a temporary name, then rename it."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(file)
+def cf_settings(cf: Any) -> dict[str, Any]:
+    """The part of a configuration that a `CFVectors` decides."""
+    return {
+        "num_users": len(cf.user_ids),
+        "num_items": len(cf.item_ids),
+        "cf_dim": cf.item_vectors.shape[2],
+        "cf_model": cf.model_name,
+        "ids_fingerprint": ids_fingerprint(cf.user_ids, cf.item_ids),
+        "cf_user_precision": cf.user_precision,
+    }
 
 
-__all__ = [
-    "backbone_fingerprint",
-    "injected_adapter",
-    "merge_adapter",
-    "read_adapter",
-    "write_adapter",
-]
+def try_header(file: Path) -> None:
+    """Raise an OSError that names `file` when it is no whole safetensors file."""
+    try:
+        with safe_open(str(file), framework="pt"):
+            return
+    except SafetensorError as error:
+        raise OSError(
+            f"{file} is damaged or truncated ({error}): copy or download it again."
+        ) from error
+
+
+def local_copy(backbone: str) -> str:
+    """The folder in which `ccf-llm train` keeps this backbone, if it is there, else the name.
+
+    `$CCF_LLM_CACHE`, or `~/.cache/ccf_llm_hf`, has folders named like
+    `HuggingFaceTB/SmolLM2-135M-Instruct` without its owner, in lower case.
+    """
+    cache = Path(os.environ.get("CCF_LLM_CACHE") or "~/.cache/ccf_llm_hf").expanduser()
+    folder = cache / backbone.rpartition("/")[2].lower()
+    complete = all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
+    return str(folder) if complete and not Path(backbone).is_dir() else backbone
+
+
+def load_backbone(
+    config: CCFLLMConfig, backbone: str | Path | PreTrainedModel | None, options: dict[str, Any]
+) -> PreTrainedModel:
+    """The causal language model of a slim checkpoint, with its fingerprint checked."""
+    if isinstance(backbone, PreTrainedModel):
+        causal = copy.deepcopy(backbone)
+    else:
+        name = local_copy(str(backbone or config.backbone_name))
+        if options.get("dtype") in (None, "auto"):  # what this model had, not its backbone's file
+            options["dtype"] = config.dtype or torch.float32
+        revision = config.backbone_revision if backbone is None else None
+        try:
+            causal = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options)
+        except OSError as error:
+            raise OSError(
+                f"backbone {name!r} of this slim checkpoint cannot be loaded: give a copy of it "
+                f"with backbone=FOLDER, or load the full checkpoint ({error})."
+            ) from error
+    if causal.dtype == torch.float16 or not config.backbone_fingerprint:
+        return causal  # float16 rounds otherwise than the fingerprint does
+    if backbone_fingerprint(causal.get_decoder()) != config.backbone_fingerprint:
+        message = (
+            f"The weights of backbone {config.backbone_name!r} are not those that this checkpoint "
+            "was trained on (a quantized copy, perhaps)"
+        )
+        if backbone is None:
+            raise ValueError(f"{message}: name the backbone to attach with backbone=... .")
+        warnings.warn(f"{message}; attached because backbone= names it.", stacklevel=3)
+    return causal
+
+
+__all__ = ["CheckpointMixin", "backbone_fingerprint"]

@@ -5,15 +5,21 @@ import json
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.pipelines import PIPELINE_REGISTRY
 
-FUSION_ARMS = ("gate", "scalar_gate", "sum", "concat", "cf_only", "text_only")
-SCORE_HEADS = ("yes_minus_no", "yes_only")
+FUSIONS = ("gate", "scalar_gate", "sum", "cf_only")
 CHECKPOINT_FORMS = ("full", "slim")
+TASK = "ctr-ranking"
+CONVERT = "convert it by `python examples/convert_checkpoint.py OLD NEW` of ccf-llm-hf"
+IGNORED_LABEL = -100  # of padded candidates, as everywhere in transformers
 AUTO_MAP = {
     "AutoConfig": "configuration_ccf_llm.CCFLLMConfig",
     "AutoModel": "modeling_ccf_llm.CCFLLMForCTR",
     "AutoModelForSequenceClassification": "modeling_ccf_llm.CCFLLMForCTR",
     "AutoProcessor": "processing_ccf_llm.CCFLLMProcessor",
+}
+CUSTOM_PIPELINES = {
+    TASK: {"impl": "pipeline_ccf_llm.CTRRankingPipeline", "pt": ["AutoModel"], "type": "text"}
 }
 
 
@@ -22,28 +28,27 @@ def ids_fingerprint(user_ids: list[str], item_ids: list[str]) -> str:
     return hashlib.sha256(json.dumps([user_ids, item_ids]).encode()).hexdigest()
 
 
+def check_release(settings: dict[str, Any]) -> None:
+    """Raise a `ValueError` that says how to convert a checkpoint of release 0.1."""
+    if "cf_residual" in settings or "layout" in settings:
+        raise ValueError(f"This checkpoint was written by ccf-llm-hf 0.1: {CONVERT}.")
+
+
 class CCFLLMConfig(PreTrainedConfig):
     """Everything that shapes a [`CCFLLMForCTR`]; all arguments are keyword-only.
 
     Args:
         text_config: the backbone's configuration (a `PreTrainedConfig` or its dict); default Llama.
-        fusion: how text and CF meet in an item slot, one of `FUSION_ARMS`. `gate` is the paper's.
+        fusion: how an item slot is filled from text and CF, one of `FUSIONS`. `gate` is the
+            paper's. Which slots and words a prompt shows is the processor's matter.
         cf_logit: add a learned scale times the CF model's own logit to the score (our choice).
         cf_fold_in: the user vector in that logit is solved for from the signed history that the
             prompt shows, at the CF model's own prior, instead of looked up (our choice). It needs
             `cf_user_precision` and a processor with `histories="signed"`.
         cf_user_precision: `(cf_dim,)` precision of the CF model's Gaussian prior over user vectors
             about its default user; 0 for a dimension that is fixed there. None: not known.
-        fold_in_decay: weight of a history item in `cf_fold_in` over that of the next later one.
-        slot_dropout: share of CF vectors that training replaces by the cold vectors (our choice).
-        pairwise_share: share of the loss that ranks a user's likes above the dislikes instead of
-            judging each alone (our choice; 0 in the paper).
-        cf_target_share: in training, how much of a label's place in the cross-entropy the CF
-            model's own probability takes (our choice; 0 in the paper).
-        score_head: `yes_minus_no` (our choice) or `yes_only` (CoLLM's).
         cf_dim: width of a CF vector.
         num_users, num_items: rows of the CF tables; the item table covers the whole catalog.
-        num_snapshots: snapshots in time that the CF tables hold; a saved checkpoint holds one.
         num_title_tokens: total number of title tokens of the catalog.
         alignment_multiplier: hidden width of ALG over `cf_dim` (our choice: 10).
         slot_scale: RMS that a fresh ALG gives to its output; the backbone's token embeddings' RMS.
@@ -57,15 +62,12 @@ class CCFLLMConfig(PreTrainedConfig):
         checkpoint_form: `full` (one self-contained model.safetensors) or `slim` (without backbone).
 
     Raises:
-        ValueError: on an unknown `fusion`, `score_head` or `checkpoint_form`, or a `cf_fold_in`
-            without `cf_logit` or `cf_user_precision`.
+        ValueError: on an unknown `fusion` or `checkpoint_form`, a `cf_fold_in` without `cf_logit`
+            or `cf_user_precision`, or a checkpoint of release 0.1.
     """
 
     model_type = "ccf_llm"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
-    # An installed ccf_llm_hf registers the pipeline and says so here: the one that a checkpoint
-    # names stays unread, since transformers would run the checkpoint's code for it.
-    pipeline_is_registered: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -75,15 +77,9 @@ class CCFLLMConfig(PreTrainedConfig):
         cf_logit: bool = False,
         cf_fold_in: bool = False,
         cf_user_precision: list[float] | None = None,
-        fold_in_decay: float = 1.0,
-        slot_dropout: float = 0.0,
-        pairwise_share: float = 0.0,
-        cf_target_share: float = 0.0,
-        score_head: str = "yes_minus_no",
         cf_dim: int = 32,
         num_users: int = 0,
         num_items: int = 0,
-        num_snapshots: int = 1,
         num_title_tokens: int = 0,
         alignment_multiplier: int = 10,
         slot_scale: float = 1.0,
@@ -101,15 +97,13 @@ class CCFLLMConfig(PreTrainedConfig):
         checkpoint_form: str = "full",
         **kwargs: Any,
     ) -> None:
-        for value, allowed, name in (
-            (fusion, FUSION_ARMS, "fusion"),
-            (score_head, SCORE_HEADS, "score_head"),
-            (checkpoint_form, CHECKPOINT_FORMS, "checkpoint_form"),
-        ):
-            if value not in allowed:
-                raise ValueError(
-                    f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}."
-                )
+        check_release(kwargs)
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion={fusion!r} is unknown: choose one of {', '.join(FUSIONS)}.")
+        if checkpoint_form not in CHECKPOINT_FORMS:
+            raise ValueError(
+                f"checkpoint_form={checkpoint_form!r} is unknown: choose full or slim."
+            )
         if cf_fold_in and not (cf_logit and cf_user_precision):
             raise ValueError(
                 "cf_fold_in needs cf_logit and a CF model whose prior over users is known "
@@ -123,15 +117,9 @@ class CCFLLMConfig(PreTrainedConfig):
         self.cf_logit = cf_logit
         self.cf_fold_in = cf_fold_in
         self.cf_user_precision = cf_user_precision
-        self.fold_in_decay = fold_in_decay
-        self.slot_dropout = slot_dropout
-        self.pairwise_share = pairwise_share
-        self.cf_target_share = cf_target_share
-        self.score_head = score_head
         self.cf_dim = cf_dim
         self.num_users = num_users
         self.num_items = num_items
-        self.num_snapshots = num_snapshots
         self.num_title_tokens = num_title_tokens
         self.alignment_multiplier = alignment_multiplier
         self.slot_scale = slot_scale
@@ -147,7 +135,9 @@ class CCFLLMConfig(PreTrainedConfig):
         self.backbone_revision = backbone_revision
         self.backbone_fingerprint = backbone_fingerprint
         self.checkpoint_form = checkpoint_form
-        if self.pipeline_is_registered:
+        # With ccf_llm_hf installed the pipeline is known already: the one that a checkpoint names
+        # stays unread, since transformers would run the checkpoint's code for it.
+        if TASK in PIPELINE_REGISTRY.get_supported_tasks():
             kwargs.pop("custom_pipelines", None)
         super().__init__(**kwargs)
 

@@ -5,8 +5,10 @@
     g  = sigmoid(W [s ; c'] + b)      one weight per dimension
     e  = g * s + (1 - g) * c'         the embedding of an item slot
 
+    logit = scale * h_last . (w_Yes - w_No)   at the end of a candidate's block
+
 The authors published no code. Shapes of ALG and gate, the rescaling of the gate's inputs, the cold
-vectors and the user slot are our choice.
+vectors, the user slot and the CF logit are our choice.
 """
 
 from __future__ import annotations
@@ -22,13 +24,175 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
-from .cf_table_ccf_llm import CFTable
-from .checkpoint_ccf_llm import Adapter
-from .configuration_ccf_llm import CCFLLMConfig
-from .layout_ccf_llm import Layout
-from .loading_ccf_llm import CheckpointMixin
-from .loss_ccf_llm import ctr_loss
-from .tiles_ccf_llm import attention_inputs, use_tiles
+from .adapter_ccf_llm import Adapter
+from .attention_ccf_llm import Layout, attention_inputs, use_tiles
+from .checkpoint_ccf_llm import CF_TENSORS, CheckpointMixin
+from .configuration_ccf_llm import IGNORED_LABEL, CCFLLMConfig
+
+FOLD_IN_STEPS = 8  # of Newton's method; a test holds their result against the optimum
+NewTitles = tuple[Tensor, Tensor]  # token ids of new items' titles, flat, and their lengths
+
+
+class CFTable(nn.Module):
+    """Frozen vectors of the CF model: users `(num_users, cf_dim)`, items `(num_items, cf_dim)`.
+
+    A user or item that the CF model was not fitted on is unknown and stands at the model's default
+    vector; so do rows past the table. Vectors enter ALG at unit RMS per dimension; `*_scale` holds
+    that RMS.
+    """
+
+    item_known: Tensor
+    user_known: Tensor
+    default_user: Tensor
+    offset: Tensor
+
+    def __init__(self, config: CCFLLMConfig) -> None:
+        super().__init__()
+        users, items, dim = config.num_users, config.num_items, config.cf_dim
+        self.register_buffer("user_vectors", torch.zeros(users, dim))
+        self.register_buffer("item_vectors", torch.zeros(items, dim))
+        self.register_buffer("user_known", torch.zeros(users, dtype=torch.bool))
+        self.register_buffer("item_known", torch.zeros(items, dtype=torch.bool))
+        self.register_buffer("default_user", torch.zeros(dim))
+        self.register_buffer("default_item", torch.zeros(dim))
+        self.register_buffer("offset", torch.zeros(()))
+        self.register_buffer("user_scale", torch.ones(dim))
+        self.register_buffer("item_scale", torch.ones(dim))
+        self.user_precision = config.cf_user_precision
+
+    def fill(self, cf: Any) -> None:
+        """Take the tensors of a `CFVectors`, of its last fit, and measure their scales."""
+        for name in CF_TENSORS:
+            buffer = getattr(self, name)
+            buffer.copy_(torch.as_tensor(getattr(cf, name))[-1].to(buffer.dtype))
+        for side in ("user", "item"):
+            vectors, known = getattr(self, f"{side}_vectors"), getattr(self, f"{side}_known")
+            getattr(self, f"{side}_scale").copy_(rms_of_known(vectors, known))
+
+    def lookup(self, side: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors `(..., cf_dim)` of `user` or `item` rows `(...)`, and whether each is known."""
+        vectors, known = getattr(self, f"{side}_vectors"), getattr(self, f"{side}_known")
+        default = getattr(self, f"default_{side}")
+        if len(vectors) == 0:
+            return default.expand(*rows.shape, -1), torch.zeros_like(rows, dtype=torch.bool)
+        inside = rows.clamp(max=len(vectors) - 1)
+        seen = known[inside] & (rows < len(vectors))
+        return torch.where(seen.unsqueeze(-1), vectors[inside], default), seen
+
+    def scaled(self, side: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As `lookup`, at the scale that ALG takes."""
+        vectors, seen = self.lookup(side, rows)
+        return vectors / getattr(self, f"{side}_scale"), seen
+
+    def logits(self, users: Tensor, items: Tensor) -> Tensor:
+        """The CF model's own logits of rows `(...)`."""
+        return self.folded_logits(self.lookup("user", users)[0], items)
+
+    def folded_logits(self, users: Tensor, items: Tensor) -> Tensor:
+        """As `logits`, for user vectors `(..., cf_dim)` in place of table rows."""
+        return (users * self.lookup("item", items)[0]).sum(-1) + self.offset
+
+    @torch.no_grad()
+    def folded_users(self, items: Tensor, targets: Tensor, depths: Tensor) -> Tensor:
+        """The user vectors that histories ask for: the mode of the CF model's posterior.
+
+        The CF model's own objective for one user, with the item vectors held (our choice): it
+        serves users that the CF model has never seen, and follows those that it has.
+
+        Args:
+            items: `(n, longest)` table rows of the histories, oldest first; -1 where padded, rows
+                past the table are unknown. Both count for nothing.
+            targets: `(n, longest)` float32, what the CF model would have been fitted to: 1 liked,
+                0 disliked, graded between where ratings are.
+            depths: `(n,)` how many of its items each history has.
+
+        Returns:
+            `(n, cf_dim)` float32; the default user where the history is empty.
+        """
+        vectors, seen = self.lookup("item", items.clamp(min=0))
+        place = torch.arange(items.shape[1], device=items.device)
+        counts = seen & (items >= 0) & (place < depths[:, None])
+        default, offset = self.default_user, self.offset
+        return fold_in(vectors, targets, counts, self.user_precision, default, offset)
+
+
+def rms_of_known(vectors: Tensor, known: Tensor) -> Tensor:
+    """Root mean square `(cf_dim,)` over known rows of `(n, cf_dim)`; 1 for an empty dimension."""
+    weight = known.unsqueeze(-1).float()
+    rms = ((vectors.pow(2) * weight).sum(0) / weight.sum(0).clamp(min=1)).sqrt()
+    return torch.where(rms > 1e-8, rms, 1.0)
+
+
+def fold_in(
+    vectors: Tensor,
+    targets: Tensor,
+    counts: Tensor,
+    user_precision: list[float] | None,
+    default: Tensor,
+    offset: Tensor,
+) -> Tensor:
+    """Users `(n, cf_dim)` solved for from item vectors `(n, longest, cf_dim)` and their targets.
+
+    Args:
+        counts: `(n, longest)` bool, which items there are.
+        user_precision: `(cf_dim,)` of the prior; 0 for a dimension that is fixed at the default.
+        default: `(cf_dim,)` or `(n, cf_dim)`, the prior's mean.
+        offset: scalar or `(n,)`, the CF model's global bias.
+    """
+    weight = counts.to(vectors.dtype)
+    precision = torch.tensor(user_precision, device=vectors.device)
+    free = precision > 0
+    default = default.expand(len(vectors), -1)
+    # What the fixed dimensions say, an item bias for example, is in every logit as it is.
+    fixed = (vectors * torch.where(free, 0.0, default)[:, None]).sum(-1)
+    base = fixed + offset.expand(len(vectors))[:, None]
+    x, prior, start = vectors[..., free], precision[free], default[:, free]
+    user = start.clone()
+    for _ in range(FOLD_IN_STEPS):
+        logits = (x @ user[..., None])[..., 0] + base  # (n, longest)
+        p = torch.sigmoid(logits)
+        residual = weight * (p - targets)
+        gradient = (residual[:, None] @ x)[:, 0] + prior * (user - start)  # (n, free)
+        # Jaakkola's bound in place of p (1 - p): no step can overshoot.
+        bound = weight * torch.where(logits.abs() < 1e-3, 0.25, (p - 0.5) / logits)
+        curvature = x.mT @ (bound[..., None] * x) + torch.diag(prior)  # (n, free, free)
+        user = user - torch.linalg.solve(curvature, gradient)
+    return default.masked_scatter(free.expand_as(default), user)
+
+
+class ItemText(nn.Module):
+    """s: what an item's words say, the mean input embedding of its title (our choice).
+
+    Computed from the live embedding table, so it can never be stale.
+    """
+
+    title_ids: Tensor
+    title_lengths: Tensor
+
+    def __init__(self, config: CCFLLMConfig) -> None:
+        super().__init__()
+        self.register_buffer("title_ids", torch.zeros(config.num_title_tokens, dtype=torch.int32))
+        self.register_buffer("title_lengths", torch.zeros(config.num_items, dtype=torch.int32))
+
+    def forward(self, items: Tensor, words: nn.Module, new_titles: NewTitles | None) -> Tensor:
+        """`(n,)` rows -> `(n, hidden_size)`.
+
+        Args:
+            items: catalog rows; rows past the catalog are those of `new_titles`. An item without a
+                title gives zeros.
+            words: the backbone's embedding.
+            new_titles: titles of items outside the catalog.
+        """
+        ids, lengths = self.title_ids.long(), self.title_lengths.long()
+        if new_titles is not None:
+            ids, lengths = torch.cat([ids, new_titles[0]]), torch.cat([lengths, new_titles[1]])
+        starts = lengths.cumsum(0) - lengths
+        counts = lengths[items]
+        owner = torch.repeat_interleave(torch.arange(len(items), device=items.device), counts)
+        within = torch.arange(len(owner), device=items.device) - (counts.cumsum(0) - counts)[owner]
+        embedded = words(ids[starts[items][owner] + within])  # (all titles' tokens, hidden_size)
+        total = embedded.new_zeros(len(items), embedded.shape[-1]).index_add(0, owner, embedded)
+        return total / counts.clamp(min=1).unsqueeze(-1).to(total.dtype)
 
 
 def unit_rms(x: Tensor) -> Tensor:
@@ -76,10 +240,15 @@ class CCFLLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _no_split_modules: list[str] = []  # noqa: RUF012
-    # Tables and scales, but no flag or time: the option would cast those to float too.
+    # Tables and scales, but no flag: the option would cast those to float too.
     _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        *("user_vectors", "item_vectors", "default_user", "default_item"),
-        *("offset", "user_scale", "item_scale"),
+        "user_vectors",
+        "item_vectors",
+        "default_user",
+        "default_item",
+        "offset",
+        "user_scale",
+        "item_scale",
     ]
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
 
@@ -95,11 +264,12 @@ class CCFLLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CFTable):
             for name, buffer in module.named_buffers(recurse=False):
                 (init.ones_ if name.endswith("_scale") else init.zeros_)(buffer)
+        elif isinstance(module, ItemText):
+            init.zeros_(module.title_ids)
+            init.zeros_(module.title_lengths)
         elif isinstance(module, CCFLLMModel):
             init.normal_(module.cold_item, std=0.02)
             init.normal_(module.cold_user, std=0.02)
-            init.zeros_(module.title_ids)
-            init.zeros_(module.title_lengths)
         elif isinstance(module, CCFLLMForCTR):
             init.zeros_(module.answer_weight)
             init.ones_(module.cf_logit_scale)
@@ -110,8 +280,6 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
     """The backbone, reading hybrid prompts whose slots are filled by text and CF together."""
 
     language_model: Any
-    title_ids: Tensor
-    title_lengths: Tensor
 
     def __init__(self, config: CCFLLMConfig) -> None:
         super().__init__(config)
@@ -122,13 +290,12 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         if self.language_model is not None:
             use_tiles(self.language_model)
         self.cf = CFTable(config)
+        self.item_text = ItemText(config)
         self.item_alignment = AlignmentNetwork(config)
         self.user_alignment = AlignmentNetwork(config)
         self.gate = FusionGate(config) if config.fusion in ("gate", "scalar_gate") else None
         self.cold_item = nn.Parameter(torch.zeros(width))
         self.cold_user = nn.Parameter(torch.zeros(width))
-        self.register_buffer("title_ids", torch.zeros(config.num_title_tokens, dtype=torch.int32))
-        self.register_buffer("title_lengths", torch.zeros(config.num_items, dtype=torch.int32))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -137,50 +304,30 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def text_embeddings(self, items: Tensor, new_titles: tuple[Tensor, Tensor] | None) -> Tensor:
-        """s: mean input embedding of each item's title, `(n,)` -> `(n, hidden_size)`.
+    def item_words(self, items: Tensor, new_titles: NewTitles | None = None) -> Tensor:
+        """s of items `(n,)`: `(n, hidden_size)` in the fusion's precision."""
+        words = self.item_text(items, self.get_input_embeddings(), new_titles)
+        return words.to(self.cold_item.dtype)
 
-        Computed from the live embedding table, so it can never be stale. Rows past the catalog are
-        taken from `new_titles`; an item without a title gives zeros.
-        """
-        ids, lengths = self.title_ids.long(), self.title_lengths.long()
-        if new_titles is not None:
-            ids, lengths = torch.cat([ids, new_titles[0]]), torch.cat([lengths, new_titles[1]])
-        starts = lengths.cumsum(0) - lengths
-        counts = lengths[items]
-        owner = torch.repeat_interleave(torch.arange(len(items), device=items.device), counts)
-        within = torch.arange(len(owner), device=items.device) - (counts.cumsum(0) - counts)[owner]
-        words = self.get_input_embeddings()(ids[starts[items][owner] + within])
-        total = words.new_zeros(len(items), words.shape[-1]).index_add(0, owner, words)
-        return total / counts.clamp(min=1).unsqueeze(-1).to(total.dtype)
-
-    def aligned_items(self, items: Tensor, snapshots: Tensor) -> Tensor:
-        """c': aligned CF vectors of items, the cold-item vector where there is none."""
-        vectors, known = self.cf.scaled("item", items, snapshots)
-        known = self.some_dropped(known)
+    def aligned_items(self, items: Tensor) -> Tensor:
+        """c' of items `(n,)`: aligned CF vectors, the cold-item vector where there is none."""
+        vectors, known = self.cf.scaled("item", items)
         cold = self.config.slot_scale * self.cold_item
         return torch.where(known.unsqueeze(-1), self.item_alignment(vectors.to(cold.dtype)), cold)
 
-    def user_slots_embeddings(self, users: Tensor, snapshots: Tensor) -> Tensor:
+    def aligned_users(self, users: Tensor) -> Tensor:
         """A user slot is the aligned CF vector alone: users have no text (our choice)."""
-        vectors, known = self.cf.scaled("user", users, snapshots)
-        known = self.some_dropped(known)
+        vectors, known = self.cf.scaled("user", users)
         cold = self.config.slot_scale * self.cold_user
         return torch.where(known.unsqueeze(-1), self.user_alignment(vectors.to(cold.dtype)), cold)
 
-    def some_dropped(self, known: Tensor) -> Tensor:
-        """In training with `slot_dropout`, a random share of the known is taken for unknown."""
-        if not (self.training and self.config.slot_dropout):
-            return known
-        return known & (torch.rand(known.shape, device=known.device) >= self.config.slot_dropout)
-
     def fuse(self, text: Tensor, aligned: Tensor) -> Tensor:
         """e: the embedding of an item slot, from s and c', both `(n, hidden_size)`."""
-        if self.config.fusion in ("concat", "cf_only"):
+        if self.config.fusion == "cf_only":
             return aligned
         if self.config.fusion == "sum":
             return text + aligned
-        assert self.gate is not None  # text_only has no slots to fuse
+        assert self.gate is not None
         gate = self.gate(text, aligned)
         return gate * text + (1 - gate) * aligned
 
@@ -189,28 +336,25 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         embeddings: Tensor,
         item_slots: Tensor,
         user_slots: Tensor,
-        snapshots: Tensor,
-        new_titles: tuple[Tensor, Tensor] | None,
+        new_titles: NewTitles | None,
     ) -> Tensor:
         """Put fused vectors where the prompt has slots; `(1, length, hidden_size)`.
 
-        `snapshots` holds each token's CF snapshot. An item is fused once for all its slots.
+        An item is fused once for all its slots.
         """
         row, column = (item_slots >= 0).nonzero(as_tuple=True)
         if len(row):
-            asked = torch.stack([item_slots[row, column], snapshots[row, column]])
-            pairs, place = torch.unique(asked, dim=1, return_inverse=True)
-            text = self.text_embeddings(pairs[0], new_titles).to(self.cold_item.dtype)
-            fused = self.fuse(text, self.aligned_items(pairs[0], pairs[1]))
+            items, place = torch.unique(item_slots[row, column], return_inverse=True)
+            fused = self.fuse(self.item_words(items, new_titles), self.aligned_items(items))
             embeddings = embeddings.index_put((row, column), fused[place].to(embeddings.dtype))
         row, column = (user_slots >= 0).nonzero(as_tuple=True)
         if len(row):
-            users = self.user_slots_embeddings(user_slots[row, column], snapshots[row, column])
+            users = self.aligned_users(user_slots[row, column])
             embeddings = embeddings.index_put((row, column), users.to(embeddings.dtype))
         return embeddings
 
     def check_slots(self, input_ids: Tensor, item_slots: Tensor, user_slots: Tensor) -> Tensor:
-        """Where slots stand; raises when tokens and slots disagree or the arm has no slots."""
+        """Where slots stand `(1, length)`; raises when tokens and slots disagree."""
         for kind, slots in (("item", item_slots), ("user", user_slots)):
             token = getattr(self.config, f"{kind}_slot_token_id")
             tokens = input_ids == (-1 if token is None else token)
@@ -220,13 +364,7 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
                     f"The prompt has {found} {kind} slot tokens but {filled} {kind} slots to fill: "
                     "build the batch with the processor saved beside this model."
                 )
-        slots = (item_slots >= 0) | (user_slots >= 0)
-        if self.config.fusion == "text_only" and bool(slots.any()):
-            raise ValueError(
-                "This model is text_only but the prompt has slots: "
-                "use formats 'title' in the processor."
-            )
-        return slots
+        return (item_slots >= 0) | (user_slots >= 0)
 
     def forward(
         self,
@@ -237,18 +375,15 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         sequence_ids: Tensor,
         block_ids: Tensor,
         history_depths: Tensor,
-        snapshots: Tensor | None = None,
         new_title_ids: Tensor | None = None,
         new_title_lengths: Tensor | None = None,
         past_key_values: Cache | None = None,
-        **kwargs: Any,
     ) -> BaseModelOutput:
         """Hidden states `(1, new tokens, hidden_size)` of a row made by the processor.
 
         Args:
             input_ids, item_slots, user_slots: `(1, new tokens)`.
             position_ids, sequence_ids, block_ids, history_depths: `(1, cached + new tokens)`.
-            snapshots: `(num_sequences,)`; default the last for all.
             new_title_ids, new_title_lengths: titles of items past the catalog.
             past_key_values: cache of the row's leading tokens; the new tokens are added to it.
         """
@@ -264,8 +399,7 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         if new_title_ids is not None:
             assert new_title_lengths is not None  # the processor writes both or neither
             new = (new_title_ids, new_title_lengths)
-        when = self.token_snapshots(sequence_ids[:, cached:], snapshots)
-        embeddings = self.fill_slots(embeddings, item_slots, user_slots, when, new)
+        embeddings = self.fill_slots(embeddings, item_slots, user_slots, new)
         layout = Layout(sequence_ids[0], block_ids[0], history_depths[0], position_ids[0])
         outputs = self.language_model(
             inputs_embeds=embeddings,
@@ -273,16 +407,8 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
             **attention_inputs(self.language_model.config, layout, cached, embeddings.dtype),
-            **kwargs,
         )
         return BaseModelOutput(last_hidden_state=outputs.last_hidden_state)
-
-    def token_snapshots(self, sequence_ids: Tensor, snapshots: Tensor | None) -> Tensor:
-        """CF snapshot of every token, from those of the sequences, `(num_sequences,)`."""
-        last = self.cf.offset.shape[0] - 1
-        if snapshots is None:
-            return torch.full_like(sequence_ids, last)
-        return snapshots[sequence_ids] % (last + 1)
 
 
 @dataclass
@@ -298,7 +424,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
 
     Only these two rows of the language-model head are kept and multiplied. The learned scale
     starts at 0.1 (our choice): what a fresh fusion makes the backbone say is noise with a standard
-    deviation of about 2, which would drown the CF residual and the first thousands of labels.
+    deviation of about 2, which would drown the CF logit and the first thousands of labels.
     """
 
     accepts_loss_kwargs = True
@@ -312,6 +438,11 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         self._adapter: Adapter = {}
         self.post_init()
 
+    @property
+    def cf(self) -> CFTable:
+        """The CF model's vectors."""
+        return self.model.cf
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
@@ -323,124 +454,147 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
 
     def forward(
         self,
+        input_ids: Tensor,
+        item_slots: Tensor,
+        user_slots: Tensor,
+        position_ids: Tensor,
+        sequence_ids: Tensor,
+        block_ids: Tensor,
+        history_depths: Tensor,
         answer_positions: Tensor,
         candidate_items: Tensor,
         candidate_mask: Tensor,
         candidate_users: Tensor,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        return_dict: bool | None = None,
         history_items: Tensor | None = None,
         history_targets: Tensor | None = None,
         history_unshown: Tensor | None = None,
-        **inputs: Any,
+        new_title_ids: Tensor | None = None,
+        new_title_lengths: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        past_key_values: Cache | None = None,
+        return_dict: bool | None = None,
     ) -> CTROutput | tuple[Tensor, ...]:
         """Score the candidates of a batch made by [`CCFLLMProcessor`].
 
         Args:
+            input_ids, item_slots, user_slots: `(1, new tokens)`.
+            position_ids, sequence_ids, block_ids, history_depths: `(1, cached + new tokens)`.
             answer_positions: `(batch, num_candidates)`, the new token that each answer is read at.
-            candidate_items, candidate_users: CF table rows, for the CF model's own logits.
+            candidate_items: `(batch, num_candidates)` CF table rows, for the CF model's own logits.
             candidate_mask: `(batch, num_candidates)` bool, False where padded.
-            labels: `(batch, num_candidates)` 0/1, -100 where padded.
-            num_items_in_batch: labels of the whole optimizer step; the loss is then the sum over
-                this batch divided by it, else the mean.
+            candidate_users: `(batch,)` CF table rows.
             history_items, history_targets: `(num_sequences, longest)`, the signed histories, for
                 `cf_fold_in`; -1 where padded.
             history_unshown: `(num_sequences,)`, how many of these come before the prompt's.
+            new_title_ids, new_title_lengths: titles of items past the catalog.
+            labels: `(batch, num_candidates)` 0/1, -100 where padded.
+            num_items_in_batch: labels of the whole optimizer step; the loss is then the sum over
+                this batch divided by it, else the mean.
+            past_key_values: cache of the row's leading tokens.
         """
-        hidden = self.model(**inputs).last_hidden_state[0][answer_positions].float()
-        answers = self.answer_weight.float()
-        direction = answers[0] if self.config.score_head == "yes_only" else answers[0] - answers[1]
-        logits = self.answer_scale * (hidden @ direction)
-        targets, taught = labels, self.config.cf_target_share if self.training else 0.0
-        if self.config.cf_logit or taught:
-            pairs = (candidate_users, candidate_items)
-            history = (history_items, history_targets, history_unshown)
-            cf_logits = self.cf_logits(answer_positions, pairs, history, inputs)
-            if self.config.cf_logit:
-                logits = logits + self.cf_logit_scale * cf_logits
-            if taught and labels is not None:
-                targets = torch.lerp(labels.float(), torch.sigmoid(cf_logits.float()), taught)
+        hidden = self.model(
+            input_ids=input_ids,
+            item_slots=item_slots,
+            user_slots=user_slots,
+            position_ids=position_ids,
+            sequence_ids=sequence_ids,
+            block_ids=block_ids,
+            history_depths=history_depths,
+            new_title_ids=new_title_ids,
+            new_title_lengths=new_title_lengths,
+            past_key_values=past_key_values,
+        ).last_hidden_state
+        answers = hidden[0][answer_positions].float()  # (batch, num_candidates, hidden_size)
+        yes, no = self.answer_weight.float()
+        logits = self.answer_scale * (answers @ (yes - no))
+        if self.config.cf_logit:
+            logits = logits + self.cf_logit_scale * self.cf_logits(
+                candidate_users,
+                candidate_items,
+                answer_positions,
+                sequence_ids[:, -input_ids.shape[1] :],
+                history_depths[:, -input_ids.shape[1] :],
+                history_items,
+                history_targets,
+                history_unshown,
+            )
         logits = logits.masked_fill(~candidate_mask, 0.0)
-        loss = None
-        if labels is not None:
-            pairwise = self.config.pairwise_share
-            loss = ctr_loss(logits, labels, num_items_in_batch, pairwise, targets)
+        loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
         output = CTROutput(loss=loss, logits=logits)
         as_output = self.config.return_dict if return_dict is None else return_dict
         return output if as_output else output.to_tuple()
 
     def cf_logits(
         self,
+        candidate_users: Tensor,
+        candidate_items: Tensor,
         answer_positions: Tensor,
-        pairs: tuple[Tensor, Tensor],
-        history: tuple[Tensor | None, Tensor | None, Tensor | None],
-        inputs: dict[str, Any],
+        sequence_ids: Tensor,
+        history_depths: Tensor,
+        history_items: Tensor | None = None,
+        history_targets: Tensor | None = None,
+        history_unshown: Tensor | None = None,
     ) -> Tensor:
-        """The CF model's own logits `(batch, num_candidates)`, each by its candidate's snapshot;
-        with `cf_fold_in` of users folded in from the history that the candidate sees."""
-        users, items = pairs
-        new = inputs["input_ids"].shape[1]
-        sequences = inputs["sequence_ids"][0, -new:][answer_positions]
-        when = self.model.token_snapshots(sequences, inputs.get("snapshots"))
-        if not self.config.cf_fold_in:
-            return self.model.cf.logits(users[:, None].expand_as(items), items, when)
-        depths = inputs["history_depths"][0, -new:][answer_positions]
-        folded = self.folded_users(sequences, depths, when, *history)
-        return self.model.cf.folded_logits(folded, items, when)
+        """The CF model's own logits `(batch, num_candidates)`; with `cf_fold_in` those of users
+        folded in from the history that each candidate sees.
 
-    def folded_users(
-        self,
-        sequences: Tensor,
-        depths: Tensor,
-        when: Tensor,
-        history_items: Tensor | None,
-        history_targets: Tensor | None,
-        history_unshown: Tensor | None,
-    ) -> Tensor:
-        """User vectors `(batch, num_candidates, cf_dim)` by the histories that candidates see."""
+        Arguments as in `forward`, but `sequence_ids` and `history_depths` of the new tokens alone.
+        """
+        if not self.config.cf_fold_in:
+            users = candidate_users[:, None].expand_as(candidate_items)
+            return self.cf.logits(users, candidate_items)
         if history_items is None or history_targets is None or history_unshown is None:
             raise ValueError(
                 "This model folds users in from signed histories: build the batch with a processor "
                 'of histories="signed".'
             )
-        asked = torch.stack([sequences.flatten(), depths.flatten(), when.flatten()])
-        (sequence, depth, snapshot), place = torch.unique(asked, dim=1, return_inverse=True)
-        users = self.model.cf.folded_users(
-            history_items[sequence],
-            history_targets[sequence],
-            history_unshown[sequence] + depth,
-            snapshot,
+        sequences = sequence_ids[0][answer_positions]  # (batch, num_candidates)
+        depths = history_depths[0][answer_positions]
+        asked = torch.stack([sequences.flatten(), depths.flatten()])
+        (sequence, depth), place = torch.unique(asked, dim=1, return_inverse=True)
+        folded = self.cf.folded_users(
+            history_items[sequence], history_targets[sequence], history_unshown[sequence] + depth
         )
-        return users[place].view(*sequences.shape, -1)
+        users = folded[place].view(*sequences.shape, -1)  # (batch, num_candidates, cf_dim)
+        return self.cf.folded_logits(users, candidate_items)
 
     @torch.no_grad()
-    def item_gates(
-        self, items: Tensor, snapshot: int = -1, new_titles: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def item_gates(self, items: Tensor, new_titles: NewTitles | None = None) -> Tensor:
         """Share taken from text per dimension, `(n,)` -> `(n, hidden_size)`.
 
-        It depends on the item alone. Arms without a gate give their constant: 1 text only, 0 CF
-        only, 0.5 sum.
+        It depends on the item alone. Fusions without a gate give their constant: 0 CF only, 0.5
+        sum.
 
         Args:
             items: catalog rows; rows past the catalog count on through `new_titles`.
-            snapshot: CF snapshot; default the last.
             new_titles: token ids of new items' titles, flat, and their lengths (the processor's
                 `new_title_ids` and `new_title_lengths`).
         """
-        fusion, width = self.config.fusion, self.config.text_config.hidden_size
+        width = self.config.text_config.hidden_size
         if self.model.gate is None:
-            share = {"text_only": 1.0, "sum": 0.5}.get(fusion, 0.0)
+            share = 0.5 if self.config.fusion == "sum" else 0.0
             return torch.full((len(items), width), share, device=items.device)
-        snapshots = torch.full_like(items, snapshot) % self.model.cf.offset.shape[0]
-        text = self.model.text_embeddings(items, new_titles).to(self.model.cold_item.dtype)
-        gate = self.model.gate(text, self.model.aligned_items(items, snapshots))
-        return gate.expand(-1, width)
+        text = self.model.item_words(items, new_titles)
+        return self.model.gate(text, self.model.aligned_items(items)).expand(-1, width)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Calibrated probabilities: `sigmoid(logits / logit_temperature)`."""
         return torch.sigmoid(logits / self.config.logit_temperature)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Binary cross-entropy of `(batch, num_candidates)` logits with labels in [0, 1].
+
+    Args:
+        logits: float.
+        labels: 0/1, -100 where padded; probabilities between, where training distills a teacher.
+        num_items: the loss is the sum divided by it, for accumulated gradients; None: the mean.
+    """
+    valid = labels != IGNORED_LABEL
+    wanted = labels[valid].to(logits.dtype)
+    total = F.binary_cross_entropy_with_logits(logits[valid], wanted, reduction="sum")
+    return total / (valid.sum().clamp(min=1) if num_items is None else num_items)
 
 
 CCFLLMConfig.register_for_auto_class()

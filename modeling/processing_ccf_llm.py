@@ -2,22 +2,21 @@
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
-from transformers import (
-    BatchFeature,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
+from .attention_ccf_llm import SHARED
 from .checkpoint_ccf_llm import (
     CATALOG_FILE,
     HUB_ARGUMENTS,
     USERS_FILE,
-    Publishable,
     check_catalog,
     copy_code,
     find_file,
@@ -26,26 +25,169 @@ from .checkpoint_ccf_llm import (
     write_ids,
     write_json,
 )
-from .configuration_ccf_llm import AUTO_MAP, ids_fingerprint
-from .layout_ccf_llm import window_start
-from .packing_ccf_llm import TOKEN_FIELDS, NewTitles, Pack, Span
-from .prompt_ccf_llm import HybridPrompt, check_choice
+from .configuration_ccf_llm import AUTO_MAP, IGNORED_LABEL, check_release, ids_fingerprint
+from .prompt_ccf_llm import NO_SLOT, HybridPrompt, Span, check_choice
 
 logger = logging.get_logger(__name__)
 
 HISTORIES = ("likes", "signed")
 PROCESSOR_FILE = "processor_config.json"
-
 PROMPT_SETTINGS = (
-    *("wording", "history_format", "candidate_format"),
-    *("history_window", "histories", "fold_in_items", "rating_scale"),
-    *("title_years", "templates"),
+    "wording",
+    "history_format",
+    "candidate_format",
+    "history_window",
+    "histories",
+    "fold_in_items",
+    "rating_scale",
+    "title_years",
+    "templates",
+)
+TOKEN_FIELDS = (
+    "input_ids",
+    "item_slots",
+    "user_slots",
+    "position_ids",
+    "sequence_ids",
+    "block_ids",
+    "history_depths",
 )
 
+User = str | int | None
 Item = str | int | dict[str, Any]
+Count = TypeVar("Count")  # an int, or a NumPy array of them
 
 
-class CCFLLMProcessor(Publishable, ProcessorMixin):
+def window_start(num_earlier: Count, history_window: tuple[int, int]) -> Count:
+    """First history item that a sample with `num_earlier` earlier items sees (our choice).
+
+    With `(H, S)` the start moves in strides of S, so that S samples in a row share one prefix;
+    S = 1 is the protocol's strict last-H. The window then holds between H and H + S - 1 items.
+    """
+    length, stride = history_window
+    beyond: Any = num_earlier
+    return (beyond > length) * stride * ((beyond - length) // stride)
+
+
+@dataclass
+class Request:
+    """Candidates to score for one user by one history.
+
+    Attributes:
+        user: raw id; an unknown one, or None, is a new user.
+        history: earlier items, oldest first; `{"id": ..., "liked": False}` for one that the user
+            disliked, where histories are signed.
+        candidates: items to score: id, title, or `{"id": ..., "title": ...}`.
+        history_lengths: how many of `history` each candidate may see, which is then taken as it
+            stands. None: the processor cuts its window, and every candidate sees all of that.
+        labels: 0/1 a candidate, or None.
+        earlier: with `history_lengths` and signed histories, items before `history`, which no
+            prompt shows and every candidate's user vector is folded in from.
+    """
+
+    user: User = None
+    history: list[Any] = field(default_factory=list)
+    candidates: list[Any] = field(default_factory=list)
+    history_lengths: list[int] | None = None
+    labels: list[int] | None = None
+    earlier: list[Any] = field(default_factory=list)
+
+
+class PackedRow:
+    """One flat row of tokens, all requests one after the other, and where their answers are read.
+
+    Titles outside the catalog get slot numbers past the table, in order of first mention.
+    """
+
+    def __init__(self, shared: list[int], num_items: int) -> None:
+        self.num_items = num_items
+        self.new_titles: dict[str, int] = {}
+        self.tokens: dict[str, list[int]] = {name: [] for name in TOKEN_FIELDS}
+        self.num_shared = len(shared)
+        self._extend(Span().add(shared), SHARED, start=0, block=0, depth=0)
+        # One entry a sequence from here on.
+        self.answers: list[list[tuple[int, int]]] = []  # (position, item) a candidate
+        self.users: list[int] = []
+        self.labels: list[list[int] | None] = []
+        self.histories: list[list[tuple[int, float]]] = []  # signed: (table row, target)
+        self.unshown: list[int] = []  # how many of these come before what the prompt shows
+
+    def add_title(self, title: str) -> int:
+        """Slot number of a title outside the catalog."""
+        return self.new_titles.setdefault(title, self.num_items + len(self.new_titles))
+
+    def add_sequence(
+        self,
+        prefix: Span,
+        history: list[Span],
+        blocks: list[tuple[int, Span]],
+        lengths: list[int],
+    ) -> None:
+        """Prefix and history once, then a block per candidate, which sees `lengths` items."""
+        sequence = len(self.answers)
+        self._extend(prefix, sequence, start=self.num_shared, block=0, depth=0)
+        ends = [self.num_shared + len(prefix.ids)]  # ends[i]: position after i history items
+        for depth, span in enumerate(history, start=1):
+            self._extend(span, sequence, start=ends[-1], block=0, depth=depth)
+            ends.append(ends[-1] + len(span.ids))
+        answers = []
+        for block, ((item, span), length) in enumerate(zip(blocks, lengths, strict=True), start=1):
+            self._extend(span, sequence, start=ends[length], block=block, depth=length)
+            answers.append((len(self.tokens["input_ids"]) - 1, item))
+        self.answers.append(answers)
+
+    def _extend(self, span: Span, sequence: int, start: int, block: int, depth: int) -> None:
+        count, tokens = len(span.ids), self.tokens
+        tokens["input_ids"] += span.ids
+        tokens["item_slots"] += span.items
+        tokens["user_slots"] += span.users
+        tokens["position_ids"] += range(start, start + count)
+        tokens["sequence_ids"] += [sequence] * count
+        tokens["block_ids"] += [block] * count
+        tokens["history_depths"] += [depth] * count
+
+    def tensors(self, new_title_tokens: list[list[int]], signed: bool) -> dict[str, Tensor]:
+        """The batch; token fields `(1, length)`, candidates `(batch, num_candidates)`."""
+        batch = {name: torch.tensor([values]) for name, values in self.tokens.items()}
+        width = max(len(answers) for answers in self.answers)
+        for place, name in enumerate(("answer_positions", "candidate_items")):
+            batch[name] = torch.tensor(
+                [
+                    [answer[place] for answer in answers] + [0] * (width - len(answers))
+                    for answers in self.answers
+                ]
+            )
+        counts = torch.tensor([len(answers) for answers in self.answers])
+        batch["candidate_mask"] = torch.arange(width)[None, :] < counts[:, None]
+        batch["candidate_users"] = torch.tensor(self.users)
+        if self.labels[0] is not None:
+            batch["labels"] = torch.tensor(
+                [
+                    [float(label) for label in labels or []]
+                    + [float(IGNORED_LABEL)] * (width - len(labels or []))
+                    for labels in self.labels
+                ]
+            )
+        if signed:
+            longest = max(1, *map(len, self.histories))
+            table = torch.tensor(  # (num_sequences, longest, 2)
+                [
+                    history + [(NO_SLOT, 0.0)] * (longest - len(history))
+                    for history in self.histories
+                ],
+                dtype=torch.float64,
+            )
+            batch["history_items"] = table[..., 0].long()
+            batch["history_targets"] = table[..., 1].float()
+            batch["history_unshown"] = torch.tensor(self.unshown)
+        if new_title_tokens:
+            flat = [token for title in new_title_tokens for token in title]
+            batch["new_title_ids"] = torch.tensor(flat, dtype=torch.long)
+            batch["new_title_lengths"] = torch.tensor([len(title) for title in new_title_tokens])
+        return batch
+
+
+class CCFLLMProcessor(ProcessorMixin):
     """Writes hybrid prompts and packs them.
 
     Args:
@@ -55,7 +197,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             papers'), which asks after every candidate. Both are packed alike.
         history_format, candidate_format: how an item is rendered: `slot`, `title_slot`, or `title`
             (text only). With `title` for both, the user slot is left out too.
-        history_window: `(H, S)`, see [`layout_ccf_llm.window_start`].
+        history_window: `(H, S)`, see [`window_start`].
         histories: `likes` (the papers' protocol): a history holds liked items; `signed`
             (ours): disliked ones too, each given as `{"id": ..., "liked": False}` or with a
             `rating`, and shown as such.
@@ -241,33 +383,44 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
                 f"The history holds {item!r}, but this model takes no ratings: give liked instead."
             )
         midpoint, slope = self.rating_scale
-        return 1.0 / (1.0 + math.exp(-slope * (float(rating) - midpoint)))
+        # The sigmoid, in a form that no slope can make overflow.
+        return 0.5 * (1.0 + math.tanh(0.5 * slope * (float(rating) - midpoint)))
 
     def resolve_user(self, user: str | int | None) -> int:
         """CF table row of a user; `len(user_ids)`, the cold row, for an unknown one."""
         return self.user_index.get(str(user), len(self.user_ids))
 
-    def instruction(self) -> list[int]:
-        """Tokens that all prompts begin with, see `HybridPrompt.instruction`."""
-        return self.prompt.instruction()
+    def window(self, history: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """What of a whole history a candidate after it reads: items that are folded in only, and
+        those that the prompt shows, both oldest first."""
+        start = window_start(len(history), self.history_window)
+        return list(history[max(0, start - self.fold_in_items) : start]), list(history[start:])
 
-    def count_tokens(self, group: Any) -> int:
-        """Tokens that a group (`history`, `candidates`) adds to a batch, that is, without the
-        instruction, which a batch has once."""
-        new = NewTitles(len(self.item_ids))
+    def cut(self, request: Request) -> Request:
+        """A request whose `history_lengths` are given: itself, or what its window leaves."""
+        if request.history_lengths is not None:
+            return request
+        earlier, history = self.window(request.history)
+        lengths = [len(history)] * len(request.candidates)
+        return replace(request, history=history, history_lengths=lengths, earlier=earlier)
+
+    def count_tokens(self, request: Request) -> int:
+        """Tokens that a request adds to a batch, that is, without the instruction, which a batch
+        has once."""
+        row, request = PackedRow([], len(self.item_ids)), self.cut(request)
         spans = [self.prompt.prefix(0)]
-        spans += [self._history_item(item, *self._slot(item, new)) for item in group.history]
+        spans += [self._history_item(item, *self._slot(item, row)) for item in request.history]
         spans += [
-            self.prompt.item("candidate", *self._slot(item, new)) for item in group.candidates
+            self.prompt.item("candidate", *self._slot(item, row)) for item in request.candidates
         ]
         return sum(len(span.ids) for span in spans)
 
     def _history_item(self, item: Item, row: int, title: str) -> Span:
         return self.prompt.item("history" if self.likes(item) else "disliked", row, title)
 
-    def _slot(self, item: Item, new: NewTitles) -> tuple[int, str]:
+    def _slot(self, item: Item, packed: PackedRow) -> tuple[int, str]:
         row, title = self.resolve_item(item)
-        return (row if row is not None else new.add(title)), title
+        return (row if row is not None else packed.add_title(title)), title
 
     def __call__(
         self,
@@ -276,7 +429,6 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         candidates: list[Any] | None = None,
         history_lengths: list[Any] | None = None,
         labels: list[Any] | None = None,
-        snapshot: Any = None,
         earlier: list[Any] | None = None,
         return_tensors: str = "pt",
         **kwargs: Any,
@@ -284,21 +436,11 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
         """Hybrid prompts for one user, or for a batch when `candidates` is a list of lists.
 
         Args:
-            user: raw id(s); unknown or None goes to the cold-user vector.
-            history: earlier items, oldest first; `{"id": ..., "liked": False}` for one that the
-                user disliked, with `histories="signed"`. Without `history_lengths` the
-                anchored window is cut here; with them the history is taken as it stands.
-            candidates: items to score (id, title, or `{"id", "title"}`).
-            history_lengths: how many of `history` each candidate may see; default all.
-            labels: 0/1 per candidate.
-            snapshot: CF snapshot(s); default the model's last.
-            earlier: with `history_lengths` and signed histories, items before `history`, which no
-                prompt shows and every candidate's user vector is folded in from.
+            user, history, candidates, history_lengths, labels, earlier: the fields of a
+                [`Request`]; in a batch, a list with one entry a user.
 
         Returns:
-            Tensors `(1, length)` per token, all users in one row, and `answer_positions`,
-            `candidate_items`, `candidate_mask`, `labels` `(batch, num_candidates)`; with signed
-            histories also `history_items` and `history_targets` `(num_sequences, longest)`.
+            See [`pack`].
 
         Raises:
             ValueError: on missing candidates or lists whose lengths differ.
@@ -311,72 +453,78 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             raise ValueError("candidates is empty: give at least one item to score.")
         batched = isinstance(candidates[0], (list, tuple))
         size = len(candidates) if batched else 1
-        fields = {
+        given = {
             "user": user,
             "history": history,
             "candidates": candidates,
             "history_lengths": history_lengths,
             "labels": labels,
-            "snapshot": snapshot,
             "earlier": earlier,
         }
         columns = {
-            name: (value if batched else [value]) if value is not None else [None] * size
-            for name, value in fields.items()
+            name: value if batched else [value]
+            for name, value in given.items()
+            if value is not None
         }
         for name, values in columns.items():
             if not isinstance(values, (list, tuple, Tensor)):
                 raise ValueError(f"{name} must be a list with one entry for each of {size} users.")
             if len(values) != size:
                 raise ValueError(f"{name} has {len(values)} entries but candidates has {size}.")
-        if labels is not None and any(value is None for value in columns["labels"]):
-            raise ValueError("labels must be given for every user of the batch or for none.")
-        pack = Pack(
-            self.instruction(),
-            len(self.item_ids),
-            snapshots=snapshot is not None,
-            signed=self.histories == "signed",
-        )
-        for index in range(size):
-            self._write_sample(pack, {name: values[index] for name, values in columns.items()})
-        return BatchFeature(pack.tensors(self.prompt.tokens))
+        rows = [{name: values[place] for name, values in columns.items()} for place in range(size)]
+        for row in rows:
+            for name in ("history", "candidates", "earlier"):
+                if isinstance(row.get(name), (str, dict)):
+                    raise ValueError(f"{name} must be a list of items, not the item {row[name]!r}.")
+                row[name] = list(row.get(name) or [])
+        return self.pack([Request(**row) for row in rows])
 
-    def _write_sample(self, pack: Pack, sample: dict[str, Any]) -> None:
-        for name in ("history", "candidates"):
-            if isinstance(sample[name], (str, dict)):
-                raise ValueError(f"{name} must be a list of items, not the item {sample[name]!r}.")
-        history, candidates = list(sample["history"] or []), list(sample["candidates"])
-        lengths, labels = sample["history_lengths"], sample["labels"]
-        earlier = list(sample["earlier"] or [])
-        if lengths is None:
-            start = window_start(len(history), self.history_window)
-            earlier = history[max(0, start - self.fold_in_items) : start]
-            history = history[start:]
-            lengths = [len(history)] * len(candidates)
-        for name, values in (("history_lengths", lengths), ("labels", labels)):
-            if values is not None and len(values) != len(candidates):
+    def pack(self, requests: Sequence[Request]) -> BatchFeature:
+        """All requests in one flat row; sequence i is that of request i.
+
+        Returns:
+            Tensors `(1, length)` per token, and `answer_positions`, `candidate_items`,
+            `candidate_mask`, `labels` `(batch, num_candidates)`, `candidate_users` `(batch,)`; with
+            signed histories also `history_items` and `history_targets` `(batch, longest)` and
+            `history_unshown` `(batch,)`.
+
+        Raises:
+            ValueError: labels for some requests only, or lists whose lengths differ.
+        """
+        if len({request.labels is None for request in requests}) > 1:
+            raise ValueError("labels must be given for every user of the batch or for none.")
+        packed = PackedRow(self.prompt.instruction(), len(self.item_ids))
+        for request in requests:
+            self._write(packed, request)
+        new = [self.prompt.tokens(title) if title else [] for title in packed.new_titles]
+        return BatchFeature(packed.tensors(new, signed=self.histories == "signed"))
+
+    def _write(self, packed: PackedRow, request: Request) -> None:
+        request = self.cut(request)
+        history, lengths = request.history, request.history_lengths or []
+        for name, values in (("history_lengths", lengths), ("labels", request.labels)):
+            if values is not None and len(values) != len(request.candidates):
                 raise ValueError(
-                    f"{name} has {len(values)} values for {len(candidates)} candidates."
+                    f"{name} has {len(values)} values for {len(request.candidates)} candidates."
                 )
         if max(lengths, default=0) > len(history):
             raise ValueError(f"history_lengths exceeds the history's {len(history)} items.")
-        user = self.resolve_user(sample["user"])
-        prefix = self.prompt.prefix(user)
-        slots = [self._slot(item, pack.new) for item in history]
+        user = self.resolve_user(request.user)
+        slots = [self._slot(item, packed) for item in history]
         shown = [self._history_item(item, *slot) for item, slot in zip(history, slots, strict=True)]
-        signs = self._signs(history, pack.new)
         blocks = []
-        for item in candidates:
-            slot = self._slot(item, pack.new)
+        for item in request.candidates:
+            slot = self._slot(item, packed)
             blocks.append((slot[0], self.prompt.item("candidate", *slot)))
-        pack.start_sample(user, sample["snapshot"], self._signs(earlier, pack.new))
-        pack.add_sequence(prefix, shown, blocks, lengths, signs)
-        pack.end_sample(labels)
-
-    def _signs(self, items: list[Any], new: NewTitles) -> list[tuple[int, float]]:
-        if self.histories != "signed":
-            return []
-        return [(self._slot(item, new)[0], self.target(item)) for item in items]
+        packed.add_sequence(self.prompt.prefix(user), shown, blocks, lengths)
+        packed.users.append(user)
+        packed.labels.append(request.labels)
+        if self.histories == "signed":
+            signed = [*request.earlier, *history]
+            packed.histories.append(
+                [(self._slot(item, packed)[0], self.target(item)) for item in signed]
+            )
+            packed.unshown.append(len(request.earlier))
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, **kwargs: Any
@@ -432,6 +580,7 @@ class CCFLLMProcessor(Publishable, ProcessorMixin):
             find_file(path, USERS_FILE, hub),
         )
         settings = json.loads(Path(str(settings_file)).read_text(encoding="utf-8"))
+        check_release(settings)
         catalog = read_ids(str(catalog_file))
         processor = cls(
             load_tokenizer(path, hub, bool(kwargs.get("trust_remote_code"))),

@@ -4,8 +4,6 @@ import re
 
 from transformers import PreTrainedTokenizerBase
 
-from .packing_ccf_llm import Span
-
 ITEM_SLOT = "<|ccf_item|>"
 USER_SLOT = "<|ccf_user|>"
 WORDINGS = ("shared_prefix", "question_last")
@@ -16,6 +14,7 @@ ITEM_FORMATS = ("title_slot", "slot", "title")
 # block ends at its slot: read there, the slot reaches the answer through the residual stream too,
 # not only through attention from a later token. What a prefix says before its user slot is the same
 # for everybody and stands in a batch once, so the slot comes late.
+QUESTION_LAST = ' Will the user enjoy {item}? Answer with "Yes" or "No".\n#Answer:'
 TEMPLATES: dict[str, dict[str, str]] = {
     "shared_prefix": {
         "prefix": (
@@ -34,18 +33,35 @@ TEMPLATES: dict[str, dict[str, str]] = {
     },
     "question_last": {
         "prefix": "#Question: A user{user} has given high ratings to the following items:",
-        **dict.fromkeys(("history_title", "history_title_slot"), " {item},"),
         "history_slot": "{item}",
-        **dict.fromkeys(("disliked_title", "disliked_title_slot"), " not {item},"),
+        "history_title": " {item},",
+        "history_title_slot": " {item},",
         "disliked_slot": " not{item}",
-        **dict.fromkeys(
-            ("candidate_slot", "candidate_title", "candidate_title_slot"),
-            ' Will the user enjoy {item}? Answer with "Yes" or "No".\n#Answer:',
-        ),
+        "disliked_title": " not {item},",
+        "disliked_title_slot": " not {item},",
+        "candidate_slot": QUESTION_LAST,
+        "candidate_title": QUESTION_LAST,
+        "candidate_title_slot": QUESTION_LAST,
     },
 }
 
+NO_SLOT = -1
 YEAR = re.compile(r"\s*\(\d{4}\)$")
+
+
+class Span:
+    """A run of tokens with the slots among them."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.items: list[int] = []
+        self.users: list[int] = []
+
+    def add(self, ids: list[int], item: int = NO_SLOT, user: int = NO_SLOT) -> "Span":
+        self.ids += ids
+        self.items += [item] * len(ids)
+        self.users += [user] * len(ids)
+        return self
 
 
 class HybridPrompt:

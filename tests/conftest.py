@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TITLES, BuildModel, inject_lora, tiny_config
+from tiny import ARMS, TITLES, BuildModel, inject_lora, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -96,10 +96,10 @@ def cf() -> CFVectors:
 def build(
     backbone_folder: Callable[[str], Path], cf: CFVectors, tokenizer: PreTrainedTokenizerFast
 ) -> BuildModel:
-    """A tiny model and its processor for a fusion arm, wording and backbone."""
+    """A tiny model and its processor for an arm, wording and backbone."""
 
     def make(
-        fusion: str = "gate",
+        arm: str = "gate",
         wording: str = "shared_prefix",
         backbone: str = "llama",
         lora: bool = False,
@@ -107,15 +107,15 @@ def build(
         prompt: dict[str, object] | None = None,
         **settings: object,
     ) -> tuple[CCFLLMForCTR, CCFLLMProcessor]:
-        forms = {"text_only": "title", "concat": "title_slot"}.get(fusion, "slot")
+        fusion, form = ARMS[arm]
         processor = CCFLLMProcessor.from_catalog(
             tokenizer,
             cf.item_ids,
             cf.item_titles,
             cf.user_ids,
             wording=wording,
-            history_format=forms,
-            candidate_format=forms,
+            history_format=form,
+            candidate_format=form,
             **(prompt or {}),
         )
         yes, no = processor.answer_token_ids()

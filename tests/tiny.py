@@ -26,6 +26,15 @@ TITLES = [
     "Amélie (2001)",
     "Alien (1979)",
 ]
+# Fusion and item format; the last two are CoLLM's and TALLRec's prompts.
+ARMS = {
+    "gate": ("gate", "slot"),
+    "scalar_gate": ("scalar_gate", "slot"),
+    "sum": ("sum", "slot"),
+    "cf_only": ("cf_only", "slot"),
+    "concat": ("cf_only", "title_slot"),
+    "text_only": ("gate", "title"),
+}
 BACKBONES = ("llama", "qwen2", "gemma3", "gpt2")
 BuildModel = Callable[..., tuple[CCFLLMForCTR, CCFLLMProcessor]]
 

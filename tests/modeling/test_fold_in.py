@@ -10,14 +10,13 @@ from torch.nn.functional import softplus
 
 from ccf_llm_hf import CCFLLMConfig, CCFLLMForCTR, CCFLLMProcessor
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.data.grouping import Group
-from ccf_llm_hf.inference.scoring import score_groups
-from ccf_llm_hf.modeling.catalog_ccf_llm import cf_settings
-from ccf_llm_hf.modeling.cf_table_ccf_llm import CFTable
-from ccf_llm_hf.modeling.pipeline_ccf_llm import cf_logits
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import cf_settings
+from ccf_llm_hf.modeling.modeling_ccf_llm import CFTable
+from ccf_llm_hf.modeling.processing_ccf_llm import Request
+from ccf_llm_hf.modeling.ranking_ccf_llm import cf_logits, score
 
 PRECISION = [1.0, 2.0, 0.5, 1.5, 3.0, 0.0]  # the last dimension is fixed, as the "1" of MF is
-FOLDED = {"cf_logit": True, "cf_fold_in": True, "fold_in_decay": 0.9}
+FOLDED = {"cf_logit": True, "cf_fold_in": True}
 SIGNED = {"histories": "signed", "history_window": (2, 2), "fold_in_items": 3}
 
 
@@ -35,40 +34,34 @@ def cf(cf: CFVectors) -> CFVectors:
     return replace(cf, metadata={"user_precision": json.dumps(PRECISION)})
 
 
-def table_of(cf: CFVectors, decay: float = 1.0) -> CFTable:
-    table = CFTable(CCFLLMConfig(**cf_settings(cf), fold_in_decay=decay))
+def table_of(cf: CFVectors) -> CFTable:
+    table = CFTable(CCFLLMConfig(**cf_settings(cf)))
     table.fill(cf)
     return table
 
 
 def objective(
-    cf: CFVectors, user: torch.Tensor, rows: list[int], liked: list[float], decay: float
+    cf: CFVectors, user: torch.Tensor, rows: list[int], liked: list[float]
 ) -> torch.Tensor:
-    """The CF model's own loss of one user on the last snapshot, written out."""
+    """The CF model's own loss of one user on the last fit, written out."""
     known = cf.item_known[-1]
     loss = 0.5 * (torch.tensor(PRECISION) * (user - cf.default_user[-1]).square()).sum()
-    for age, (row, label) in enumerate(zip(reversed(rows), reversed(liked), strict=True)):
+    for row, label in zip(rows, liked, strict=True):
         if 0 <= row < len(known) and known[row]:
             logit = (user * cf.item_vectors[-1, row]).sum() + cf.offset[-1]
-            loss = loss + decay**age * (softplus(logit) - label * logit)
+            loss = loss + softplus(logit) - label * logit
     return loss
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.8])
-def test_a_folded_user_minimizes_the_cf_models_loss(cf: CFVectors, decay: float) -> None:
-    rows, liked = (
-        [0, 3, 7, 4, 99, 1],
-        [1.0, 0.0, 1.0, 0.7, 0.0, 0.0],
-    )  # 7 is not known, 99 not in the table
-    user = table_of(cf, decay).folded_users(
-        torch.tensor([[*rows, -1]]),
-        torch.tensor([[*liked, 1.0]]),
-        torch.tensor([6]),
-        torch.tensor([1]),
+def test_a_folded_user_minimizes_the_cf_models_loss(cf: CFVectors) -> None:
+    rows = [0, 3, 7, 4, 99, 1]  # 7 is not known, 99 not in the table
+    liked = [1.0, 0.0, 1.0, 0.7, 0.0, 0.0]
+    user = table_of(cf).folded_users(
+        torch.tensor([[*rows, -1]]), torch.tensor([[*liked, 1.0]]), torch.tensor([6])
     )[0]
     assert user[-1] == cf.default_user[-1, -1]
     user = user.requires_grad_()
-    objective(cf, user, rows, liked, decay).backward()
+    objective(cf, user, rows, liked).backward()
     assert user.grad is not None
     assert user.grad[:-1].abs().max() < 1e-3
     assert (user - cf.default_user[-1]).abs().max() > 0.1
@@ -76,10 +69,8 @@ def test_a_folded_user_minimizes_the_cf_models_loss(cf: CFVectors, decay: float)
 
 def test_without_a_history_the_default_user_stands(cf: CFVectors) -> None:
     items = torch.full((2, 1), -1)
-    users = table_of(cf).folded_users(
-        items, items.float(), torch.tensor([0, 0]), torch.tensor([0, 1])
-    )
-    torch.testing.assert_close(users, cf.default_user)
+    users = table_of(cf).folded_users(items, items.float(), torch.tensor([0, 0]))
+    torch.testing.assert_close(users, cf.default_user[-1].expand(2, -1))
 
 
 @pytest.mark.parametrize("wording", ["shared_prefix", "question_last"])
@@ -87,7 +78,7 @@ def test_without_a_history_the_default_user_stands(cf: CFVectors) -> None:
 def test_packed_equals_alone(build: BuildModel, fusion: str, wording: str) -> None:
     model, processor = build(fusion, wording, prompt=SIGNED, **FOLDED)
     lengths = [0, 1, 3, 2]
-    common = {"user": "u0", "earlier": HISTORY[:3], "snapshot": 0}
+    common = {"user": "u0", "earlier": HISTORY[:3]}
     packed = processor(
         **common, history=HISTORY[3:7], candidates=CANDIDATES, history_lengths=lengths
     )
@@ -111,26 +102,24 @@ def test_the_score_is_the_backbones_plus_the_folded_cf_logit(
     batch = processor(user="u0", history=HISTORY, candidates=CANDIDATES)
     both = model(**batch).logits[0]
     rows = torch.tensor([int(item[1:]) for item in CANDIDATES])
-    residual = cf_logits(model, processor, "u0", HISTORY, rows)
+    folded = cf_logits(model, processor, "u0", HISTORY, rows)
     model.cf_logit_scale.data.zero_()
-    torch.testing.assert_close(both - model(**batch).logits[0], residual, atol=1e-5, rtol=0)
+    torch.testing.assert_close(both - model(**batch).logits[0], folded, atol=1e-5, rtol=0)
     # The window begins at item 6, and three items before it are folded in too.
     shown = [{"i4": 4, "i5": 5, "i6": 6}.get(str(item), -1) for item in HISTORY[3:]]
     shown[0], shown[2] = 1, 7
     liked = torch.tensor([[0.0, 1, 0, 1, 1]])
-    users = table_of(cf, 0.9).folded_users(
-        torch.tensor([shown]), liked, torch.tensor([5]), torch.tensor([1])
-    )
+    users = table_of(cf).folded_users(torch.tensor([shown]), liked, torch.tensor([5]))
     expected = (users * cf.item_vectors[1, rows]).sum(-1) + cf.offset[1]
-    torch.testing.assert_close(residual, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(folded, expected, atol=1e-5, rtol=0)
 
 
 def test_scoring_in_parts_on_cached_keys_changes_no_score(build: BuildModel) -> None:
     model, processor = build(prompt=SIGNED, **FOLDED)
-    group = Group("u1", HISTORY[3:], CANDIDATES, [5, 5, 5, 5], earlier=HISTORY[:3])
-    (whole,) = score_groups(model, processor, [group], progress=False)
-    (parts,) = score_groups(model, processor, [group], progress=False, max_tokens_per_batch=3)
-    torch.testing.assert_close(torch.tensor(parts), torch.tensor(whole), atol=1e-5, rtol=0)
+    request = Request("u1", HISTORY[3:], CANDIDATES, [5, 5, 5, 5], earlier=HISTORY[:3])
+    (whole,) = score(model, processor, [request])
+    (parts,) = score(model, processor, [request], max_tokens=3)
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
 
 
 def test_dislikes_are_shown_as_such_and_only_to_models_that_read_them(build: BuildModel) -> None:
@@ -156,16 +145,6 @@ def test_a_saved_model_folds_in_alike(build: BuildModel, tmp_path, backbone_fold
     torch.testing.assert_close(again(**read(**batch)).logits, model(**processor(**batch)).logits)
 
 
-def test_a_checkpoint_without_the_new_settings_still_loads(build: BuildModel, tmp_path) -> None:
-    _, processor = build()
-    processor.save_pretrained(tmp_path)
-    file = tmp_path / "processor_config.json"
-    settings = json.loads(file.read_text())
-    del settings["histories"], settings["fold_in_items"]
-    file.write_text(json.dumps(settings))
-    assert CCFLLMProcessor.from_pretrained(tmp_path).histories == "likes"
-
-
 def test_a_model_that_folds_in_says_what_it_lacks(build: BuildModel) -> None:
     model, processor = build(**FOLDED)  # a processor of likes only
     with pytest.raises(ValueError, match="histories"):
@@ -174,12 +153,10 @@ def test_a_model_that_folds_in_says_what_it_lacks(build: BuildModel) -> None:
         CCFLLMConfig(cf_logit=True, cf_fold_in=True)
 
 
-def test_slot_dropout_takes_cf_vectors_away_in_training_only(build: BuildModel) -> None:
-    model, _ = build(slot_dropout=0.5)
-    known = torch.ones(2000, dtype=torch.bool)
-    assert model.model.eval().some_dropped(known).all()
-    share = model.model.train().some_dropped(known).float().mean()
-    assert 0.45 < share < 0.55
+def test_ratings_far_from_the_midpoint_do_not_overflow(build: BuildModel) -> None:
+    _, processor = build(prompt=SIGNED | {"rating_scale": (3.5, 1000.0)})
+    assert processor.target({"id": "i0", "rating": 1}) == 0.0
+    assert processor.target({"id": "i0", "rating": 5}) == 1.0
 
 
 def test_ratings_are_graded_on_the_scale_of_the_cf_model(build: BuildModel) -> None:

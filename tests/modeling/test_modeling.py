@@ -1,49 +1,43 @@
-"""Invariants of the model over fusion arms, layouts, backbones and attention paths."""
+"""Invariants of the model over arms, wordings, backbones and attention paths."""
 
 import pytest
 import torch
-from tiny import BACKBONES, BuildModel, put_bos_first
+from tiny import ARMS, BACKBONES, BuildModel, put_bos_first
 from transformers import PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMConfig, CCFLLMForCTR, CCFLLMProcessor
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.modeling.configuration_ccf_llm import FUSION_ARMS
 
 HISTORY = ["i1", "i2", "i7", "i0", "i6"]
 CANDIDATES = ["i0", "i3", "i7", "i4", "A new film (2024)", "i5"]
 LENGTHS = [0, 2, 2, 3, 5, 5]
 
 
-def packed_logits(
-    model: CCFLLMForCTR, processor: CCFLLMProcessor, snapshot: int = 1
-) -> torch.Tensor:
+def packed_logits(model: CCFLLMForCTR, processor: CCFLLMProcessor) -> torch.Tensor:
     batch = processor(
         user=["u0", "stranger"],
         history=[HISTORY, HISTORY[:2]],
         candidates=[CANDIDATES, CANDIDATES[:2]],
         history_lengths=[LENGTHS, [1, 2]],
-        snapshot=[snapshot, 0],
     )
     with torch.no_grad():
         return model(**batch).logits
 
 
-def alone_logits(
-    model: CCFLLMForCTR, processor: CCFLLMProcessor, snapshot: int = 1
-) -> torch.Tensor:
+def alone_logits(model: CCFLLMForCTR, processor: CCFLLMProcessor) -> torch.Tensor:
     """The first user's samples, one a call, each with only the history it may see."""
     scores = []
     for item, length in zip(CANDIDATES, LENGTHS, strict=True):
-        batch = processor(user="u0", history=HISTORY[:length], candidates=[item], snapshot=snapshot)
+        batch = processor(user="u0", history=HISTORY[:length], candidates=[item])
         with torch.no_grad():
             scores.append(model(**batch).logits[0, 0])
     return torch.stack(scores)
 
 
 @pytest.mark.parametrize("wording", ["shared_prefix", "question_last"])
-@pytest.mark.parametrize("fusion", FUSION_ARMS)
-def test_packed_equals_alone_for_every_arm(build: BuildModel, fusion: str, wording: str) -> None:
-    model, processor = build(fusion, wording, cf_logit=fusion == "sum")
+@pytest.mark.parametrize("arm", ARMS)
+def test_packed_equals_alone_for_every_arm(build: BuildModel, arm: str, wording: str) -> None:
+    model, processor = build(arm, wording, cf_logit=arm == "sum")
     packed = packed_logits(model, processor)
     assert packed.shape == (2, len(CANDIDATES))
     assert packed[0].std() > 1e-3
@@ -81,23 +75,22 @@ def test_several_users_in_one_batch_do_not_meet(build: BuildModel) -> None:
         history=HISTORY[:2],
         candidates=CANDIDATES[:2],
         history_lengths=[1, 2],
-        snapshot=0,
     )
     torch.testing.assert_close(both, model(**batch).logits[0], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("fusion", FUSION_ARMS)
-def test_every_arm_trains(build: BuildModel, fusion: str) -> None:
-    model, processor = build(fusion, lora=True, cf_logit=True)
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_trains(build: BuildModel, arm: str) -> None:
+    model, processor = build(arm, lora=True, cf_logit=True)
     batch = processor(user="u0", history=HISTORY, candidates=CANDIDATES, labels=[1, 0, 1, 0, 1, 1])
     output = model.train()(**batch)
     output.loss.backward()
     names = {name for name, weight in model.named_parameters() if weight.grad is not None}
     expected = {"cf_logit_scale"} | {name for name, _ in model.lora_parameters()}
-    if fusion != "text_only":
+    if arm != "text_only":
         expected |= {"model.item_alignment.up.weight", "model.user_alignment.up.weight"}
         expected |= {"model.cold_item"}
-    if fusion in ("gate", "scalar_gate"):
+    if arm in ("gate", "scalar_gate"):
         expected |= {"model.gate.linear.weight"}
     assert expected <= names
     assert all(torch.isfinite(w.grad).all() for w in model.parameters() if w.grad is not None)
@@ -134,24 +127,16 @@ def test_labels_of_padded_candidates_do_not_count(build: BuildModel) -> None:
     torch.testing.assert_close(together, apart)
 
 
-def test_cf_residual_adds_the_cf_logit(build: BuildModel, cf: CFVectors) -> None:
+def test_cf_logit_adds_the_cf_logit(build: BuildModel, cf: CFVectors) -> None:
     plain, processor = build()
-    residual, _ = build(cf_logit=True)
+    added, _ = build(cf_logit=True)
     with torch.no_grad():
-        residual.cf_logit_scale.fill_(0.5)
-    difference = packed_logits(residual, processor) - packed_logits(plain, processor)
+        added.cf_logit_scale.fill_(0.5)
+    difference = packed_logits(added, processor) - packed_logits(plain, processor)
     known = [item for item in CANDIDATES if item in cf.item_ids]
-    expected = cf.logits(["u0"] * len(known), known, snapshot=1) * 0.5
+    expected = cf.logits(["u0"] * len(known), known) * 0.5
     rows = [column for column, item in enumerate(CANDIDATES) if item in cf.item_ids]
     torch.testing.assert_close(difference[0, rows], expected.float(), atol=1e-4, rtol=0)
-
-
-def test_snapshots_differ_and_the_last_is_the_default(build: BuildModel) -> None:
-    model, processor = build()
-    first, last = packed_logits(model, processor, 0), packed_logits(model, processor, 1)
-    assert (first[0] - last[0]).abs().max() > 1e-3
-    default = processor(user="u0", history=HISTORY, candidates=CANDIDATES, history_lengths=LENGTHS)
-    torch.testing.assert_close(model(**default).logits[0], last[0], atol=1e-4, rtol=0)
 
 
 def test_unknown_items_and_users_are_cold(build: BuildModel) -> None:
@@ -167,14 +152,14 @@ def test_unknown_items_and_users_are_cold(build: BuildModel) -> None:
 def test_text_embedding_is_the_mean_of_title_tokens(build: BuildModel) -> None:
     model, processor = build()
     table = model.get_input_embeddings().weight
-    text = model.model.text_embeddings(torch.tensor([1, 5, 0]), None)
+    text = model.model.item_words(torch.tensor([1, 5, 0]))
     ids = processor.item_title_ids()
     torch.testing.assert_close(text[0], table[ids[1]].mean(0))
     torch.testing.assert_close(text[2], table[ids[0]].mean(0))
     assert (text[1] == 0).all()
     with torch.no_grad():
         table.mul_(2)
-    torch.testing.assert_close(model.model.text_embeddings(torch.tensor([1]), None)[0], text[0] * 2)
+    torch.testing.assert_close(model.model.item_words(torch.tensor([1]))[0], text[0] * 2)
 
 
 def test_gate_lies_in_the_unit_interval_and_ablations_are_constant(build: BuildModel) -> None:
@@ -183,7 +168,7 @@ def test_gate_lies_in_the_unit_interval_and_ablations_are_constant(build: BuildM
     assert gate.shape == (8, 32) and ((gate > 0) & (gate < 1)).all() and gate.std(1).min() > 0
     scalar = build("scalar_gate")[0].item_gates(items)
     assert scalar.std(1).max() < 1e-6
-    constants = {"text_only": 1.0, "sum": 0.5, "concat": 0.0, "cf_only": 0.0}
+    constants = {"sum": 0.5, "cf_only": 0.0}
     for fusion, value in constants.items():
         assert (build(fusion)[0].item_gates(items) == value).all()
 
@@ -196,33 +181,35 @@ def test_slots_that_disagree_with_tokens_are_refused(build: BuildModel) -> None:
         model(**batch)
 
 
-def test_text_only_refuses_slots(build: BuildModel) -> None:
-    _, processor = build("gate")
-    with pytest.raises(ValueError, match="text_only"):
-        build("text_only")[0](**processor(user="u0", history=[], candidates=["i0"]))
-
-
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_fresh_slots_have_the_scale_of_token_embeddings(build: BuildModel, backbone: str) -> None:
     model, _ = build("cf_only", backbone=backbone)
     words = model.get_input_embeddings()(torch.arange(300))
-    slots = model.model.aligned_items(torch.arange(6), torch.ones(6, dtype=torch.long))
+    slots = model.model.aligned_items(torch.arange(6))
     ratio = slots.pow(2).mean().sqrt() / words.pow(2).mean().sqrt()
     assert 0.2 < ratio < 2
 
 
-def test_yes_only_head_reads_one_row(build: BuildModel) -> None:
-    model, processor = build(score_head="yes_only")
-    before = packed_logits(model, processor)
-    with torch.no_grad():
-        model.answer_weight[1] += 1.0
-    torch.testing.assert_close(packed_logits(model, processor), before)
-
-
-@pytest.mark.parametrize("name", ["fusion", "score_head", "checkpoint_form"])
+@pytest.mark.parametrize("name", ["fusion", "checkpoint_form"])
 def test_unknown_settings_are_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}='nonsense'"):
         CCFLLMConfig(**{name: "nonsense"})
+
+
+@pytest.mark.parametrize("key", ["cf_residual", "layout"])
+def test_a_checkpoint_of_release_0_1_says_how_to_convert_it(key: str) -> None:
+    with pytest.raises(ValueError, match=r"written by ccf-llm-hf 0\.1: convert it by") as refused:
+        CCFLLMConfig(**{key: "any"})
+    assert "\n" not in str(refused.value)
+
+
+def test_the_table_takes_the_last_fit_of_the_cf_vectors(build: BuildModel, cf: CFVectors) -> None:
+    table = build()[0].cf
+    assert torch.equal(table.item_vectors, cf.item_vectors[-1])
+    assert torch.equal(table.user_known, cf.user_known[-1])
+    vectors, known = table.lookup("item", torch.tensor([1, 7, 99]))
+    assert known.tolist() == [True, False, False]
+    assert torch.equal(vectors[1:], cf.default_item[-1].expand(2, -1))
 
 
 def test_config_round_trips() -> None:

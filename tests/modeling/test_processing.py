@@ -13,7 +13,7 @@ from tiny import TITLES, BuildModel, put_bos_first
 from transformers import PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMProcessor
-from ccf_llm_hf.modeling.layout_ccf_llm import window_start
+from ccf_llm_hf.modeling.attention_ccf_llm import window_start
 from ccf_llm_hf.modeling.prompt_ccf_llm import WORDINGS
 
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tiny import BACKBONES, BuildModel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ccf_llm_hf.modeling.layout_ccf_llm import SHARED, Layout, block_mask
-from ccf_llm_hf.modeling.tiles_ccf_llm import (
+from ccf_llm_hf.modeling.attention_ccf_llm import SHARED, Layout, block_mask
+from ccf_llm_hf.modeling.attention_ccf_llm import (
     TILE_QUERIES,
     TILED_ATTENTION,
     make_tiles,

@@ -11,32 +11,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.modeling.processing_ccf_llm import Request, window_start
 
 
 @dataclass
-class Group:
-    """Samples of one user that share a history window and a CF snapshot.
+class Group(Request):
+    """Samples of one user that share a history window and a CF snapshot: a request with labels.
 
     Attributes:
-        user_id: raw user id.
-        history: raw item ids of the longest window among the samples, oldest first; where
-            histories are signed, a dict of the item's `id` with its `rating` or `liked`.
-        candidates: raw item ids, one a sample.
-        history_lengths: how many of `history` precede each candidate in time.
-        labels: 0/1 a sample.
         rows: row of each sample in its split.
         snapshot: CF snapshot of all samples; -1 is the last.
-        earlier: items before `history`, where histories are signed, to fold the user in from.
     """
 
-    user_id: str
-    history: list[Any] = field(default_factory=list)
-    candidates: list[str] = field(default_factory=list)
-    history_lengths: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     snapshot: int = -1
-    earlier: list[Any] = field(default_factory=list)
 
 
 def group_rows(
@@ -50,7 +38,7 @@ def group_rows(
 
     Args:
         split: rows with user_id, item_id, label, history, and history_labels if it is signed.
-        history_window: `(H, S)`, see `layout_ccf_llm.window_start`.
+        history_window: `(H, S)`, see `processing_ccf_llm.window_start`.
         cf_snapshots: CF snapshot per row; default the last for all.
         max_candidates: samples a group holds at most; 1 gives one row a sample.
         fold_in_items: length of `earlier`, at most; what is not stored is left out.
@@ -82,7 +70,7 @@ def group_rows(
     labels = table["label"].to_numpy()
     return [
         Group(
-            user_id=user_names[users[part[0]]],
+            user=user_names[users[part[0]]],
             history=history[before:],
             candidates=item_names[items[part]].tolist(),
             history_lengths=(earlier[part] - starts[part]).tolist(),
@@ -117,13 +105,12 @@ def _windows(
     if "history_dropped" in table.column_names:
         stored = table["history_dropped"].to_numpy()
     earlier = lengths + stored
-    size, stride = history_window
-    starts = stride * (np.maximum(0, earlier - size) // stride)  # window_start, of all rows at once
+    starts = window_start(earlier, history_window)
     if (starts < stored).any():
         raise InputError(
             f"the data stores the {lengths.max()} latest items of a history, but the window "
-            f"({size}, {stride}) shows up to {size + stride - 1}: prepare it again with a larger "
-            "--max-history"
+            f"{history_window} shows up to {sum(history_window) - 1}: prepare it again with a "
+            "larger --max-history"
         )
     return earlier, starts, stored
 
@@ -190,28 +177,3 @@ def sample_group(groups: list[Group], max_labels: int, order: Sequence[int]) -> 
         chosen.append(groups[index])
         labels += len(groups[index].rows)
     return chosen
-
-
-def cut_by_budget(
-    indices: Sequence[int], lengths: Sequence[int], max_tokens: int
-) -> list[list[int]]:
-    """Cut groups into batches of at most `max_tokens` tokens.
-
-    Longest groups come first, so that neighbors are alike in length, which makes attention cheap,
-    and memory peaks at once. A group longer than the budget is a batch by itself.
-
-    Args:
-        indices: which groups.
-        lengths: tokens of every group; `indices` point into it.
-        max_tokens: the budget.
-    """
-    batches: list[list[int]] = []
-    used = 0
-    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        if batches and used + lengths[index] <= max_tokens:
-            batches[-1].append(index)
-            used += lengths[index]
-        else:
-            batches.append([index])
-            used = lengths[index]
-    return batches

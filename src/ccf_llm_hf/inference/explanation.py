@@ -1,10 +1,9 @@
 """What a prediction is made of: the prompt as the model reads it, and shares of text and CF."""
 
 from dataclasses import dataclass
-from typing import Any
 
-from ccf_llm_hf.data.grouping import Group
-from ccf_llm_hf.modeling.pipeline_ccf_llm import ItemShare
+from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor, Request
+from ccf_llm_hf.modeling.ranking_ccf_llm import ItemShare
 
 
 @dataclass
@@ -40,17 +39,12 @@ class Explanation:
         return "\n".join([*lines, "", "prompt", self.prompt])
 
 
-def render_prompt(processor: Any, group: Group) -> str:
-    """The hybrid prompt of a group with one candidate; slots read `[item: title]`, `[user: id]`."""
-    batch = processor(
-        user=group.user_id,
-        history=group.history,
-        candidates=group.candidates,
-        history_lengths=group.history_lengths,
-        return_tensors="pt",
-    )
+def render_prompt(processor: CCFLLMProcessor, request: Request) -> str:
+    """The hybrid prompt of one candidate; slots read `[item: title]`, `[user: id]`."""
+    request = processor.cut(request)
+    batch = processor.pack([request])
     titles = list(processor.item_titles)
-    resolved = [processor.resolve_item(item) for item in [*group.history, *group.candidates]]
+    resolved = [processor.resolve_item(item) for item in [*request.history, *request.candidates]]
     # Slots of new titles count on past the catalog, in order of first mention.
     titles += dict.fromkeys(title for row, title in resolved if row is None)
     pieces: list[str] = []
@@ -60,7 +54,7 @@ def render_prompt(processor: Any, group: Group) -> str:
         if item < 0 and user < 0:
             words.append(token)
             continue
-        name = f"item: {titles[item]}" if item >= 0 else f"user: {group.user_id or 'new'}"
+        name = f"item: {titles[item]}" if item >= 0 else f"user: {request.user or 'new'}"
         pieces += [processor.tokenizer.decode(words), f"[{name}]"]
         words = []
     return "".join([*pieces, processor.tokenizer.decode(words)])

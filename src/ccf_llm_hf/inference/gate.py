@@ -7,6 +7,8 @@ import numpy as np
 import torch
 
 from ccf_llm_hf.evaluation.rows import read_rows
+from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 
 CHUNK = 1024
 ITEMS = 8192  # of a larger catalog, this many, evenly spread: means over them are exact enough
@@ -15,7 +17,9 @@ EDGES = (0, 1, 10, 100, 1000)
 
 
 @torch.inference_mode()
-def gate_report(model: Any, processor: Any, data_dir: str | Path) -> dict[str, Any] | None:
+def gate_report(
+    model: CCFLLMForCTR, processor: CCFLLMProcessor, data_dir: str | Path
+) -> dict[str, Any] | None:
     """Share of text in the item slots, over the catalog and by popularity in train.
 
     Of a catalog of more than `ITEMS` items, as many evenly spread ones are looked at.
@@ -28,12 +32,12 @@ def gate_report(model: Any, processor: Any, data_dir: str | Path) -> dict[str, A
     Returns:
         `catalog` and `items` (looked at), `mean` and `std` over items and dimensions, `item_std` of
         the items' means, `dimension_std` of the dimensions' means, and `by_popularity`, a list of
-        {train_rows, items, mean, std}. None for arms without a gate.
+        {train_rows, items, mean, std}. None for models without a gate.
 
     Raises:
         InputError: the prepared folder is missing or damaged.
     """
-    if model.model.gate is None or not processor.item_ids:
+    if model.model.gate is None or not processor.uses_slots or not processor.item_ids:
         return None
     catalog = len(processor.item_ids)
     rows = torch.linspace(0, catalog - 1, min(catalog, ITEMS), dtype=torch.float64).round().long()

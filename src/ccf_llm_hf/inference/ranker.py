@@ -1,45 +1,31 @@
 """`CTRRanker`: probabilities, ranked lists and explanations from a checkpoint."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ccf_llm_hf.data.grouping import Group
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.inference.explanation import Explanation, render_prompt
-from ccf_llm_hf.inference.scoring import score_groups
-from ccf_llm_hf.modeling.checkpoint_ccf_llm import Publishable
-from ccf_llm_hf.modeling.layout_ccf_llm import window_start
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
-from ccf_llm_hf.modeling.pipeline_ccf_llm import (
+from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor, Item, Request, User
+from ccf_llm_hf.modeling.ranking_ccf_llm import (
+    MAX_TOKENS,
     RankedItem,
     cf_logits,
     item_shares,
-    preselect_items,
-    rank_items,
+    preselect,
+    rank,
+    score,
 )
-from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 
-Item = str | int | dict[str, Any]
-User = str | int | None
 Pair = Mapping[str, Any] | tuple[User, Item]
 
 
-@dataclass
-class _Request:
-    """Candidates to score for one user with one history (unwindowed); items are `Item`."""
-
-    user: User
-    history: list[Any]
-    candidates: list[Any]
-
-
-class CTRRanker(Publishable):
+class CTRRanker:
     """Predict, rank and explain with a trained model.
 
     Items are given as raw ids, as titles, or as `{"id": ..., "title": ...}`; a title outside the
@@ -59,7 +45,7 @@ class CTRRanker(Publishable):
         model: CCFLLMForCTR,
         processor: CCFLLMProcessor,
         *,
-        max_tokens_per_batch: int = 2048,
+        max_tokens_per_batch: int = MAX_TOKENS,
     ) -> None:
         self.model = model.eval()
         self.processor = processor
@@ -118,18 +104,18 @@ class CTRRanker(Publishable):
 
     def pair_logits(self, pairs: Sequence[Pair], *, progress: bool = False) -> np.ndarray:
         """As `predict`, before the temperature and the sigmoid."""
-        requests: dict[Any, _Request] = {}
+        requests: dict[Any, Request] = {}
         places: dict[Any, list[int]] = {}
         for place, pair in enumerate(pairs):
             user, history, item = _read_pair(pair, place)
             read = self.processor
             key = (user, tuple((*read.resolve_item(past), read.target(past)) for past in history))
-            requests.setdefault(key, _Request(user, history, [])).candidates.append(item)
+            requests.setdefault(key, Request(user, history)).candidates.append(item)
             places.setdefault(key, []).append(place)
         logits = np.empty(len(pairs), dtype=np.float32)
         scores = self._score(list(requests.values()), progress)
         for indices, values in zip(places.values(), scores, strict=True):
-            logits[indices] = values
+            logits[indices] = values.numpy()
         return logits
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
@@ -138,44 +124,84 @@ class CTRRanker(Publishable):
 
     def rank(
         self,
-        user: User | Sequence[User] = None,
-        history: Sequence[Any] | None = None,
-        candidates: Sequence[Any] | None = None,
+        user: User = None,
+        history: Sequence[Item] | None = None,
+        candidates: Sequence[Item] | None = None,
         top_k: int = 10,
         preselect: int = 100,
-    ) -> Any:
-        """The `top_k` best candidates, best first.
+    ) -> list[RankedItem]:
+        """The `top_k` best candidates for one user, best first.
 
         Args:
-            user: raw id, or None for a new user. A list of users makes a batch.
-            history: liked items, oldest first; in a batch one list per user.
-            candidates: items to choose from (in a batch: for all, or one list per user). Default:
-                those `preselect` catalog items that the CF model scores highest for this user (for
-                a new user: by the CF model's item bias) and that are not in the history.
+            user: raw id, or None for a new user.
+            history: earlier items, oldest first.
+            candidates: items to choose from. Default: those `preselect` catalog items that the CF
+                model scores highest for this user (for a new user: by the CF model's item bias) and
+                that are not in the history.
             top_k: length of the list; fewer when there are fewer candidates.
             preselect: catalog items that the language model scores.
 
+        Raises:
+            InputError: several users (see `rank_many`), or no candidates.
+        """
+        if isinstance(user, (list, tuple)) or (history and isinstance(history[0], (list, tuple))):
+            raise InputError("rank is for one user: give several to rank_many")
+        given = None if candidates is None else [candidates]
+        return self.rank_many([user], [history or []], given, top_k, preselect)[0]
+
+    def rank_many(
+        self,
+        users: Sequence[User] | None = None,
+        histories: Sequence[Sequence[Item]] | None = None,
+        candidates: Sequence[Sequence[Item]] | None = None,
+        top_k: int = 10,
+        preselect: int = 100,
+    ) -> list[list[RankedItem]]:
+        """As `rank`, for several users, who share forward passes.
+
+        Args:
+            users: raw ids; None: all are new users.
+            histories: one list a user; None: nobody has a history.
+            candidates: one list a user; None: chosen from the catalog for each.
+            top_k: length of each list.
+            preselect: catalog items that the language model scores for each.
+
         Returns:
-            A list of `RankedItem`, or in a batch a list of such lists.
+            One ranked list a user.
 
         Raises:
-            InputError: no candidates, or batch lists whose lengths differ.
+            InputError: neither users nor histories, or lists whose lengths differ.
         """
         if top_k < 1 or preselect < 1:
             raise InputError(f"top_k={top_k} and preselect={preselect} must both be at least 1")
-        users, histories, lists, batched = _as_batch(user, history, candidates)
-        requests = [
-            _Request(who, past, self._preselect(who, past, preselect) if items is None else items)
-            for who, past, items in zip(users, histories, lists, strict=True)
-        ]
-        scores = self._score(requests, progress=False)
-        ranked: list[list[RankedItem]] = [
-            rank_items(
-                self.model, self.processor, request.candidates, torch.as_tensor(logits), top_k
+        sizes = {
+            name: len(values)
+            for name, values in (
+                ("users", users),
+                ("histories", histories),
+                ("candidates", candidates),
             )
-            for request, logits in zip(requests, scores, strict=True)
-        ]
-        return ranked if batched else ranked[0]
+            if values is not None
+        }
+        if len(set(sizes.values())) != 1:
+            found = ", ".join(f"{size} {name}" for name, size in sizes.items()) or "nothing"
+            raise InputError(f"rank_many got {found}: give one entry a user in each list")
+        size = next(iter(sizes.values()))
+        requests = []
+        for place in range(size):
+            user = None if users is None else users[place]
+            past = _items(None if histories is None else histories[place], f"history {place}")
+            items = None if candidates is None else candidates[place]
+            chosen = self._preselect(user, past, preselect) if items is None else _given(items)
+            requests.append(Request(user, past, chosen))
+        try:
+            return rank(
+                self.model, self.processor, requests, top_k, max_tokens=self.max_tokens_per_batch
+            )
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
     def explain(
         self, user: User = None, history: Sequence[Item] | None = None, *, item: Item
@@ -184,15 +210,15 @@ class CTRRanker(Publishable):
 
         Args:
             user: raw id, or None for a new user.
-            history: liked items, oldest first.
+            history: earlier items, oldest first.
             item: the candidate.
         """
-        request = _Request(user, _items(history, "history"), _items([item], "item"))
-        (group,) = self._groups([request])
+        request = Request(user, _items(history, "history"), _items([item], "item"))
         logit = float(self._score([request], progress=False)[0][0])
-        shares = item_shares(self.model, self.processor, [*group.history, item])
+        _, shown = self.processor.window(request.history)
+        shares = item_shares(self.model, self.processor, [*shown, item])
         return Explanation(
-            prompt=render_prompt(self.processor, group),
+            prompt=render_prompt(self.processor, request),
             user=None if user is None else str(user),
             user_known=self._user_known(user),
             item=shares[-1],
@@ -203,33 +229,20 @@ class CTRRanker(Publishable):
             temperature=self.model.config.logit_temperature,
         )
 
-    def _groups(self, requests: Sequence[_Request]) -> list[Group]:
-        """Requests as groups, with the window of their history that the model reads."""
-        groups = []
-        for request in requests:
-            start = window_start(len(request.history), self.processor.history_window)
-            unshown = max(0, start - self.processor.fold_in_items)
-            history = request.history[start:]
-            groups.append(
-                Group(
-                    user_id="" if request.user is None else str(request.user),
-                    history=history,
-                    candidates=request.candidates,
-                    history_lengths=[len(history)] * len(request.candidates),
-                    earlier=request.history[unshown:start],
-                )
-            )
-        return groups
-
-    def _score(self, requests: Sequence[_Request], progress: bool) -> list[np.ndarray]:
+    def _score(self, requests: Sequence[Request], progress: bool) -> list[torch.Tensor]:
         """Logits per request, in the order of its candidates."""
-        return score_groups(
-            self.model,
-            self.processor,
-            self._groups(requests),
-            max_tokens_per_batch=self.max_tokens_per_batch,
-            progress=progress,
-        )
+        try:
+            return score(
+                self.model,
+                self.processor,
+                requests,
+                max_tokens=self.max_tokens_per_batch,
+                progress=progress,
+            )
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(str(error)) from error
 
     def _cf_logit(self, user: User, history: Sequence[Item], item: Item) -> float:
         """The CF model's own logit; a new user or item stands at the CF model's default vector."""
@@ -241,13 +254,13 @@ class CTRRanker(Publishable):
     def _preselect(self, user: User, history: Sequence[Item], count: int) -> list[Item]:
         """Ids of the catalog items that the CF model scores highest, without the history's."""
         try:
-            return list(preselect_items(self.model, self.processor, user, history, count))
+            return list(preselect(self.model, self.processor, user, history, count))
         except ValueError as error:
             raise InputError(str(error)) from error
 
     def _user_known(self, user: User) -> bool:
         row = self.processor.user_index.get(str(user))
-        return row is not None and bool(self.model.model.cf.user_known[-1, row])
+        return row is not None and bool(self.model.cf.user_known[row])
 
 
 def _read_pair(pair: Pair, place: int) -> tuple[User, list[Item], Item]:
@@ -274,33 +287,8 @@ def _items(values: Sequence[Item] | None, name: str) -> list[Item]:
     return items
 
 
-def _candidates(values: Sequence[Item] | None) -> list[Item] | None:
-    """Given candidates, at least one; None stands for the catalog."""
-    if values is not None and len(values) == 0:
+def _given(values: Sequence[Item]) -> list[Item]:
+    """Given candidates, at least one."""
+    if len(values) == 0:
         raise InputError("candidates is empty: give at least one item, or leave it out")
-    return None if values is None else _items(values, "candidates")
-
-
-def _as_batch(
-    user: Any, history: Sequence[Any] | None, candidates: Sequence[Any] | None
-) -> tuple[list[User], list[list[Item]], list[list[Item] | None], bool]:
-    """Users, histories and candidates of `rank`, one entry a user; whether it was a batch."""
-    nested = bool(history) and isinstance(history[0], (list, tuple))  # type: ignore[index]
-    batched = isinstance(user, (list, tuple)) or nested
-    if not batched:
-        return [user], [_items(history, "history")], [_candidates(candidates)], False
-    size = len(user) if isinstance(user, (list, tuple)) else len(history or [])
-    users = list(user) if isinstance(user, (list, tuple)) else [user] * size
-    histories: list[list[Item]] = [[] for _ in range(size)]
-    if history:
-        histories = [_items(past, f"history {place}") for place, past in enumerate(history)]
-    if candidates is not None and candidates and isinstance(candidates[0], (list, tuple)):
-        lists = [_candidates(items) for items in candidates]
-    else:
-        lists = [_candidates(candidates) for _ in range(size)]
-    if not (len(users) == len(histories) == len(lists)):
-        raise InputError(
-            f"the batch has {len(users)} users, {len(histories)} histories and {len(lists)} "
-            "candidate lists: give one of each per user"
-        )
-    return users, histories, lists, True
+    return _items(values, "candidates")

@@ -1,33 +1,60 @@
-"""The table of a checkpoint's scores on a prepared split, and its parquet file."""
+"""The table of a checkpoint's scores on a prepared split."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
 import torch
 
-from ccf_llm_hf.inference.scoring import score_split
+from ccf_llm_hf.data.grouping import group_rows
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.io import write_file
+from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
+from ccf_llm_hf.modeling.ranking_ccf_llm import MAX_TOKENS, score
+
+MAX_CANDIDATES = 512  # rows of one user packed behind one history
 
 
 def score_table(
-    model: Any, processor: Any, split: datasets.Dataset, **options: Any
+    model: CCFLLMForCTR,
+    processor: CCFLLMProcessor,
+    split: datasets.Dataset,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    max_candidates: int = MAX_CANDIDATES,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Score a split as the model was trained to read it.
 
     Args:
-        model: a `CCFLLMForCTR`.
-        processor: its `CCFLLMProcessor`; its history window is used.
-        split: a prepared split.
-        options: of `score_split`, such as `max_tokens_per_batch`.
+        model: a model.
+        processor: its processor, whose history window is used.
+        split: a prepared split (see `data.load_prepared`).
+        max_tokens: tokens of a batch, at most (but for a single longer row of candidates).
+        max_candidates: rows of one user that are packed behind one history.
+        progress: show a bar on stderr.
 
     Returns:
-        One row per sample, in split order: user_id, item_id, label, score (the logit) and prob.
+        One row per sample, in split order: user_id, item_id, label, score (the logit, float32) and
+        prob.
+
+    Raises:
+        InputError: the data's histories hold something else than the model reads.
     """
-    logits = score_split(
-        model, processor, split, history_window=processor.history_window, **options
+    check_histories(processor, split.column_names)
+    groups = group_rows(
+        split,
+        history_window=processor.history_window,
+        max_candidates=max_candidates,
+        fold_in_items=processor.fold_in_items,
     )
+    logits = np.full(len(split), np.nan, dtype=np.float32)
+    scores = score(model, processor, groups, max_tokens=max_tokens, progress=progress)
+    for group, values in zip(groups, scores, strict=True):
+        logits[group.rows] = values.numpy()
     return pd.DataFrame(
         {
             "user_id": list(split["user_id"]),
@@ -37,6 +64,16 @@ def score_table(
             "prob": model.probabilities(torch.as_tensor(logits)).numpy(),
         }
     )
+
+
+def check_histories(processor: CCFLLMProcessor, columns: Sequence[str]) -> None:
+    """Refuse data whose histories hold likes for a model that reads signed ones, or vice versa."""
+    stored = "signed" if "history_labels" in columns else "likes"
+    if processor.histories != stored:
+        raise InputError(
+            f"this model reads histories of {processor.histories}, but the data was prepared with "
+            f"{stored}: prepare it with --histories {processor.histories}"
+        )
 
 
 def sample_users(split: datasets.Dataset, rows: int, seed: int = 0) -> datasets.Dataset:
@@ -52,9 +89,5 @@ def sample_users(split: datasets.Dataset, rows: int, seed: int = 0) -> datasets.
 
 
 def write_scores(scores: pd.DataFrame, path: str | Path) -> Path:
-    """Write scores as parquet under a temporary name, then rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    scores.to_parquet(partial, index=False)
-    return partial.replace(path)
+    """Write scores as parquet."""
+    return write_file(path, lambda partial: scores.to_parquet(partial, index=False))

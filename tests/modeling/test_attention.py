@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ccf_llm_hf.modeling.layout_ccf_llm import SHARED, Layout, additive, block_mask, window_start
+from ccf_llm_hf.modeling.attention_ccf_llm import SHARED, Layout, additive, block_mask, window_start
 
 
 def layout(sequences: list[int], blocks: list[int], depths: list[int], positions: list[int]):

@@ -1,9 +1,19 @@
-"""Exact attention in tiles: work that grows with what each token sees, not with the row squared.
+"""Attention of packed rows: who sees whom, and how that is computed exactly.
 
-A row of a thousand tokens holds some twenty users who do not see each other, so a dense mask throws
-nearly all of the attention away. Here a *tile* is a run of queries of one user with the keys that
-they may see: instruction, the user's prefix and history, and the queries' own blocks. Tiles of
-similar size are attended to in one call each; every linear layer still works on the whole row.
+A batch is one flat row of tokens without padding. The instruction stands there once, for everybody;
+then each user's sequence: prefix and history once, and one short block per candidate. Three
+integers per token describe the row:
+
+- `sequence_ids`: which sequence the token belongs to; `SHARED` is the instruction;
+- `block_ids`: 0 for prefix and history, k >= 1 for the k-th candidate block of the sequence;
+- `history_depths`: 0 in the prefix, i in the i-th history item; in a candidate block the number of
+  history items that precede its interaction in time.
+
+`visible` is the one rule. It is computed as a dense mask or in *tiles*: a row of a thousand tokens
+holds some twenty users who do not see each other, so a dense mask throws nearly all of the
+attention away. A tile is a run of queries of one user with the keys that they may see: instruction,
+the user's prefix and history, and the queries' own blocks. Tiles of similar size are attended to in
+one call each; every linear layer still works on the whole row.
 """
 
 from dataclasses import dataclass
@@ -13,15 +23,91 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .layout_ccf_llm import SHARED, Layout, additive, block_mask, visible
-
+SHARED = -1
 TILED_ATTENTION = "ccf_llm_tiles"
-TILE_QUERIES = 64
+TILE_QUERIES = 64  # our choice; larger and smaller tiles did not pay on two cores
 Tile = tuple[list[int], list[int]]  # columns of the queries, columns of the keys
+
+
+@dataclass
+class Layout:
+    """The three integers and the position id of each token, all of one shape."""
+
+    sequence_ids: Tensor
+    block_ids: Tensor
+    history_depths: Tensor
+    position_ids: Tensor
+
+    def at(self, columns: Tensor) -> "Layout":
+        """The layout of chosen tokens of a `(length,)` layout, in the shape of `columns`."""
+        return Layout(
+            self.sequence_ids[columns],
+            self.block_ids[columns],
+            self.history_depths[columns],
+            self.position_ids[columns],
+        )
+
+
+def visible(
+    query: Layout, key: Layout, query_columns: Tensor, key_columns: Tensor, window: int | None
+) -> Tensor:
+    """Who may attend to whom.
+
+    A token sees the instruction, earlier tokens of its own block, and those prefix and history
+    tokens of its sequence that are no deeper in history than itself; never another candidate, never
+    a later history item, never another sequence.
+
+    Args:
+        query, key: layouts `(..., queries)` and `(..., keys)`.
+        query_columns, key_columns: their columns in the row, of the same shapes.
+        window: sliding window of the layer, counted in *positions*, or None.
+
+    Returns:
+        `(..., queries, keys)` bool. Every token sees itself, so no softmax runs over nothing.
+    """
+
+    def pair(name: str) -> tuple[Tensor, Tensor]:
+        return getattr(query, name).unsqueeze(-1), getattr(key, name).unsqueeze(-2)
+
+    (q_sequence, k_sequence), (q_block, k_block) = pair("sequence_ids"), pair("block_ids")
+    q_depth, k_depth = pair("history_depths")
+    own = (q_sequence == k_sequence) & (
+        (q_block == k_block) | ((k_block == 0) & (k_depth <= q_depth))
+    )
+    seen = (own | (k_sequence == SHARED)) & (
+        key_columns.unsqueeze(-2) <= query_columns.unsqueeze(-1)
+    )
+    if window is not None:
+        q_position, k_position = pair("position_ids")
+        seen &= q_position - k_position < window
+    return seen
+
+
+def block_mask(layout: Layout, cached: int = 0, window: int | None = None) -> Tensor:
+    """`visible` for a whole row: `(1, 1, length - cached, length)` bool, True where seen.
+
+    Args:
+        layout: of the whole row, `(length,)`.
+        cached: leading tokens whose keys are in the cache already, so that they ask nothing.
+        window: see `visible`.
+    """
+    columns = torch.arange(len(layout.sequence_ids), device=layout.sequence_ids.device)
+    asking = columns[cached:]
+    return visible(layout.at(asking), layout, asking, columns, window)[None, None]
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bool mask to the additive float form that both eager attention and sdpa take."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 class TileBatch:
@@ -167,6 +253,7 @@ def tiled_attention(
     dtype = query.dtype
     # On a CPU the backward pass of attention in half precision takes several times as long.
     working = torch.float32 if query.device.type == "cpu" else dtype
+    # (1, heads, length, head_dim) -> (length, heads, head_dim): a token's states are one row.
     query, key, value = (states[0].transpose(0, 1).to(working) for states in (query, key, value))
     asking = [batch.queries.flatten() - tiles.cached for batch in tiles.batches]
     seen = [batch.keys.flatten() for batch in tiles.batches]
@@ -180,6 +267,7 @@ def tiled_attention(
     )
     answers = []
     for batch, queries, keys, values in parts:
+        # (tiles * q, heads, head_dim) -> (tiles, heads, q, head_dim), keys and values with k for q
         attended = F.scaled_dot_product_attention(
             queries.unflatten(0, batch.queries.shape).transpose(1, 2),
             keys.unflatten(0, batch.keys.shape).transpose(1, 2),
@@ -189,7 +277,7 @@ def tiled_attention(
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        answers.append(attended.transpose(1, 2).flatten(0, 1))
+        answers.append(attended.transpose(1, 2).flatten(0, 1))  # (tiles * q, heads, head_dim)
     return torch.cat(answers).index_select(0, tiles.places)[None].to(dtype), None
 
 
@@ -209,7 +297,7 @@ def use_tiles(backbone: PreTrainedModel) -> None:
 
 
 def attention_inputs(
-    config: Any, layout: Layout, cached: int, dtype: torch.dtype
+    config: PreTrainedConfig, layout: Layout, cached: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Who sees whom, in the form that the backbone's attention takes: tiles, or a mask.
 
@@ -238,11 +326,4 @@ def attention_inputs(
 AttentionInterface.register(TILED_ATTENTION, tiled_attention)
 AttentionMaskInterface.register(TILED_ATTENTION, sdpa_mask)
 
-__all__ = [
-    "TILED_ATTENTION",
-    "Tiles",
-    "attention_inputs",
-    "make_tiles",
-    "tiled_attention",
-    "use_tiles",
-]
+__all__ = ["Layout", "attention_inputs", "make_tiles", "tiled_attention", "use_tiles", "visible"]
