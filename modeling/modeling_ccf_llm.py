@@ -14,7 +14,7 @@ vectors, the user slot and the CF logit are our choice.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,11 @@ from .adapter_ccf_llm import Adapter
 from .attention_ccf_llm import Layout, attention_inputs, use_tiles
 from .checkpoint_ccf_llm import CF_TENSORS, CheckpointMixin
 from .configuration_ccf_llm import IGNORED_LABEL, CCFLLMConfig
+
+if TYPE_CHECKING:
+    # As remote code, transformers fetches the files that a loaded one names. Named here, ranking
+    # and pipeline are saved with a model that was loaded alone.
+    from .pipeline_ccf_llm import CTRRankingPipeline  # noqa: F401
 
 FOLD_IN_STEPS = 8  # of Newton's method; a test holds their result against the optimum
 NewTitles = tuple[Tensor, Tensor]  # token ids of new items' titles, flat, and their lengths

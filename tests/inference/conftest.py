@@ -47,8 +47,7 @@ def film_table() -> CFVectors:
     )
 
 
-def build_checkpoint(folder: Path, tokenizer_folder: Path, backbone: Path, fusion: str) -> Path:
-    text_only = fusion == "text_only"
+def build_checkpoint(folder: Path, tokenizer_folder: Path, backbone: Path, text_only: bool) -> Path:
     table = None if text_only else film_table()
     processor = CCFLLMProcessor.from_catalog(
         PreTrainedTokenizerFast.from_pretrained(tokenizer_folder),
@@ -65,7 +64,6 @@ def build_checkpoint(folder: Path, tokenizer_folder: Path, backbone: Path, fusio
         str(backbone),
         cf=table,
         item_title_ids=processor.item_title_ids(),
-        fusion=fusion,
         yes_token_id=yes,
         no_token_id=no,
         item_slot_token_id=processor.item_slot_token_id,
@@ -90,7 +88,7 @@ def checkpoint(
     backbone_folder: Callable[[str], Path],
 ) -> Path:
     folder = tmp_path_factory.mktemp("gate")
-    return build_checkpoint(folder, tokenizer_folder, backbone_folder("llama"), "gate")
+    return build_checkpoint(folder, tokenizer_folder, backbone_folder("llama"), text_only=False)
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +98,7 @@ def text_only_checkpoint(
     backbone_folder: Callable[[str], Path],
 ) -> Path:
     folder = tmp_path_factory.mktemp("text")
-    return build_checkpoint(folder, tokenizer_folder, backbone_folder("llama"), "text_only")
+    return build_checkpoint(folder, tokenizer_folder, backbone_folder("llama"), text_only=True)
 
 
 @pytest.fixture(scope="session")

@@ -78,23 +78,23 @@ def test_catalog_is_preselected_by_item_bias_for_a_new_user(ranker):
 
 
 def test_without_item_biases_a_new_user_needs_candidates(ranker, monkeypatch):
-    table = ranker.model.model.cf
+    table = ranker.model.cf
     monkeypatch.setitem(table._buffers, "default_user", torch.zeros_like(table.default_user))
     with pytest.raises(InputError, match="no item biases"):
         ranker.rank(history=["1"])
 
 
 def test_catalog_is_preselected_by_the_users_own_vector(ranker):
-    table = ranker.model.model.cf
-    vectors = table.item_vectors[0].clone()
-    vectors[5] = table.default_item[0]  # the item without a vector
-    scores = (table.user_vectors[0, 1] * vectors).sum(-1)
+    table = ranker.model.cf
+    vectors = table.item_vectors.clone()
+    vectors[5] = table.default_item  # the item without a vector
+    scores = (table.user_vectors[1] * vectors).sum(-1)
     best = {str(int(row) + 1) for row in scores.topk(3).indices}
     assert {item.item_id for item in ranker.rank(user="b", preselect=3)} == best
 
 
 def test_a_batch_equals_single_calls(ranker):
-    batch = ranker.rank(user=["a", None], history=[["2"], ["1", "3"]], top_k=2)
+    batch = ranker.rank_many(["a", None], [["2"], ["1", "3"]], top_k=2)
     single = [
         ranker.rank(user="a", history=["2"], top_k=2),
         ranker.rank(history=["1", "3"], top_k=2),
@@ -108,7 +108,21 @@ def test_a_batch_equals_single_calls(ranker):
 
 def test_batch_lists_of_unequal_length_are_refused(ranker):
     with pytest.raises(InputError, match="2 users, 1 histories"):
-        ranker.rank(user=["a", "b"], history=[["1"]])
+        ranker.rank_many(["a", "b"], [["1"]])
+    with pytest.raises(InputError, match="got nothing"):
+        ranker.rank_many()
+
+
+@pytest.mark.parametrize("call", [{"user": ["a", "b"]}, {"history": [["1"], ["2"]]}])
+def test_several_users_are_sent_to_rank_many(ranker, call):
+    with pytest.raises(InputError, match="rank_many"):
+        ranker.rank(**call)
+
+
+def test_rank_many_takes_candidates_for_each_user_and_users_without_history(ranker):
+    first, second = ranker.rank_many(["a", "b"], candidates=[["1", "3"], ["4"]])
+    assert {item.item_id for item in first} == {"1", "3"}
+    assert [item.item_id for item in second] == ["4"]
 
 
 def test_many_candidates_are_cut_without_changing_scores(ranker, checkpoint):

@@ -1,19 +1,33 @@
-"""Who sees whom in a packed row."""
+"""Who sees whom in a packed row; and attention in tiles is attention under that dense mask."""
 
+import copy
+
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import BACKBONES, BuildModel
+from torch.nn.functional import scaled_dot_product_attention
 
-from ccf_llm_hf.modeling.attention_ccf_llm import SHARED, Layout, additive, block_mask, window_start
+from ccf_llm_hf.modeling.attention_ccf_llm import (
+    SHARED,
+    TILE_QUERIES,
+    TILED_ATTENTION,
+    Layout,
+    additive,
+    block_mask,
+    make_tiles,
+    tiled_attention,
+)
 
 
-def layout(sequences: list[int], blocks: list[int], depths: list[int], positions: list[int]):
+def row_layout(sequences: list[int], blocks: list[int], depths: list[int], positions: list[int]):
     return Layout(*map(torch.tensor, (sequences, blocks, depths, positions)))
 
 
 # Tokens: instruction; prefix, history 1 and 2, candidate A (two tokens, sees one item) and B (sees
 # two) of one user; prefix and candidate of another.
-ROW = layout(
+ROW = row_layout(
     [SHARED, 0, 0, 0, 0, 0, 0, 1, 1],
     [0, 0, 0, 0, 1, 1, 2, 0, 1],
     [0, 0, 1, 2, 1, 1, 2, 0, 0],
@@ -48,11 +62,86 @@ def test_additive_form() -> None:
     assert values.tolist() == [[0.0, torch.finfo(torch.float32).min]]
 
 
-@given(n=st.integers(0, 500), length=st.integers(0, 50), stride=st.integers(1, 40))
-def test_windows_are_anchored(n: int, length: int, stride: int) -> None:
-    start = window_start(n, (length, stride))
-    assert start % stride == 0
-    if n <= length:
-        assert start == 0
-    else:
-        assert length <= n - start < length + stride
+@st.composite
+def random_layouts(draw: st.DrawFn) -> Layout:
+    """Rows of users with a prefix, history items and candidate blocks of random sizes."""
+    rows: list[tuple[int, int, int, int]] = [
+        (SHARED, 0, 0, place) for place in range(draw(st.integers(0, 4)))
+    ]
+    start = len(rows)
+    for sequence in range(draw(st.integers(1, 4))):
+        ends = [start + draw(st.integers(0, 3))]
+        rows += [(sequence, 0, 0, place) for place in range(start, ends[0])]
+        for depth in range(1, draw(st.integers(0, 6)) + 1):
+            ends.append(ends[-1] + draw(st.integers(1, 40)))
+            rows += [(sequence, 0, depth, place) for place in range(ends[-2], ends[-1])]
+        for block in range(1, draw(st.integers(1, 12)) + 1):
+            depth = draw(st.integers(0, len(ends) - 1))
+            size = draw(st.integers(1, 30))
+            rows += [(sequence, block, depth, ends[depth] + place) for place in range(size)]
+    return Layout(*torch.tensor(rows).unbind(1))
+
+
+@settings(deadline=None)
+@given(layout=random_layouts(), window=st.sampled_from([None, 3, 50]), data=st.data())
+def test_tiles_equal_the_dense_mask(
+    layout: Layout, window: int | None, data: st.DataObject
+) -> None:
+    length = len(layout.sequence_ids)
+    first = layout.sequence_ids == layout.sequence_ids.clamp(max=0)
+    context = int((first & (layout.block_ids == 0)).sum())
+    cached = data.draw(st.sampled_from([0, context])) if context < length else 0
+    generator = torch.Generator().manual_seed(length)
+    query, key, value = (
+        torch.randn(1, heads, length, 4, generator=generator, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    asking = query[:, :, cached:]
+    dense = scaled_dot_product_attention(
+        *(asking, key, value), attn_mask=block_mask(layout, cached, window), enable_gqa=True
+    ).transpose(1, 2)
+    tiled, _ = tiled_attention(
+        torch.nn.Identity(),
+        *(asking, key, value, None),
+        sliding_window=window,
+        tiles=make_tiles(layout, cached),
+    )
+    torch.testing.assert_close(tiled, dense, atol=1e-5, rtol=1e-4)
+    weight = torch.randn(dense.shape, generator=generator)
+    for result in (tiled, dense):
+        (result * weight).sum().backward(retain_graph=True)
+        gradients = [x.grad for x in (query, key, value)]
+        for x in (query, key, value):
+            x.grad = None
+        if result is tiled:
+            expected = gradients
+    for found, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+
+
+@settings(deadline=None)
+@given(layout=random_layouts())
+def test_every_token_asks_once_and_tiles_stay_small(layout: Layout) -> None:
+    tiles = make_tiles(layout)
+    answers = torch.cat([batch.queries.flatten() for batch in tiles.batches])
+    assert torch.equal(answers[tiles.places], torch.arange(len(layout.sequence_ids)))
+    context = int(((layout.block_ids == 0) & (layout.sequence_ids != SHARED)).sum())
+    assert all(batch.queries.shape[1] <= max(TILE_QUERIES, context) for batch in tiles.batches)
+
+
+@pytest.mark.parametrize(("asked", "used"), [("sdpa", TILED_ATTENTION), ("eager", "eager")])
+def test_sdpa_means_tiles_and_eager_stays(build: BuildModel, asked: str, used: str) -> None:
+    model, _ = build(attn=asked)
+    assert model.language_model.config._attn_implementation == used
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_backbone_on_its_own_attends_as_usual(build: BuildModel, backbone: str) -> None:
+    model, _ = build(backbone=backbone)
+    plain = copy.deepcopy(model.language_model)
+    plain.set_attn_implementation("eager")
+    mask = torch.tensor([[1] * 14, [0] * 3 + [1] * 11])
+    call = {"input_ids": torch.arange(28).view(2, 14), "attention_mask": mask}
+    with torch.no_grad():
+        found, expected = (m(**call).last_hidden_state for m in (model.language_model, plain))
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-4)

@@ -105,17 +105,16 @@ def test_the_cf_table_opens_with_plain_safetensors(
         tensors = {name: table.get_tensor(name) for name in table.keys()}  # noqa: SIM118
     users = [json.loads(line)["id"] for line in (tmp_path / "user_ids.jsonl").open()]
     items = [json.loads(line)["id"] for line in (tmp_path / "item_catalog.jsonl").open()]
-    assert metadata["format_version"] == "1" and metadata["cf_model"] == "mf"
+    assert metadata["format_version"] == "2" and metadata["cf_model"] == "mf"
     assert (len(users), len(items), int(metadata["dim"])) == (
         int(metadata["num_users"]),
         int(metadata["num_items"]),
         tensors["item_vectors"].shape[-1],
     )
     user, item = users.index("u1"), items.index("i3")
-    logit = tensors["user_vectors"][-1, user] @ tensors["item_vectors"][-1, item]
-    logit = logit + tensors["offset"][-1]
+    logit = tensors["user_vectors"][user] @ tensors["item_vectors"][item] + tensors["offset"]
     np.testing.assert_allclose(logit, cf.logits(["u1"], ["i3"]).numpy()[0], rtol=1e-5)
-    assert not tensors["item_known"][-1, items.index("i7")]
+    assert not tensors["item_known"][items.index("i7")]
 
 
 def test_a_checkpoints_cf_table_is_a_cf_table(

@@ -15,9 +15,9 @@ from tiny import BuildModel
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, Pipeline, pipeline
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor, CTRRanker
-from ccf_llm_hf.modeling import pipeline_ccf_llm
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CODE_FILES
-from ccf_llm_hf.modeling.pipeline_ccf_llm import MAX_CANDIDATES, CTRRankingPipeline
+from ccf_llm_hf.modeling.pipeline_ccf_llm import CTRRankingPipeline
+from ccf_llm_hf.modeling.ranking_ccf_llm import rank
 
 INPUTS: list[dict[str, Any]] = [
     {
@@ -29,6 +29,7 @@ INPUTS: list[dict[str, Any]] = [
     {"user": "nobody", "candidates": [{"id": "x", "title": "A new film (2024)"}, "Se7en (1995)"]},
     {"user": "u1", "history": ["i3", "A new film (2024)"]},
 ]
+LONG = 130  # candidates; their tokens do not fit a forward pass of 64
 KEYS = ["item_id", "title", "probability", "logit", "text_share", "cf_share", "known"]
 
 
@@ -101,7 +102,7 @@ def test_users_share_a_forward_pass(
 def test_long_lists_share_one_reading_of_the_history(
     ranker: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    titles = [f"Sequel {number}" for number in range(MAX_CANDIDATES + 2)]
+    titles = [f"Sequel {number}" for number in range(LONG)]
     inputs = {"history": ["i0", "i1"], "candidates": titles, "top_k": 1000}
     wanted = expected(ranker, inputs)
     lengths: list[int] = []
@@ -112,7 +113,7 @@ def test_long_lists_share_one_reading_of_the_history(
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(ranker.model.model, "forward", counting)
-    monkeypatch.setattr(pipeline_ccf_llm, "MAX_TOKENS", 64)
+    monkeypatch.setitem(rank.__kwdefaults__, "max_tokens", 64)
     alone = by_title(ranker(inputs))
     row = ranker.processor(history=["i0", "i1"], candidates=titles)["input_ids"]
     assert len(lengths) > 2 and sum(lengths) == row.shape[1], "every token goes through once"
@@ -127,13 +128,16 @@ def test_long_lists_share_one_reading_of_the_history(
 @pytest.mark.parametrize(
     "prompt", [{"wording": "question_last"}, {"templates": {"prefix": ""}}], ids=str
 )
-def test_long_lists_work_in_every_prompt(build: BuildModel, prompt: dict[str, Any]) -> None:
+def test_long_lists_work_in_every_prompt(
+    build: BuildModel, prompt: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(rank.__kwdefaults__, "max_tokens", 64)
     model, processor = build()
     settings = {name: getattr(processor, name) for name in ("history_format", "candidate_format")}
     catalog = (processor.item_ids, processor.item_titles, processor.user_ids)
     processor = CCFLLMProcessor(processor.tokenizer, *catalog, **settings, **prompt)
     ranker = pipeline("ctr-ranking", model=model, processor=processor)
-    titles = [f"Sequel {number}" for number in range(MAX_CANDIDATES + 2)]
+    titles = [f"Sequel {number}" for number in range(LONG)]
     found = by_title(ranker({"candidates": titles, "top_k": 1000}))
     for title in (titles[0], titles[-1]):
         (alone,) = ranker({"candidates": [title]})
@@ -193,7 +197,7 @@ def test_unknown_parameters_are_refused(ranker: Pipeline) -> None:
 
 def test_no_candidates_can_be_chosen_without_cf(build: BuildModel) -> None:
     model, processor = build("text_only")
-    model.model.cf.item_known.zero_()
+    model.cf.item_known.zero_()
     with pytest.raises(ValueError, match="no CF vectors to choose items by"):
         pipeline("ctr-ranking", model=model, processor=processor)({"user": "u0"})
 

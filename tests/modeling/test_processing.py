@@ -2,9 +2,9 @@
 
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +13,7 @@ from tiny import TITLES, BuildModel, put_bos_first
 from transformers import PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMProcessor
-from ccf_llm_hf.modeling.attention_ccf_llm import window_start
+from ccf_llm_hf.modeling.processing_ccf_llm import Request, window_start
 from ccf_llm_hf.modeling.prompt_ccf_llm import WORDINGS
 
 FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -84,9 +84,9 @@ def test_count_tokens_is_the_row_length_without_the_instruction(
     for form, wording in product(("slot", "title_slot", "title"), WORDINGS):
         processor = make(tokenizer, wording=wording, history_format=form, candidate_format=form)
         batch = processor(user="u0", history=history, candidates=candidates)
-        group = SimpleNamespace(history=history, candidates=candidates)
+        request = Request("u0", history, candidates)
         row = batch["input_ids"].shape[1]
-        assert processor.count_tokens(group) == row - len(processor.instruction())
+        assert processor.count_tokens(request) == row - len(processor.prompt.instruction())
 
 
 @pytest.mark.parametrize("wording", WORDINGS)
@@ -107,7 +107,7 @@ def test_a_batch_begins_with_bos_once_where_the_tokenizer_puts_one(
     processor.save_pretrained(tmp_path)
     loaded = CCFLLMProcessor.from_pretrained(tmp_path)
     assert loaded(**call)["input_ids"][0].tolist() == [bos, *without]
-    assert loaded.with_catalog(["a"], ["A"], []).instruction()[0] == bos
+    assert loaded.with_catalog(["a"], ["A"], []).prompt.instruction()[0] == bos
 
 
 def test_titles_that_spell_tokens_or_templates_stay_text(
@@ -254,3 +254,15 @@ def test_years_can_be_left_out_of_the_prompt_and_stay_in_what_the_gate_reads(
     assert processor.item_title_ids() == built.item_title_ids()
     processor.save_pretrained(tmp_path)
     assert CCFLLMProcessor.from_pretrained(tmp_path).title_years is False
+
+
+@given(n=st.integers(0, 500), length=st.integers(0, 50), stride=st.integers(1, 40))
+def test_windows_are_anchored(n: int, length: int, stride: int) -> None:
+    start = window_start(n, (length, stride))
+    assert start % stride == 0
+    if n <= length:
+        assert start == 0
+    else:
+        assert length <= n - start < length + stride
+    both = window_start(np.array([n, 0]), (length, stride))
+    assert both.tolist() == [start, 0], "the rule is the same for arrays"

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import BuildModel
+from tiny import ARMS, BuildModel
 from transformers import AutoModel, AutoProcessor
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor, CTRRanker
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.modeling.configuration_ccf_llm import FUSION_ARMS
 
 # Of the old catalog `Heat` stays, under another id and with another vector.
 ITEMS = {"n0": "Fargo (1996)", "n1": "Heat (1995)", "n2": "A film without ratings (2024)"}
@@ -40,20 +39,20 @@ def logits(model: CCFLLMForCTR, processor: CCFLLMProcessor) -> torch.Tensor:
 @pytest.mark.parametrize("dim", [6, 4])
 def test_old_items_read_the_new_table_and_new_ones_are_cold(build: BuildModel, dim: int) -> None:
     model, processor, cf = replaced(*build(), dim)
-    rows, last = torch.arange(3), torch.zeros(3, dtype=torch.long)
-    aligned = model.model.aligned_items(rows, last)
+    rows = torch.arange(3)
+    aligned = model.model.aligned_items(rows)
     scaled = cf.item_vectors[0] / cf.item_vectors[0, :2].pow(2).mean(0).sqrt()
     expected = model.model.item_alignment(scaled)
     torch.testing.assert_close(aligned[:2], expected[:2])
     cold = model.config.slot_scale * model.model.cold_item
     torch.testing.assert_close(aligned[2], cold)
-    text = model.model.text_embeddings(rows, None)
+    text = model.model.item_words(rows)
     words = processor.item_title_ids()[2]
     torch.testing.assert_close(
         text[2], model.get_input_embeddings()(torch.tensor(words)).mean(0), atol=1e-6, rtol=0
     )
     torch.testing.assert_close(
-        model.model.cf.logits(torch.tensor([0]), torch.tensor([1]), torch.tensor([0])),
+        model.cf.logits(torch.tensor([0]), torch.tensor([1])),
         cf.logits(["v0"], ["n1"]),
     )
 
@@ -91,11 +90,11 @@ def test_only_the_alignment_may_start_afresh_and_it_is_said(
 
 
 @pytest.mark.parametrize("form", ["full", "slim"])
-@pytest.mark.parametrize("fusion", FUSION_ARMS)
+@pytest.mark.parametrize("arm", ARMS)
 def test_saved_equals_loaded(
-    build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path, fusion: str, form: str
+    build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path, arm: str, form: str
 ) -> None:
-    model, processor, _ = replaced(*build(fusion, lora=True, cf_logit=True), 4)
+    model, processor, _ = replaced(*build(arm, lora=True, cf_logit=True), 4)
     model.save_pretrained(tmp_path, form=form)
     processor.save_pretrained(tmp_path)
     options = {"backbone": str(backbone_folder())} if form == "slim" else {}
@@ -132,7 +131,7 @@ def test_without_a_cf_table_everything_is_cold(build: BuildModel, tmp_path: Path
     processor = processor.with_catalog(list(ITEMS), list(ITEMS.values()), [])
     model.replace_catalog(processor)
     cold = model.config.slot_scale * model.model.cold_item
-    aligned = model.model.aligned_items(torch.arange(3), torch.zeros(3, dtype=torch.long))
+    aligned = model.model.aligned_items(torch.arange(3))
     torch.testing.assert_close(aligned, cold.expand(3, -1))
     assert torch.equal(model.model.item_alignment.up.weight, weights)
     model.save_pretrained(tmp_path, form="full")

@@ -146,8 +146,9 @@ class CTRRanker:
         """
         if isinstance(user, (list, tuple)) or (history and isinstance(history[0], (list, tuple))):
             raise InputError("rank is for one user: give several to rank_many")
+        past = _items(history, "history")
         given = None if candidates is None else [candidates]
-        return self.rank_many([user], [history or []], given, top_k, preselect)[0]
+        return self.rank_many([user], [past], given, top_k, preselect)[0]
 
     def rank_many(
         self,

@@ -3,10 +3,10 @@ import pytest
 import torch
 from tiny import BACKBONES
 
-from ccf_llm_hf.data.grouping import Group
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
-from ccf_llm_hf.inference.score_table import sample_users
-from ccf_llm_hf.inference.scoring import score_groups, score_split
+from ccf_llm_hf.inference.score_table import sample_users, score_table
+from ccf_llm_hf.modeling.processing_ccf_llm import Request
+from ccf_llm_hf.modeling.ranking_ccf_llm import score
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +16,9 @@ def loaded(checkpoint):
 
 def test_split_scores_equal_each_row_scored_alone(loaded, split):
     model, processor = loaded
-    window = (3, 2)
-    packed = score_split(model, processor, split, history_window=window, progress=False)
+    table = score_table(model, processor, split, progress=False)
+    assert list(table["item_id"]) == list(split["item_id"])
+    packed = table["score"].to_numpy()
     assert packed.shape == (len(split),)
     assert packed.dtype == np.float32
     for row, logit in zip(split, packed, strict=True):
@@ -30,10 +31,9 @@ def test_split_scores_equal_each_row_scored_alone(loaded, split):
 
 def test_batching_changes_no_score(loaded, split):
     model, processor = loaded
-    common = {"history_window": (3, 2), "progress": False}
-    whole = score_split(model, processor, split, **common)
-    cut = score_split(model, processor, split, max_candidates=1, max_tokens_per_batch=1, **common)
-    np.testing.assert_allclose(whole, cut, atol=1e-4)
+    whole = score_table(model, processor, split, progress=False)
+    cut = score_table(model, processor, split, max_candidates=1, max_tokens=1, progress=False)
+    np.testing.assert_allclose(whole["score"], cut["score"], atol=1e-4)
 
 
 @pytest.mark.parametrize("wording", ["shared_prefix", "question_last"])
@@ -44,23 +44,20 @@ def test_cached_history_changes_no_score(build, backbone, attn, form, wording):
     model, processor = build("gate", wording, backbone, True, attn, cf_logit=True)
     processor.prompt.candidate_format = form
     candidates = ["i0", "i3", {"title": "A new film"}, "i4", "i5", "i1"]
-    group = Group("u0", ["i1", "i2", "i7"], candidates, [0, 1, 2, 3, 3, 3])
-    (whole,) = score_groups(model, processor, [group], progress=False)
+    request = Request("u0", ["i1", "i2", "i7"], candidates, [0, 1, 2, 3, 3, 3])
+    (whole,) = score(model, processor, [request])
     for budget in (1, 3, 30):
-        (parts,) = score_groups(
-            model, processor, [group], max_tokens_per_batch=budget, progress=False
-        )
+        (parts,) = score(model, processor, [request], max_tokens=budget)
         np.testing.assert_allclose(whole, parts, atol=1e-4)
 
 
 def test_question_last_is_packed_and_scores_as_alone(build):
     model, processor = build(wording="question_last")
-    group = Group("u0", ["i1", "i2"], ["i0", "i3", "i4"], [2, 0, 1])
-    other = Group("u1", [], ["i5"], [0])
-    scores = score_groups(model, processor, [group, other], progress=False)
+    request = Request("u0", ["i1", "i2"], ["i0", "i3", "i4"], [2, 0, 1])
+    scores = score(model, processor, [request, Request("u1", [], ["i5"])])
     assert [len(part) for part in scores] == [3, 1]
-    for item, length, logit in zip(group.candidates, group.history_lengths, scores[0], strict=True):
-        batch = processor(user="u0", history=group.history[:length], candidates=[item])
+    for item, length, logit in zip(request.candidates, [2, 0, 1], scores[0], strict=True):
+        batch = processor(user="u0", history=request.history[:length], candidates=[item])
         with torch.inference_mode():
             assert logit == pytest.approx(float(model(**batch).logits[0, 0]), abs=1e-4)
 
@@ -68,7 +65,7 @@ def test_question_last_is_packed_and_scores_as_alone(build):
 def test_training_mode_is_restored(loaded, split):
     model, processor = loaded
     model.train()
-    score_split(model, processor, split, history_window=(3, 2), progress=False)
+    score_table(model, processor, split, progress=False)
     assert model.training
     model.eval()
 
