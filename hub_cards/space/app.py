@@ -1,7 +1,7 @@
 """The Space: a CCF-LLM checkpoint of the Hub, loaded as any Hub user would, put on a page.
 
-Plain `AutoModel` and `AutoProcessor` with `trust_remote_code`, so that it needs the few packages of
-requirements.txt and not ccf-llm-hf. The checkpoint is the first argument, or the environment
+A plain `pipeline` with `trust_remote_code`, so that it needs the few packages of requirements.txt
+and not ccf-llm-hf. The checkpoint is the first argument, or the environment
 variable CCF_LLM_CHECKPOINT, or what checkpoint.json names.
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ccf_llm_space.page import build_page, launch_page
-from ccf_llm_space.scoring import Recommender
-from transformers import AutoModel, AutoProcessor
+from ccf_llm_space.recommender import Recommender
+from transformers import pipeline
 
 
 def checkpoint() -> tuple[str, dict[str, Any]]:
@@ -27,10 +27,8 @@ def checkpoint() -> tuple[str, dict[str, Any]]:
 
 def main() -> None:
     repo, options = checkpoint()
-    options["trust_remote_code"] = True
-    model = AutoModel.from_pretrained(repo, **options)
-    processor = AutoProcessor.from_pretrained(repo, **options)
-    launch_page(build_page(Recommender(model, processor)))
+    ranker = pipeline("ctr-ranking", model=repo, trust_remote_code=True, **options)
+    launch_page(build_page(Recommender(ranker)))
 
 
 if __name__ == "__main__":

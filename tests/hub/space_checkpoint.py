@@ -76,7 +76,7 @@ def titles_table() -> CFVectors:
     )
 
 
-def build_space_checkpoint(folder: Path, *, fusion: str = "gate") -> Path:
+def build_space_checkpoint(folder: Path, *, text_only: bool = False) -> Path:
     """Save a full checkpoint whose gate has been stirred, so that there is something to see."""
     tokenizer = titles_tokenizer()
     torch.manual_seed(7)
@@ -92,8 +92,8 @@ def build_space_checkpoint(folder: Path, *, fusion: str = "gate") -> Path:
         )
     )
     backbone.save_pretrained(folder / "backbone")
-    table = None if fusion == "text_only" else titles_table()
-    form = "title" if fusion == "text_only" else "slot"
+    table = None if text_only else titles_table()
+    form = "title" if text_only else "slot"
     processor = CCFLLMProcessor.from_catalog(
         tokenizer,
         [f"t{row}" for row in range(len(TITLES))],
@@ -109,7 +109,6 @@ def build_space_checkpoint(folder: Path, *, fusion: str = "gate") -> Path:
         backbone_name="toy",
         cf=table,
         item_title_ids=processor.item_title_ids(),
-        fusion=fusion,
         yes_token_id=yes,
         no_token_id=no,
         item_slot_token_id=processor.item_slot_token_id,
@@ -124,7 +123,7 @@ def build_space_checkpoint(folder: Path, *, fusion: str = "gate") -> Path:
 
 @torch.no_grad()
 def _stir(model: CCFLLMForCTR) -> None:
-    for _, weight in model.gate_parameters():
+    for _, weight in model.model.gate.named_parameters():
         weight.normal_(std=0.09)
         weight.add_(0.1 * torch.randn(weight.shape[-1]) * (weight.ndim == 2))
     model.answer_weight.normal_(std=0.5)

@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL, DEMO = "acme/ccf-llm-ml1m", "acme/ccf-llm-demo"
 FILES = {
     *("README.md", "app.py", "checkpoint.json", "requirements.txt"),
-    *(f"ccf_llm_space/{name}" for name in ("__init__.py", "markup.py", "page.py", "scoring.py")),
+    *(
+        f"ccf_llm_space/{name}"
+        for name in ("__init__.py", "markup.py", "page.py", "recommender.py")
+    ),
     *("ccf_llm_space/names.js", "ccf_llm_space/style.css"),
 }
 

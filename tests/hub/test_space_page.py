@@ -7,7 +7,7 @@ import pytest
 import torch
 from hub.space_checkpoint import TITLES, UNRATED, build_space_checkpoint
 
-from ccf_llm_hf.hub_cards.space.ccf_llm_space import scoring
+from ccf_llm_hf.hub_cards.space.ccf_llm_space import recommender as module
 from ccf_llm_hf.hub_cards.space.ccf_llm_space.markup import (
     bar_note,
     gate_html,
@@ -16,7 +16,7 @@ from ccf_llm_hf.hub_cards.space.ccf_llm_space.markup import (
     results_html,
     status_line,
 )
-from ccf_llm_hf.hub_cards.space.ccf_llm_space.scoring import (
+from ccf_llm_hf.hub_cards.space.ccf_llm_space.recommender import (
     Piece,
     Place,
     Recommender,
@@ -25,6 +25,7 @@ from ccf_llm_hf.hub_cards.space.ccf_llm_space.scoring import (
 )
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.inference.ranker import CTRRanker
+from ccf_llm_hf.modeling.pipeline_ccf_llm import CTRRankingPipeline
 
 HISTORY = ["Heat (1995)", "Alien (1979)", "A film that nobody knows (2031)"]
 EVIL = "<img src=x onerror='alert(1)'> & \"friends\""
@@ -37,13 +38,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recommender(checkpoint: Path) -> Recommender:
-    return Recommender(*load_checkpoint(str(checkpoint)))
+    return load(checkpoint)
 
 
 @pytest.fixture(scope="module")
 def text_only(tmp_path_factory: pytest.TempPathFactory) -> Recommender:
-    folder = build_space_checkpoint(tmp_path_factory.mktemp("words"), fusion="text_only")
-    return Recommender(*load_checkpoint(str(folder)))
+    folder = build_space_checkpoint(tmp_path_factory.mktemp("words"), text_only=True)
+    return load(folder)
+
+
+def load(checkpoint: Path) -> Recommender:
+    model, processor = load_checkpoint(str(checkpoint))
+    return Recommender(CTRRankingPipeline(model=model, processor=processor))
 
 
 class Page(HTMLParser):
@@ -97,11 +103,11 @@ def test_liked_and_disliked_titles_are_not_ranked(recommender: Recommender) -> N
 def test_the_language_model_scores_those_that_the_cf_model_prefers(
     recommender: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "CANDIDATES", 7)
+    monkeypatch.setattr(module, "CANDIDATES", 7)
     left = [title for title in recommender.titles if title not in HISTORY][:7]
     assert {place.title for place in recommender.rank(HISTORY)} == {*left}
-    table = recommender.model.model.cf
-    bias = {title: float(table.item_vectors[-1, row, -1]) for row, title in enumerate(TITLES)}
+    table = recommender.model.cf
+    bias = {title: float(table.item_vectors[row, -1]) for row, title in enumerate(TITLES)}
     rated = [title for title in recommender.titles if title not in UNRATED]
     assert rated == sorted(rated, key=lambda title: -bias[title])
 
@@ -145,9 +151,9 @@ def test_blanking_leaves_the_model_as_it_was(recommender: Recommender) -> None:
     weights = dict(recommender.model.named_parameters())
     for name, weight in blank.named_parameters():
         assert weight.data_ptr() == weights[name].data_ptr()
-    assert not blank.model.cf.item_known.any()
-    assert not blank.model.cf.user_known.any()
-    assert recommender.model.model.cf.item_known.any()
+    assert not blank.cf.item_known.any()
+    assert not blank.cf.user_known.any()
+    assert recommender.model.cf.item_known.any()
     blank_places = recommender.rank(HISTORY, blank=True)
     assert not any(place.known for place in blank_places)
     assert [place.probability for place in blank_places] != before
@@ -191,9 +197,9 @@ def test_a_text_only_model_has_no_slots_and_nothing_to_blank(text_only: Recommen
     assert text_only.rank(HISTORY, blank=True, top_k=3)[0].probability == places[0].probability
     pieces = text_only.prompt(HISTORY, "Jaws (1975)")
     assert {piece.kind for piece in pieces} == {"text"}
-    html = results_html(places, pieces, text_only.model.config)
+    html = results_html(places, pieces, text_only.model.config, uses_slots=False)
     assert 'id="gate"' not in html
-    assert "no gate (fusion: text_only)" in html
+    assert "reads words only" in html
 
 
 def test_titles_of_visitors_are_cleaned() -> None:
@@ -300,11 +306,11 @@ def test_the_note_admits_what_the_bar_does_not_show(recommender: Recommender) ->
 
 
 def test_dislikes_are_read_by_a_model_of_signed_histories_only(checkpoint: Path) -> None:
-    likes_only = Recommender(*load_checkpoint(str(checkpoint)))
+    likes_only = load(checkpoint)
     assert not likes_only.reads_dislikes
     model, processor = load_checkpoint(str(checkpoint))
     processor.histories = "signed"
-    signed = Recommender(model, processor)
+    signed = Recommender(CTRRankingPipeline(model=model, processor=processor))
     assert signed.reads_dislikes
     places = signed.rank(HISTORY, disliked=["Psycho (1960)"])
     assert "Psycho (1960)" not in [place.title for place in places]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .scoring import Piece, Place
+from .recommender import Piece, Place
 
 # Blue and vermilion stay apart under every color-vision deficiency, on light and dark pages.
 WORDS = (0, 114, 178)
@@ -32,10 +32,14 @@ def status_line(ranked: int, history: int, disliked: int, blank: bool) -> str:
     return f"The best {ranked} for {likes}, with {table}{rest}."
 
 
-def results_html(places: Sequence[Place], prompt: Sequence[Piece], config: Any) -> str:
+def results_html(
+    places: Sequence[Place], prompt: Sequence[Piece], config: Any, uses_slots: bool = True
+) -> str:
     """Ranking, gate and prompt, each under its heading; `config` is the model's."""
     gate = ""
-    if config.fusion == "gate":  # the others have one weight, or none, for all dimensions
+    if (
+        config.fusion == "gate" and uses_slots
+    ):  # the others have one weight, or none, for all dimensions
         gate = (
             '<section id="gate"><h2>The gate, dimension by dimension</h2>'
             f"{gate_html(places)}</section>"
@@ -43,17 +47,20 @@ def results_html(places: Sequence[Place], prompt: Sequence[Piece], config: Any) 
     return (
         '<section id="ranking"><h2>Ranking</h2>'
         "<p>How probable it is that you like a title, and what the title's slot is made of:</p>"
-        f"{_key(places)}{ranking_html(places)}<p>{escape(bar_note(config))}</p></section>"
+        f"{_key(places)}{ranking_html(places)}"
+        f"<p>{escape(bar_note(config, uses_slots))}</p></section>"
         f'{gate}<section id="prompt"><h2>The prompt of the first title, as the model reads it</h2>'
         f"{prompt_html(prompt)}</section>"
     )
 
 
-def bar_note(config: Any) -> str:
+def bar_note(config: Any, uses_slots: bool = True) -> str:
     """What the bar means for this model (plain text)."""
     text = "The bar is the mean of the gate over dimensions."
     if config.fusion not in ("gate", "scalar_gate"):
         text = f"This model has no gate (fusion: {config.fusion}), so that all bars are alike."
+    if not uses_slots:
+        text = "This model reads words only, so that all bars are alike."
     if config.cf_logit:
         text += " The score adds the CF model's own estimate, which the bar does not show."
     return text

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from .markup import results_html, status_line
-from .scoring import Recommender, clean_titles
+from .recommender import Recommender, clean_titles
 
 TITLE = "CCF-LLM: words and behavior"
 HERE = Path(__file__).parent
@@ -169,7 +169,9 @@ def show(
     if not places:
         return status, ""
     prompt = recommender.prompt(history, places[0].title, blank=blank, **read)
-    return status, results_html(places, prompt, recommender.model.config)
+    return status, results_html(
+        places, prompt, recommender.model.config, recommender.processor.uses_slots
+    )
 
 
 def launch_page(page: gr.Blocks, **options: Any) -> None:

@@ -45,8 +45,9 @@ def serve(model: Any, processor: Any, *, host: str, port: int) -> None:
         port: port to listen on.
     """
     from ccf_llm_hf.hub_cards.space.ccf_llm_space.page import build_page, launch_page
-    from ccf_llm_hf.hub_cards.space.ccf_llm_space.scoring import Recommender
+    from ccf_llm_hf.hub_cards.space.ccf_llm_space.recommender import Recommender
+    from ccf_llm_hf.modeling.pipeline_ccf_llm import CTRRankingPipeline
 
-    page = build_page(Recommender(model, processor))
+    page = build_page(Recommender(CTRRankingPipeline(model=model, processor=processor)))
     print(f"the page is at http://{host}:{port} (Ctrl-C stops it)", file=sys.stderr)
     launch_page(page, server_name=host, server_port=port, quiet=True)

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import Pipeline
 
 CANDIDATES = 100  # that the language model scores; the CF model picks them, as in `ccf-llm rank`
 LONGEST_TITLE = 200
@@ -48,7 +49,7 @@ def without_cf(model: Any) -> Any:
     """
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     blank = copy.deepcopy(model, shared)
-    table = blank.model.cf
+    table = blank.cf
     table.user_known = torch.zeros_like(table.user_known)
     table.item_known = torch.zeros_like(table.item_known)
     return blank
@@ -67,20 +68,20 @@ class Recommender:
     but no CF vector. The visitor is a new user.
 
     Args:
-        model: a `CCFLLMForCTR`.
-        processor: its `CCFLLMProcessor`.
+        ranker: the checkpoint's `ctr-ranking` pipeline, which scores all that the page shows.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
-        self.model = model.eval()
-        self.processor = processor
-        self._blank = without_cf(self.model)
+    def __init__(self, ranker: Pipeline) -> None:
+        self.ranker = ranker
+        self.model: Any = ranker.model
+        self.processor: Any = ranker.processor
+        self._blank = type(ranker)(model=without_cf(self.model), processor=self.processor)
         self.titles = self._by_cf_preference()
 
     @property
     def has_cf(self) -> bool:
         """Whether there are CF vectors that the prompt's slots show."""
-        return self.processor.uses_slots and bool(self.model.model.cf.item_known[-1].any())
+        return self.processor.uses_slots and bool(self.model.cf.item_known.any())
 
     @property
     def reads_dislikes(self) -> bool:
@@ -103,10 +104,9 @@ class Recommender:
             device=self.model.device,
         )
         new_user = torch.full_like(rows, len(self.processor.user_ids))
-        logits = self.model.model.cf.logits(new_user, rows, torch.full_like(rows, -1))
+        logits = self.model.cf.logits(new_user, rows)
         return [titles[place] for place in logits.argsort(descending=True, stable=True).tolist()]
 
-    @torch.inference_mode()
     def rank(
         self,
         history: Sequence[str],
@@ -129,21 +129,13 @@ class Recommender:
         candidates = [title for title in self.titles if title not in left_out][:CANDIDATES]
         if not candidates:
             return []
-        model = self._blank if blank else self.model
-        batch = self._batch(history, candidates, disliked)
-        logits = model(**batch).logits[0]
-        best = logits.argsort(descending=True, stable=True)[:top_k]
-        slots = batch["candidate_items"][0][best]
-        gates, known = _gates(model, slots, batch)
+        ranker: Any = self._blank if blank else self.ranker
+        found = ranker(self._request(history, candidates, disliked) | {"top_k": top_k})
+        batch = self._batch([], [item["title"] for item in found], [])
+        gates, _ = self._gates(ranker.model, batch["candidate_items"][0], batch)
         return [
-            Place(candidates[index], probability, gate, item_known)
-            for index, probability, gate, item_known in zip(
-                best.tolist(),
-                model.probabilities(logits[best]).tolist(),
-                gates,
-                known.tolist(),
-                strict=True,
-            )
+            Place(item["title"], item["probability"], gate, item["known"])
+            for item, gate in zip(found, gates, strict=True)
         ]
 
     @torch.inference_mode()
@@ -156,11 +148,11 @@ class Recommender:
         disliked: Sequence[str] = (),
     ) -> list[Piece]:
         """The hybrid prompt of one candidate, slots apart from text."""
-        model = self._blank if blank else self.model
+        model = self._blank.model if blank else self.model
         batch = self._batch(history, [candidate], disliked)
         titles = self._slot_titles([*disliked, *history, candidate])
         slots = batch["item_slots"][0]
-        gates, known = _gates(model, slots[slots >= 0], batch)
+        gates, known = self._gates(model, slots[slots >= 0], batch)
         slot_contents = iter(zip(gates.mean(-1).tolist(), known.tolist(), strict=True))
         pieces: list[Piece] = []
         words: list[int] = []
@@ -178,19 +170,23 @@ class Recommender:
                 pieces.append(Piece(kind, titles[item], *next(slot_contents)))
         return [*pieces, *self._text(words)]
 
-    def _batch(
+    def _request(
         self, history: Sequence[str], candidates: Sequence[str], disliked: Sequence[str]
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         # As dicts, because a bare title that looks like an id would be taken for one. Nobody said
         # when: what was liked stands nearer to the candidate.
-        batch = self.processor(
-            history=[
+        return {
+            "history": [
                 *({"title": title, "liked": False} for title in disliked),
                 *({"title": title} for title in history),
             ],
-            candidates=[{"title": title} for title in candidates],
-            return_tensors="pt",
-        )
+            "candidates": [{"title": title} for title in candidates],
+        }
+
+    def _batch(
+        self, history: Sequence[str], candidates: Sequence[str], disliked: Sequence[str]
+    ) -> dict[str, Tensor]:
+        batch = self.processor(**self._request(history, candidates, disliked), return_tensors="pt")
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
     def _slot_titles(self, titles: Sequence[str]) -> list[str]:
@@ -201,13 +197,15 @@ class Recommender:
     def _text(self, tokens: list[int]) -> list[Piece]:
         return [Piece("text", self.processor.tokenizer.decode(tokens))] if tokens else []
 
-
-def _gates(model: Any, slots: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Per slot `(n,)` on the CPU: its gate `(n, hidden_size)` and whether it has a CF vector."""
-    new = None
-    if "new_title_ids" in batch:
-        new = (batch["new_title_ids"], batch["new_title_lengths"])
-    in_table = model.model.cf.item_known[-1]
-    inside = slots < len(in_table)
-    known = inside & in_table[slots.masked_fill(~inside, 0)]
-    return model.item_gates(slots, new_titles=new).float().cpu(), known.cpu()
+    @torch.inference_mode()
+    def _gates(self, model: Any, slots: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Per slot `(n,)` on the CPU: its gate `(n, hidden_size)` and whether it has a CF vector.
+        Without slots in the prompt, all is words."""
+        new = None
+        if "new_title_ids" in batch:
+            new = (batch["new_title_ids"], batch["new_title_lengths"])
+        in_table = model.cf.item_known
+        inside = slots < len(in_table)
+        known = inside & in_table[slots.masked_fill(~inside, 0)]
+        gates = model.item_gates(slots, new_titles=new).float().cpu()
+        return gates if self.processor.uses_slots else torch.ones_like(gates), known.cpu()
