@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).resolve().parent / "table"))
 import results_sections
 from summary import collect as collect_summary
 from summary import table

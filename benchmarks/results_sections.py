@@ -6,10 +6,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ccf_llm_hf.reproduce.analyses_text import analyses_markdown
-from ccf_llm_hf.reproduce.cells import CF_NAMES, SMOLLM, TRACKS, name_of, plan
-from ccf_llm_hf.reproduce.table import PUBLISHED, markdown, published, read_cells
-from ccf_llm_hf.reproduce.words import (
+from analyses_text import analyses_markdown
+from cells import CF_NAMES, SMOLLM, TRACKS, name_of, plan
+from table import PUBLISHED, markdown, published, read_cells
+from words import (
     differences_in_words,
     differences_table,
     headline,

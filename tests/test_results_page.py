@@ -5,10 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from cells import plan
 from results_files import CELLS, cell_result, write_cells
-
-from ccf_llm_hf.reproduce.cells import plan
-from ccf_llm_hf.reproduce.table import write_table
+from table import write_table
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import results_sections

@@ -6,10 +6,10 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import pytest
+from folded import folded_scores
 from scipy.optimize import minimize
 
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.reproduce.folded import folded_scores
 
 PRECISION = [1.0, 2.0, 0.5, 1.5, 3.0, 0.0]  # the last dimension stays at the default user's
 SCALE = (3.5, 1.2)
@@ -85,7 +85,7 @@ def test_a_table_fitted_to_ratings_folds_graded_targets(cf, folder):
 def test_rows_are_scored_alike_in_any_portions(folder, monkeypatch):
     split = datasets.Dataset.from_dict(ROWS)
     whole = folded_scores(folder / "labels", split)
-    monkeypatch.setattr("ccf_llm_hf.reproduce.folded.ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("folded.ROWS_AT_ONCE", 3)
     np.testing.assert_allclose(folded_scores(folder / "labels", split), whole, atol=1e-5)
 
 

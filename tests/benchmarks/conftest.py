@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cells
 import numpy as np
 import pytest
+import reproduction
+import run
+import workspace
+from cells import Cell
 
 from ccf_llm_hf.configs import MFConfig, ReproduceConfig
 from ccf_llm_hf.data.prepare import PrepareConfig, prepare
-from ccf_llm_hf.reproduce import cells, reproduction, run, workspace
-from ccf_llm_hf.reproduce.cells import Cell
 
 STRENGTHS = {"l2_factors": 2.0, "l2_user_bias": 1.0, "l2_item_bias": 1.0}
 TABLES = {

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from ccf_llm_hf.reproduce.side_by_side import side_by_side
+from side_by_side import side_by_side
 
 JOBS = {"text": (), "gate": (), "staged": ("text",), "average": ("text", "done before")}
 
@@ -66,8 +65,8 @@ KILLED = """
 import sys
 from functools import partial
 from pathlib import Path
-from ccf_llm_hf.reproduce.side_by_side import side_by_side
-from tests.reproduce.test_side_by_side import last
+from side_by_side import side_by_side
+from tests.benchmarks.test_side_by_side import last
 if __name__ == "__main__":
     side_by_side({"job": ()}, partial(last, Path(sys.argv[1])), print, workers=2)
 """

@@ -1,13 +1,13 @@
 """Data and CF tables are made once, as each track asks."""
 
 import pytest
+import workspace
 from prepared_folder import make_rows, write_prepared
+from workspace import STORED_HISTORY, TABLES, Workspace
 
 from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.configs import CF_CONFIGS, MFConfig
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.reproduce import workspace
-from ccf_llm_hf.reproduce.workspace import STORED_HISTORY, TABLES, Workspace
 
 FAST = MFConfig(dim=2, snapshots=1, l2_factors=2.0, l2_user_bias=1.0, l2_item_bias=1.0)
 

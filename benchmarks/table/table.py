@@ -7,9 +7,10 @@ from pathlib import Path
 from statistics import fmean, mean, stdev
 from typing import Any
 
+from cells import CF_NAMES
+from plots import plot_table
+
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.reproduce.cells import CF_NAMES
-from ccf_llm_hf.reproduce.plots import plot_table
 from ccf_llm_hf.training.stage import write_json, write_text
 
 NORMAL = 1.96  # 95 % of a normal distribution

@@ -1,4 +1,7 @@
-"""`ccf-llm reproduce`: train and score every cell of the results table that has no result yet."""
+"""Train and score every cell of the results table that has no result yet.
+
+python benchmarks/table/run.py ml-1m --budget quick --seeds 1
+"""
 
 import os
 import sys
@@ -10,14 +13,20 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ccf_llm_hf.configs import ReproduceConfig
+from analyses import Subject, analyze
+from cells import TRACKS, Cell, plan
+from reproduction import Reproduction
+from side_by_side import side_by_side
+from table import markdown, outlook_text, read_cells, write_table
+from workspace import say
+
+from ccf_llm_hf.cli_arguments import (
+    CommandParser,
+    add_config_arguments,
+    config_from_arguments,
+)
+from ccf_llm_hf.configs import REPRODUCIBLE, ReproduceConfig
 from ccf_llm_hf.errors import FolderInUse, InputError
-from ccf_llm_hf.reproduce.analyses import Subject, analyze
-from ccf_llm_hf.reproduce.cells import TRACKS, Cell, plan
-from ccf_llm_hf.reproduce.reproduction import Reproduction
-from ccf_llm_hf.reproduce.side_by_side import side_by_side
-from ccf_llm_hf.reproduce.table import read_cells, write_table
-from ccf_llm_hf.reproduce.workspace import say
 
 # Of the test split, that the analyses of the quick budget score again and again.
 QUICK_ANALYZED_ROWS = 1_500
@@ -246,4 +255,26 @@ def check_writable(flag: str, folder: Path) -> None:
         ) from error
 
 
-__all__ = ["outlook", "reproduce"]
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = CommandParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("dataset", choices=REPRODUCIBLE, help="which data set")
+    add_config_arguments(parser, ReproduceConfig, skip=("dataset",))
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list the cells and their minutes, compute nothing"
+    )
+    try:
+        arguments = parser.parse_args(argv)
+        config = config_from_arguments(ReproduceConfig, arguments)
+        if arguments.dry_run:
+            print(outlook_text(outlook(config)))
+        else:
+            print(markdown(reproduce(config)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,17 +2,17 @@
 
 import json
 
+import analyses
 import numpy as np
 import pandas as pd
 import pytest
+from analyses_text import _moved, analyses_markdown
+from cf_control import blanked_cf, new_user_cf
 
 from ccf_llm_hf.cf.scoring import load_scores
 from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import auc
-from ccf_llm_hf.reproduce import analyses
-from ccf_llm_hf.reproduce.analyses_text import _moved, analyses_markdown
-from ccf_llm_hf.reproduce.cf_control import blanked_cf, new_user_cf
 
 TEXT_ONLY = "text_only (LoRA)"
 METHODS = ["MF", "gate (joint)", TEXT_ONLY]

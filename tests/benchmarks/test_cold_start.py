@@ -6,15 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import TITLES
-
-from ccf_llm_hf import CTRRanker
-from ccf_llm_hf.data.prepare import PrepareConfig, prepare
-from ccf_llm_hf.data.prepared import load_prepared
-from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.evaluation import auc, uauc
-from ccf_llm_hf.inference.scoring import score_split
-from ccf_llm_hf.reproduce.cold_start import (
+from cold_start import (
     SHARES,
     blanked,
     blanked_scores,
@@ -24,6 +16,14 @@ from ccf_llm_hf.reproduce.cold_start import (
     plot_new_user_curve,
     scores_with_likes,
 )
+from tiny import TITLES
+
+from ccf_llm_hf import CTRRanker
+from ccf_llm_hf.data.prepare import PrepareConfig, prepare
+from ccf_llm_hf.data.prepared import load_prepared
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.evaluation import auc, uauc
+from ccf_llm_hf.inference.scoring import score_split
 
 KNOWN_ITEMS, KNOWN_USERS = 7, 4  # of the `cf` fixture
 FAST = {"resamples": 30, "progress": False}
@@ -94,7 +94,7 @@ def test_the_table_comes_back_after_an_error(ranker, rows, monkeypatch):
         assert not table.item_known.any()
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("ccf_llm_hf.reproduce.cold_start.score_split", fail)
+    monkeypatch.setattr("cold_start.score_split", fail)
     with pytest.raises(RuntimeError, match="no memory"):
         blanked_scores(ranker, rows, draw_blanks(ranker, "item", 1.0, 0))
     assert table.item_known.equal(before)
@@ -223,7 +223,7 @@ def test_what_is_undefined_is_none(ranker, data_dir, monkeypatch, tmp_path):
         rows = load_prepared(data_dir).splits[split]
         return rows.select([row for row, label in enumerate(rows["label"]) if label])
 
-    monkeypatch.setattr("ccf_llm_hf.reproduce.cold_start._load_split", one_class)
+    monkeypatch.setattr("cold_start._load_split", one_class)
     result = blanked(ranker, data_dir, sides=["item"], shares=[0.5], **FAST)
     assert result[0]["auc"] is result[0]["uauc_change"] is None
     assert result[0]["auc_ci"] == [None, None]

@@ -5,6 +5,13 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from calibration import (
+    calibrated,
+    calibration,
+    fit_calibration,
+    measure_calibration,
+    plot_calibration_fits,
+)
 from sklearn.linear_model import LogisticRegression
 from tiny import TITLES
 
@@ -13,13 +20,6 @@ from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import auc, ece, fit_temperature, log_loss
 from ccf_llm_hf.evaluation.bootstrap import UserBootstrap
 from ccf_llm_hf.inference.score_table import score_table
-from ccf_llm_hf.reproduce.calibration import (
-    calibrated,
-    calibration,
-    fit_calibration,
-    measure_calibration,
-    plot_calibration_fits,
-)
 
 
 def make(temperature: float, bias: float, rows: int = 8000, users: int = 200, taste: float = 0.0):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from cold_start import Checkpoint, as_ranker, save_figure
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -27,7 +28,6 @@ from ccf_llm_hf.evaluation.metrics import (
     reliability_table,
 )
 from ccf_llm_hf.inference.score_table import sample_users, score_table
-from ccf_llm_hf.reproduce.cold_start import Checkpoint, as_ranker, save_figure
 
 Fit = Callable[[np.ndarray, np.ndarray], dict[str, float]]
 FITS = ("temperature", "platt")

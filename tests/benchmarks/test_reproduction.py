@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import reproduction
 import yaml
 from safetensors.torch import load_file
 
 from ccf_llm_hf.cf.scoring import load_scores
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import auc, fit_temperature
-from ccf_llm_hf.reproduce import reproduction
 
 TEXT, GATE = "protocol-text_only-LoRA-tiny-seed0", "protocol-gate-mf-joint-tiny-seed0"
 STAGED = "protocol-gate-mf-two-stage-tiny-seed0"

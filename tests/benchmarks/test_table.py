@@ -5,11 +5,11 @@ from statistics import stdev
 
 import matplotlib.figure
 import pytest
+from plots import plot_table
 from results_files import CELLS, cell_result, write_cells
+from table import PUBLISHED, markdown, published, write_table
 
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.reproduce.plots import plot_table
-from ccf_llm_hf.reproduce.table import PUBLISHED, markdown, published, write_table
 
 ASKED = {"track", "arm", "cf", "backbone", "seeds", "auc", "auc_ci", "uauc", "uauc_ci"}
 ASKED |= {"logloss", "ece", "minutes"}

@@ -3,9 +3,7 @@
 import re
 
 import pytest
-
-from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.reproduce.cells import (
+from cells import (
     BUDGETS,
     SMOLLM,
     TRACKS,
@@ -15,7 +13,9 @@ from ccf_llm_hf.reproduce.cells import (
     plan,
     protocol_rows,
 )
-from ccf_llm_hf.reproduce.workspace import TABLES
+from workspace import TABLES
+
+from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.training.recipe import StageConfig
 
 EVERYTHING = plan(list(TRACKS), "full", 3, "ml-1m")

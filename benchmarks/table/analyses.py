@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from ccf_llm_hf.data.prepared import load_prepared
-from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.evaluation.scores import read_scores
-from ccf_llm_hf.inference.ranker import CTRRanker
-from ccf_llm_hf.reproduce.analyses_text import analyses_markdown
-from ccf_llm_hf.reproduce.calibration import FITS, fit_calibration, measure_calibration
-from ccf_llm_hf.reproduce.cf_control import blanked_cf, new_user_cf
-from ccf_llm_hf.reproduce.cold_start import (
+from analyses_text import analyses_markdown
+from calibration import FITS, fit_calibration, measure_calibration
+from cf_control import blanked_cf, new_user_cf
+from cold_start import (
     LIKES,
     blanked,
     new_user_curve,
     plot_blanked,
     plot_new_user_curve,
 )
-from ccf_llm_hf.reproduce.gate_analysis import gate_analysis, plot_gate_analysis
-from ccf_llm_hf.reproduce.plots import plot_reliability
+from gate_analysis import gate_analysis, plot_gate_analysis
+from plots import plot_reliability
+
+from ccf_llm_hf.data.prepared import load_prepared
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.evaluation.scores import read_scores
+from ccf_llm_hf.inference.ranker import CTRRanker
 from ccf_llm_hf.training.stage import write_json, write_text
 
 SPLIT = "test"

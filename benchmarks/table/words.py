@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ccf_llm_hf.reproduce.cells import name_of
+from cells import name_of
 
 Rows = Sequence[dict[str, Any]]
 

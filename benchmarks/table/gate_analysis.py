@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from cold_start import Checkpoint, as_ranker, save_figure
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -14,7 +15,6 @@ from scipy.stats import rankdata
 
 from ccf_llm_hf.evaluation.bootstrap import interval
 from ccf_llm_hf.evaluation.rows import read_rows
-from ccf_llm_hf.reproduce.cold_start import Checkpoint, as_ranker, save_figure
 
 Profiles = dict[str, np.ndarray]
 

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cells import name_of
+from cold_start import save_figure
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-
-from ccf_llm_hf.reproduce.cells import name_of
-from ccf_llm_hf.reproduce.cold_start import save_figure
 
 Row = Mapping[str, Any]
 COLORS = {"model": "C0", "control": "C1", "published": "0.55"}

@@ -9,11 +9,11 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from cold_start import LIKES, SHARES, SIDES, Measure, draw_rows
 
 from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.prepared import load_prepared
 from ccf_llm_hf.inference.score_table import sample_users
-from ccf_llm_hf.reproduce.cold_start import LIKES, SHARES, SIDES, Measure, draw_rows
 
 
 def blanked_cf(

@@ -3,21 +3,21 @@
 import json
 from pathlib import Path
 
+import gate_analysis as module
 import numpy as np
 import pytest
 import torch
-from prepared_folder import make_rows, write_prepared
-from scipy.stats import spearmanr
-from tiny import TITLES
-
-from ccf_llm_hf import CTRRanker
-from ccf_llm_hf.reproduce import gate_analysis as module
-from ccf_llm_hf.reproduce.gate_analysis import (
+from gate_analysis import (
     gate_analysis,
     item_statistics,
     plot_gate_analysis,
     verdict,
 )
+from prepared_folder import make_rows, write_prepared
+from scipy.stats import spearmanr
+from tiny import TITLES
+
+from ccf_llm_hf import CTRRanker
 
 
 def synthetic(slope: float = -0.02, jump: float = 0.1, items: int = 600, noise: float = 0.02):

@@ -1,11 +1,10 @@
 """What the table says in words, from made-up rows."""
 
 import pytest
+from cells import name_of
 from results_files import CELLS, cell_result, write_cells
-
-from ccf_llm_hf.reproduce.cells import name_of
-from ccf_llm_hf.reproduce.table import write_table
-from ccf_llm_hf.reproduce.words import (
+from table import write_table
+from words import (
     differences_in_words,
     differences_table,
     headline,

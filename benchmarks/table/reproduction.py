@@ -10,6 +10,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
+from analyses import Subject
+from cells import (
+    FUSED_CF,
+    QUICK_LABELS,
+    QUICK_TITLE_LABELS,
+    SMOLLM,
+    VALIDATION_SAMPLE,
+    Cell,
+    plan,
+)
+from folded import folded_scores
+from kept_scores import keep_scores, kept_scores
+from recent_likes import recent_likes_term, with_term
+from table import ROW
+from workspace import Workspace
 
 from ccf_llm_hf.cf.scoring import load_scores
 from ccf_llm_hf.configs import ReproduceConfig
@@ -22,21 +37,6 @@ from ccf_llm_hf.evaluation.rows import read_rows
 from ccf_llm_hf.evaluation.scores import read_scores
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.inference.score_table import sample_users, score_table, write_scores
-from ccf_llm_hf.reproduce.analyses import Subject
-from ccf_llm_hf.reproduce.cells import (
-    FUSED_CF,
-    QUICK_LABELS,
-    QUICK_TITLE_LABELS,
-    SMOLLM,
-    VALIDATION_SAMPLE,
-    Cell,
-    plan,
-)
-from ccf_llm_hf.reproduce.folded import folded_scores
-from ccf_llm_hf.reproduce.kept_scores import keep_scores, kept_scores
-from ccf_llm_hf.reproduce.recent_likes import recent_likes_term, with_term
-from ccf_llm_hf.reproduce.table import ROW
-from ccf_llm_hf.reproduce.workspace import Workspace
 from ccf_llm_hf.training.run import run_recipe
 from ccf_llm_hf.training.stage import write_json
 
