@@ -1,155 +1,81 @@
-"""A tiny world in which whole tables are reproduced: prepared folders, fast CF, a random Llama."""
+"""A tiny table: a synthetic prepared folder, a fast MF, and a model that scores by chance."""
 
-import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import functools
 from pathlib import Path
 from typing import Any
 
-import cells
+import measure
 import numpy as np
+import pandas as pd
 import pytest
-import reproduction
+import rows
 import run
-import workspace
-from cells import Cell
+from prepared_folder import make_rows, write_prepared
 
-from ccf_llm_hf.configs import MFConfig, ReproduceConfig
-from ccf_llm_hf.data.prepare import PrepareConfig, prepare
+from ccf_llm_hf.configs import MFConfig
+from ccf_llm_hf.evaluation.rows import read_rows
+from ccf_llm_hf.io import write_text
 
-STRENGTHS = {"l2_factors": 2.0, "l2_user_bias": 1.0, "l2_item_bias": 1.0}
-TABLES = {
-    "protocol": {"mf": ("mf", MFConfig(dim=4, snapshots=3, **STRENGTHS))},
-    "open": {
-        "mf": (
-            "mf",
-            MFConfig(dim=4, snapshots=2, rows="earlier", targets="graded", **STRENGTHS),
-        )
-    },
-}
-# Of the real rows, one of every kind.
-PROTOCOL = (
-    ("item mean", ""),
-    ("CF", ""),
-    ("CF, recent likes", ""),
-    ("text_only", "LoRA"),
-    ("gate", "joint"),
-    ("gate", "two-stage"),
-    ("average of CF and text_only", "LoRA"),
-)
-SMALL = {"labels_per_step": 32, "history_window": [4, 3]}
+STRENGTHS: dict[str, Any] = {"l2_factors": 2.0, "l2_user_bias": 1.0, "l2_item_bias": 1.0}
+FAST = MFConfig(dim=2, snapshots=1, **STRENGTHS)
 
 
-def write_ratings(file: Path) -> Path:
-    """16 users rate 20 of 24 films each, by hidden tastes; the last user and film come late."""
-    draw = np.random.default_rng(0)
-    users, items = draw.normal(size=(16, 3)), draw.normal(size=(24, 3))
-    lines = ["user_id,item_id,title,rating,timestamp"]
-    for user in range(16):
-        for item in draw.permutation(24)[:20]:
-            liked = users[user] @ items[item] + 0.5 * items[item, 0] + 0.1 > 0
-            time = draw.integers(800_000 if user == 15 or item == 23 else 0, 1_000_000)
-            lines.append(f"u{user},i{item},Film {item},{4 if liked else 2},{time}")
-    file.write_text("\n".join(lines) + "\n")
-    return file
+def rated_once() -> pd.DataFrame:
+    """Rows in which a user rates an item once, as in real ratings."""
+    return make_rows(1200).drop_duplicates(["user_id", "item_id"])
 
 
-def of_every_kind() -> list[Cell]:
-    """The rows of `PROTOCOL`, and of the open track those without a language model."""
-    rows = [row for row in cells.protocol_rows() if row.cf in ("", "mf")]
-    rows = [row for row in rows if row.backbone != cells.GEMMA]
-    rows = [row for row in rows if (row.arm, row.training) in PROTOCOL]
-    rows += [row for row in cells.open_rows() if not row.seeded]
-    return [cells.replace(row, stage=row.stage and row.stage | SMALL) for row in rows]
-
-
-@dataclass
 class World:
-    """Where a table is reproduced, and what was trained and scored there, by cell."""
+    """Where a table is computed, and the cells that were trained there."""
 
-    folder: Path
-    trained: list[str] = field(default_factory=list)
-    scored: list[str] = field(default_factory=list)
+    def __init__(self, folder: Path) -> None:
+        self.work, self.results = folder / "work", folder / "results"
+        self.trained: list[str] = []
+        write_prepared(self.work / "data-protocol", rated_once())
 
-    @property
-    def work(self) -> Path:
-        return self.folder / "work"
+    def run(self, *flags: str) -> int:
+        """The command on the protocol track; `trained` then tells what it did."""
+        self.trained.clear()
+        folders = ("--out", str(self.results), "--work", str(self.work))
+        return run.main(["synthetic", "--tracks", "protocol", *folders, *flags])
 
-    @property
-    def results(self) -> Path:
-        return self.folder / "results"
+    def bench(self, seeds: int = 1, quick: bool = False) -> measure.Bench:
+        """As the command makes it."""
+        cells = rows.plan("synthetic", ["protocol"], seeds, quick)
+        return measure.Bench("synthetic", cells, self.work, self.results)
 
-    def config(self, **changes: Any) -> ReproduceConfig:
-        out, work = str(self.results), str(self.work)
-        return ReproduceConfig(**{"dataset": "ml-100k", "out": out, "work": work, **changes})
+    def cells(self) -> dict[str, dict[str, Any]]:
+        """The results, by cell."""
+        return {cell["cell"]: cell for cell in rows.read_cells(self.results)}
 
-    def reproduce(self, **changes: Any) -> list[dict[str, Any]]:
-        """Run the command; `trained` and `scored` then tell what it did."""
-        self.trained, self.scored = [], []
-        return run.reproduce(self.config(**changes))
-
-    def result(self, cell: str) -> dict[str, Any]:
-        """What the result file of a cell holds."""
-        return json.loads((self.results / "cells" / f"{cell}.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def rows(world: "World") -> list[dict[str, Any]]:
-    """The whole tiny table."""
-    return world.reproduce(budget="quick")
+    def train(self, bench: measure.Bench, cell: rows.Cell) -> dict[str, Any]:
+        """In place of `Bench.train`: leaves an empty checkpoint."""
+        self.trained.append(cell.name)
+        write_text(bench.checkpoint(cell) / "config.json", "{}")
+        made = {"versions": {"torch": "2"}, "hardware": {"cpus": 2}, "minutes": 2.0}
+        return {"backbone": "tiny", "settings": cell.stage, "train_labels": 9} | made
 
 
-@pytest.fixture(scope="module")
-def world(
-    tmp_path_factory: pytest.TempPathFactory, backbone_folder: Callable[[str], Path]
-) -> Iterator[World]:
-    """A world in which every planned cell is tiny; the current folder is in it."""
-    here = World(tmp_path_factory.mktemp("world"))
-    ratings = write_ratings(here.folder / "ratings.csv")
-    for track, kept in (("protocol", "likes"), ("open", "signed")):
-        options = {
-            "histories": kept,
-            "out": str(here.work / f"data-{track}"),
-            "name": "ml-100k",
-        }
-        source = {"source": "table", "interactions": str(ratings), "rating_column": "rating"}
-        prepare(PrepareConfig(**source, ratios=[0.5, 0.25, 0.25], **options), summary=False)
-    shutil.copytree(backbone_folder("llama"), here.folder / "tiny")
-    before = Path.cwd()
-    os.chdir(here.folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cells, "SMOLLM", "tiny")
-        patch.setattr(reproduction, "SMOLLM", "tiny")
-        patch.setattr(workspace, "TABLES", TABLES)
-        patch.setattr(reproduction, "QUICK_LABELS", 96)
-        patch.setattr(reproduction, "QUICK_TITLE_LABELS", 64)
-        patch.setattr(run, "QUICK_ANALYZED_ROWS", 60)
-        patch.setattr(reproduction, "plan", plan_of_every_kind)
-        _record(patch, here)
-        yield here
-    os.chdir(before)
+def scores_by_chance(bench: measure.Bench, cell: rows.Cell, split: str) -> pd.DataFrame:
+    """In place of `Bench.model_scores`: labels under noise, another of each cell."""
+    keys = read_rows(bench.data(cell.track), split)[["user_id", "item_id", "label"]]
+    draw = np.random.default_rng(list(cell.name.encode()))
+    logits = keys["label"] + draw.normal(size=len(keys))
+    return keys.assign(score=logits, prob=1 / (1 + np.exp(-logits)))
 
 
-def plan_of_every_kind(tracks: list[str], budget: str, seeds: int, dataset: str) -> list[Cell]:
-    """As `cells.plan`, of the rows above."""
-    cells.plan(tracks, budget, seeds, dataset)  # refuses what it would refuse
-    real = cells.plan(tracks, "full", seeds, "ml-1m")
-    small = {row.row: row for row in of_every_kind()}
-    return [cells.replace(cell, stage=small[cell.row].stage) for cell in real if cell.row in small]
-
-
-def _record(patch: pytest.MonkeyPatch, here: World) -> None:
-    train, scores = reproduction.Reproduction.train, reproduction.Reproduction.scores
-
-    def recorded_train(self: reproduction.Reproduction, cell: Cell) -> dict[str, Any]:
-        here.trained.append(cell.name)
-        return train(self, cell)
-
-    def recorded_scores(self: reproduction.Reproduction, cell: Cell, split: str) -> Any:
-        here.scored.append(cell.name)
-        return scores(self, cell, split)
-
-    patch.setattr(reproduction.Reproduction, "train", recorded_train)
-    patch.setattr(reproduction.Reproduction, "scores", recorded_scores)
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A data set of the main rows, whose cells take no time."""
+    here = World(tmp_path)
+    tables = {
+        "mf": ("mf", FAST),
+        "mf_nobias": ("mf", MFConfig(dim=2, use_biases=False, l2_factors=2.0, snapshots=1)),
+    }
+    monkeypatch.setattr(measure, "TABLES", {"protocol": tables})
+    monkeypatch.setattr(run, "DATASETS", ("synthetic",))
+    monkeypatch.setattr(measure.Bench, "train", lambda bench, cell: here.train(bench, cell))
+    monkeypatch.setattr(measure.Bench, "model_scores", scores_by_chance)
+    few = functools.partial(measure.evaluate_scores, resamples=50)
+    monkeypatch.setattr(measure, "evaluate_scores", few)
+    return here

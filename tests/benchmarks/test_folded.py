@@ -6,7 +6,7 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import pytest
-from folded import folded_scores
+from measure import folded_scores
 from scipy.optimize import minimize
 
 from ccf_llm_hf.errors import InputError
@@ -17,7 +17,7 @@ ROWS = {
     "user_id": ["u0", "u0", "stranger", "u1"],
     "item_id": ["i1", "i7", "i3", "i0"],
     "history": [["i0", "i3", "i4"], ["i5"], [], ["i6", "i7", "i1", "i2"]],
-    "histories": [[1, 0, 1], [0], [], [0, 1, 1, 0]],
+    "history_labels": [[1, 0, 1], [0], [], [0, 1, 1, 0]],
     "history_ratings": [[5.0, 1.0, 4.0], [3.0], [], [2.0, 4.0, 5.0, 3.0]],
 }
 
@@ -32,7 +32,7 @@ def folder(cf, tmp_path):
     return tmp_path
 
 
-def expected(cf, targets, decay):
+def expected(cf, targets):
     """Logits of the rows, each user vector found by minimizing the negative log posterior."""
     items = cf.item_vectors[-1].double().numpy()
     default = cf.default_user[-1].double().numpy()
@@ -41,7 +41,7 @@ def expected(cf, targets, decay):
     logits = []
     for history, wanted, candidate in zip(ROWS["history"], targets, ROWS["item_id"], strict=True):
         rows = np.array([int(item[1:]) for item in history], dtype=int)
-        weight = decay ** np.arange(len(rows))[::-1] * (rows != 7)  # i7 has no vector
+        weight = rows != 7  # i7 has no vector
 
         def user_of(part):
             user = default.copy()
@@ -61,13 +61,10 @@ def expected(cf, targets, decay):
     return np.array(logits)
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.7])
-def test_scores_are_those_of_the_posterior_mode(cf, folder, decay):
+def test_scores_are_those_of_the_posterior_mode(cf, folder):
     split = datasets.Dataset.from_dict(ROWS)
-    scores = folded_scores(folder / "labels", split, decay)
-    np.testing.assert_allclose(
-        scores["score"], expected(cf, ROWS["history_labels"], decay), atol=1e-4
-    )
+    scores = folded_scores(folder / "labels", split)
+    np.testing.assert_allclose(scores["score"], expected(cf, ROWS["history_labels"]), atol=1e-4)
     np.testing.assert_allclose(scores["prob"], 1 / (1 + np.exp(-scores["score"])), atol=1e-9)
 
 
@@ -77,15 +74,15 @@ def test_a_table_fitted_to_ratings_folds_graded_targets(cf, folder):
         for row in ROWS["history_ratings"]
     ]
     scores = folded_scores(folder / "graded", datasets.Dataset.from_dict(ROWS))["score"]
-    np.testing.assert_allclose(scores, expected(cf, targets, 1.0), atol=1e-4)
-    labels = expected(cf, ROWS["history_labels"], 1.0)
+    np.testing.assert_allclose(scores, expected(cf, targets), atol=1e-4)
+    labels = expected(cf, ROWS["history_labels"])
     assert np.abs(scores - labels).max() > 0.05
 
 
 def test_rows_are_scored_alike_in_any_portions(folder, monkeypatch):
     split = datasets.Dataset.from_dict(ROWS)
     whole = folded_scores(folder / "labels", split)
-    monkeypatch.setattr("folded.ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("measure.FOLDED_AT_ONCE", 3)
     np.testing.assert_allclose(folded_scores(folder / "labels", split), whole, atol=1e-5)
 
 
@@ -95,4 +92,4 @@ def test_what_folding_in_needs_is_named(cf, folder, tmp_path):
     with pytest.raises(InputError, match=r"imported.*is another"):
         folded_scores(tmp_path / "imported", split)
     with pytest.raises(InputError, match="--histories signed"):
-        folded_scores(folder / "labels", split.remove_columns("histories"))
+        folded_scores(folder / "labels", split.remove_columns("history_labels"))
