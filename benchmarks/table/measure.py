@@ -114,7 +114,7 @@ class Bench:
             signed = {"histories": "signed", "max_history": STORED_HISTORY}
             options = {} if track == "protocol" else signed
             source = {"source": self.dataset, "offline": self.offline}
-            prepare(PrepareConfig(out=str(folder), **source, **options))  # type: ignore[arg-type]
+            prepare(PrepareConfig(out=str(folder), **source, **options))
         if (found := load_protocol(folder).get("name")) != self.dataset:
             raise InputError(
                 f"{folder} holds {found}, not {self.dataset}: name another work folder (--work)"

@@ -5,6 +5,7 @@ from measure import TABLES
 from rows import COMPARED, DATASETS, TRACKS, name_of, plan, read_cells, row_of
 
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.training.recipe import Stage
 
 
 def names(*args):
@@ -50,8 +51,6 @@ def test_rows_stand_on_tables_and_are_compared_with_rows_that_exist():
     ids=lambda cell: cell.name,
 )
 def test_a_recipe_takes_the_settings(cell):
-    from ccf_llm_hf.training.recipe import Stage
-
     stage = Stage(name="main", init_from="elsewhere" if cell.starts_from else "", **cell.stage)
     wanted = {"LoRA": ["lora"], "joint": ["fusion", "lora"], "two-stage": ["fusion"]}
     assert stage.trains() == wanted[cell.training]
