@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import results_sections
+sys.path.append(str(Path(__file__).resolve().parent / "table"))
+import render as table_pages
 from summary import collect as collect_summary
 from summary import table
 
@@ -25,6 +26,7 @@ README = ROOT / "README.md"
 RESULTS_PAGE = ROOT / "docs" / "results.md"
 RECIPE_PAGE = ROOT / "docs" / "recipe.md"
 DEMO = ROOT / "results" / "demo"
+TABLE = ROOT / "results" / "ml-1m"
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ("training", "scoring", "packing", "same_labels", "same_labels_residual")
 WAYS = {  # name in training.json -> what it is
@@ -193,15 +195,15 @@ def render() -> str:
     """README.md with its measured sections rewritten from the results files."""
     loaded = [json.loads((DEMO / name).read_text(encoding="utf-8")) for name in COLLECTED]
     text = README.read_text(encoding="utf-8")
-    text = between(text, "table", results_sections.main_section())
+    text = between(text, "table", table_pages.readme_section(TABLE))
     text = between(text, "results", demo_section(*loaded))
     return between(text, "speed", speed_section())
 
 
 def render_results() -> str:
-    """docs/results.md with its tables rewritten from the results of `ccf-llm reproduce`."""
+    """docs/results.md with its tables rewritten from the results of `benchmarks/table/run.py`."""
     text = RESULTS_PAGE.read_text(encoding="utf-8")
-    for name, lines in results_sections.sections().items():
+    for name, lines in table_pages.page_sections(TABLE).items():
         text = between(text, name, lines)
     return text
 
@@ -233,9 +235,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.collect:
         collect(options.collect)
-    if not results_sections.load_table():
-        folder = results_sections.RESULTS.relative_to(ROOT)
-        print(f"{folder}/table.json has no rows: the pages will say so", file=sys.stderr)
     pages = {README: render(), RESULTS_PAGE: render_results(), RECIPE_PAGE: render_recipe()}
     for page, text in pages.items():
         if not options.check:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ccf_llm_hf.checkpoint_path import check_checkpoint
-from ccf_llm_hf.cli_arguments import add_config_arguments, config_from_arguments
 from ccf_llm_hf.cli_command import (
     Command,
     Output,
@@ -273,29 +272,6 @@ def _explain(arguments: argparse.Namespace, _: list[str]) -> Output:
     return Output(explanation.as_text(), asdict(explanation))
 
 
-def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
-    from ccf_llm_hf.configs import REPRODUCIBLE, ReproduceConfig
-
-    parser.add_argument("dataset", choices=REPRODUCIBLE, help="which data set")
-    add_config_arguments(parser, ReproduceConfig, skip=("dataset",))
-    parser.add_argument(
-        "--dry-run", action="store_true", help="list the cells and their minutes, compute nothing"
-    )
-
-
-def _reproduce(arguments: argparse.Namespace, _: list[str]) -> Output:
-    from ccf_llm_hf.configs import ReproduceConfig
-    from ccf_llm_hf.reproduce.run import outlook, reproduce
-    from ccf_llm_hf.reproduce.table import markdown, outlook_text
-
-    config = config_from_arguments(ReproduceConfig, arguments)
-    if arguments.dry_run:
-        cells = outlook(config)
-        return Output(outlook_text(cells), cells)
-    rows = reproduce(config)
-    return Output(markdown(rows), rows)
-
-
 COMMANDS = {
     "train": Command(
         "train by a recipe",
@@ -308,12 +284,6 @@ COMMANDS = {
         "ccf-llm evaluate runs/demo/checkpoint --data runs/demo/data --out scores.parquet",
         _evaluate_arguments,
         _evaluate,
-    ),
-    "reproduce": Command(
-        "the results table: every arm and its controls, with intervals",
-        "ccf-llm reproduce ml-1m --budget quick --seeds 1",
-        _reproduce_arguments,
-        _reproduce,
     ),
     "rank": Command(
         "the best items for a user or a history",

@@ -12,7 +12,6 @@ from ccf_llm_hf.evaluation import (
     auc,
     auc_per_user,
     ece,
-    ece_if_calibrated,
     fit_temperature,
     hr_at_k,
     log_loss,
@@ -114,20 +113,6 @@ def test_a_calibrated_forecast_has_little_ece() -> None:
     labels = generator.random(50_000) < probs
     assert ece(labels, probs) < 0.01
     assert ece(labels, probs**3) > 0.1
-
-
-def test_what_a_calibrated_forecast_shows_by_chance_shrinks_with_the_rows() -> None:
-    generator = np.random.default_rng(0)
-    probs = generator.random(8_000)
-    (few, bounds), (many, _) = ece_if_calibrated(probs[:500]), ece_if_calibrated(probs)
-    assert bounds[0] < few < bounds[1]
-    assert few / many == pytest.approx(4, rel=0.15)  # like one over the root of the rows
-    inside = [
-        bounds[0] <= ece(generator.random(500) < probs[:500], probs[:500]) <= bounds[1]
-        for _ in range(100)
-    ]
-    assert 88 <= sum(inside) < 100
-    assert ece_if_calibrated(np.ones(10)) == (0.0, [0.0, 0.0])
 
 
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 4.0])

@@ -88,30 +88,6 @@ def ece(labels: Any, probs: Any, bins: int = ECE_BINS) -> float:
     return float(np.average(gaps, weights=table["rows"])) if len(table) else float("nan")
 
 
-def ece_if_calibrated(
-    probs: Any, bins: int = ECE_BINS, draws: int = 200, seed: int = 0
-) -> tuple[float, list[float]]:
-    """The ECE that these probabilities would show if they were right: of a finite sample it is not
-    zero, so a difference from it, not from zero, tells of miscalibration (our choice).
-
-    Labels are drawn from the probabilities, row by row; real rows of one user depend on each other,
-    which makes the true floor somewhat higher.
-
-    Args:
-        probs: `(n,)` in [0, 1].
-        bins: as of `ece`.
-        draws: of labels.
-        seed: of the draws.
-
-    Returns:
-        The mean over draws, and the bounds of the middle 95 %.
-    """
-    probs = np.asarray(probs, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    found = [ece(generator.random(len(probs)) < probs, probs, bins) for _ in range(draws)]
-    return float(np.mean(found)), [float(bound) for bound in np.quantile(found, (0.025, 0.975))]
-
-
 def fit_temperature(logits: Any, labels: Any) -> float:
     """The T in [0.01, 100] that minimizes the log loss of `sigmoid(logits / T)`.
 

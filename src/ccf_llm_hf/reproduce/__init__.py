@@ -1,1 +1,0 @@
-"""The tables, figures and analyses of a results section."""
