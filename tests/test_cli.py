@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prepared_folder import make_rows, write_prepared
 
-from ccf_llm_hf import cli
+from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.errors import InputError
 
 
@@ -60,7 +60,7 @@ def test_help_shows_flags_and_the_example(capsys, name):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_the_example_parses(name):
-    _, arguments, _ = cli._parse(shlex.split(cli.COMMANDS[name].example)[1:])
+    _, arguments, _ = cli.parse(shlex.split(cli.COMMANDS[name].example)[1:])
     assert arguments.json is False
 
 
@@ -175,7 +175,7 @@ def test_prepare_prints_json_and_writes_the_folder(capsys, tmp_path):
 
 HELP = """
 import sys
-from ccf_llm_hf import cli
+from ccf_llm_hf.cli import main as cli
 for argv in (["--help"], ["prepare", "--help"], ["rank", "--help"], ["push", "--help"]):
     try:
         cli.main(argv)
@@ -215,7 +215,7 @@ def test_each_cf_model_has_its_own_settings(capsys, model):
     argv = ["--data", "d", "--out", "o", "--dim", "3"]
     before, after = ["--json", model, *argv], [model, *argv, "--json"]
     for words, wanted in ((before, True), (after, True), ([model, *argv], False)):
-        arguments = cli._parse(["fit-cf", *words])[1]
+        arguments = cli.parse(["fit-cf", *words])[1]
         assert (arguments.json, arguments.model, arguments.dim) == (wanted, model, 3)
 
 
@@ -223,7 +223,7 @@ def test_documented_fits_parse():
     text = (Path(__file__).parents[1] / "docs" / "cf.md").read_text(encoding="utf-8")
     commands = re.findall(r"`ccf-llm (fit-cf [^`.]+)`", text)
     fits = [shlex.split(command) for command in commands if "MODEL" not in command]
-    models = [cli._parse(words)[1].model for words in fits]
+    models = [cli.parse(words)[1].model for words in fits]
     assert models == ["mf", "lightgcn", "sasrec"]
 
 
@@ -242,7 +242,7 @@ def test_config_arguments_cover_the_field_types():
     from dataclasses import dataclass, field
     from typing import Literal
 
-    from ccf_llm_hf.cli_arguments import (
+    from ccf_llm_hf.cli.arguments import (
         CommandParser,
         add_config_arguments,
         config_from_arguments,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ccf_llm_hf.cli import main
+from ccf_llm_hf.cli.main import main
 from ccf_llm_hf.data import load_prepared
 from ccf_llm_hf.training.run import run_recipe
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ccf_llm_hf import cli
+from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.data import load_prepared
 from ccf_llm_hf.evaluation import auc
 from ccf_llm_hf.inference.history import stored_history

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from results_files import cell_result, write_cells
 
-from ccf_llm_hf.cli import main
+from ccf_llm_hf.cli.main import main
 from ccf_llm_hf.configs import ReproduceConfig
 from ccf_llm_hf.data.prepared import FORMAT
 from ccf_llm_hf.errors import FolderInUse, InputError

@@ -2,12 +2,12 @@
 
 import argparse
 
-from ccf_llm_hf.cli_arguments import (
+from ccf_llm_hf.cli.arguments import (
     add_config_arguments,
     add_json_argument,
     config_from_arguments,
 )
-from ccf_llm_hf.cli_command import Command, Output, existing_folder
+from ccf_llm_hf.cli.command import Command, Output, existing_folder
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:

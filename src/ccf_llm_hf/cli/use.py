@@ -1,4 +1,4 @@
-"""The commands that train a model and use it, from `train` to `explain`."""
+"""The commands that use a model: `evaluate`, `rank`, `score` and `explain`."""
 
 import argparse
 import json
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ccf_llm_hf.checkpoint_path import check_checkpoint
-from ccf_llm_hf.cli_arguments import add_config_arguments, config_from_arguments
-from ccf_llm_hf.cli_command import (
+from ccf_llm_hf.cli.arguments import add_config_arguments, config_from_arguments
+from ccf_llm_hf.cli.command import (
     Command,
     Output,
     checkpoint_arguments,
@@ -18,27 +18,6 @@ from ccf_llm_hf.cli_command import (
 from ccf_llm_hf.errors import InputError
 
 SPLITS = ("train", "validation", "test")
-
-
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "recipe", help="YAML file; --key value behind it overrides a top-level entry"
-    )
-
-
-def _train(arguments: argparse.Namespace, overrides: list[str]) -> Output:
-    if not Path(arguments.recipe).is_file():
-        wrong = "is a folder" if Path(arguments.recipe).is_dir() else "does not exist"
-        raise InputError(
-            f"recipe {arguments.recipe} {wrong}: name a YAML file like examples/configs/demo.yaml"
-        )
-    from ccf_llm_hf.training.run import run_recipe
-
-    # `--config recipe.yaml`, as examples/train.py takes it, is read as that recipe.
-    if overrides[:1] == ["--config"] and (len(overrides) == 1 or overrides[1].startswith("--")):
-        overrides = overrides[1:]
-    result = run_recipe(["--config", arguments.recipe, *overrides])
-    return Output("\n".join(f"{key}: {value}" for key, value in result.items()), result)
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -297,12 +276,6 @@ def _reproduce(arguments: argparse.Namespace, _: list[str]) -> Output:
 
 
 COMMANDS = {
-    "train": Command(
-        "train by a recipe",
-        "ccf-llm train examples/configs/demo.yaml --output_dir runs/mine",
-        _train_arguments,
-        _train,
-    ),
     "evaluate": Command(
         "score a split: AUC, UAUC, intervals, slices, controls",
         "ccf-llm evaluate runs/demo/checkpoint --data runs/demo/data --out scores.parquet",

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 
 from ccf_llm_hf.checkpoint_path import check_checkpoint
-from ccf_llm_hf.cli_command import (
+from ccf_llm_hf.cli.command import (
     Command,
     Output,
     checkpoint_arguments,
