@@ -65,7 +65,7 @@ def test_the_example_parses(name):
 
 
 def test_settings_come_from_the_config_dataclass(capsys):
-    from ccf_llm_hf.data.prepare import PrepareConfig
+    from ccf_llm_hf.data.config import PrepareConfig
 
     help_text = run(capsys, "prepare", "--help")[1]
     assert "--positive-threshold" in help_text
@@ -205,7 +205,7 @@ def test_module_runs_as_a_script():
 
 @pytest.mark.parametrize("model", ["mf", "lightgcn", "sasrec"])
 def test_each_cf_model_has_its_own_settings(capsys, model):
-    from ccf_llm_hf.configs import CF_CONFIGS
+    from ccf_llm_hf.cf.config import CF_CONFIGS
 
     code, out, _ = run(capsys, "fit-cf", model, "--help")
     assert code == 0

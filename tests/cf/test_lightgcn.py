@@ -12,8 +12,9 @@ from ccf_llm_hf.cf.lightgcn import normalized_adjacency, propagated
 from ccf_llm_hf.cf.snapshots import Snapshot
 from ccf_llm_hf.cf.solver import Rows
 from ccf_llm_hf.cf.training_data import fold_plan, load_training_data, time_plan
+from ccf_llm_hf.data import read_rows
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.evaluation import auc, read_rows
+from ccf_llm_hf.evaluation import auc
 
 CONFIG = LightGCNConfig(dim=8, layers=2, l2=1.0, learning_rate=0.03, max_steps=60, snapshots=3)
 CHOSEN = lightgcn_module._Chosen(layers=2, l2=1.0, learning_rate=0.03, steps=20)

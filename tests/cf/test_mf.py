@@ -9,14 +9,15 @@ import torch
 from prepared_folder import make_rows, write_prepared
 from torch import Tensor
 
-from ccf_llm_hf.cf import CFVectors, LightGCNConfig, MFConfig, fit_cf, fit_mf, load_scores
+from ccf_llm_hf.cf import CFVectors, LightGCNConfig, MFConfig, fit_cf, fit_mf, score_cf
 from ccf_llm_hf.cf import mf as mf_module
 from ccf_llm_hf.cf import solver as solver_module
 from ccf_llm_hf.cf.folds import fold_of
 from ccf_llm_hf.cf.solver import Penalties, Rows, initial_parameters, solve
 from ccf_llm_hf.cf.training_data import load_training_data
+from ccf_llm_hf.data import read_rows
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.evaluation import auc, read_rows
+from ccf_llm_hf.evaluation import auc, read_scores
 
 FIXED = {"l2_factors": 2.0, "l2_user_bias": 1.0, "l2_item_bias": 1.0}
 CONFIG = MFConfig(dim=4, snapshots=6, **FIXED)
@@ -160,11 +161,11 @@ def test_fit_cf_writes_a_folder_that_scores_a_split(
 ) -> None:
     fit_cf("mf", folder, tmp_path / "cf", CONFIG)
     assert "validation_auc: 0." in capsys.readouterr().out
-    scores = load_scores(tmp_path / "cf", folder, "test")
+    scores = score_cf(tmp_path / "cf", folder, "test")
     assert len(scores) == len(read_rows(folder, "test"))
     assert auc(scores["label"], scores["score"]) > 0.65
     scores.to_parquet(tmp_path / "scores.parquet")
-    pd.testing.assert_frame_equal(load_scores(tmp_path / "scores.parquet", folder), scores)
+    pd.testing.assert_frame_equal(read_scores(tmp_path / "scores.parquet"), scores)
 
 
 def test_bad_input_is_refused(folder: Path, tmp_path: Path) -> None:

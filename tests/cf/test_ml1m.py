@@ -13,8 +13,8 @@ from ccf_llm_hf.cf import (
     fit_mf,
     fit_sasrec,
 )
-from ccf_llm_hf.data import PrepareConfig, prepare
-from ccf_llm_hf.evaluation import evaluate_scores, read_rows
+from ccf_llm_hf.data import PrepareConfig, prepare, read_rows
+from ccf_llm_hf.evaluation import evaluate_scores
 
 pytestmark = pytest.mark.slow
 

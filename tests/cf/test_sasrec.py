@@ -5,13 +5,14 @@ import pytest
 import torch
 from prepared_folder import make_rows, write_prepared
 
-from ccf_llm_hf.cf import SASRecConfig, SASRecFit, fit_cf, fit_sasrec, load_scores, score_sasrec
+from ccf_llm_hf.cf import SASRecConfig, SASRecFit, fit_cf, fit_sasrec, score_cf, score_sasrec
 from ccf_llm_hf.cf import sasrec as sasrec_module
 from ccf_llm_hf.cf.sasrec_encoder import ENCODER_FILE, SASRecEncoder
 from ccf_llm_hf.cf.training_data import load_training_data, time_plan
+from ccf_llm_hf.data import read_rows
+from ccf_llm_hf.data.prepared import read_history_column
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.evaluation import auc, read_rows
-from ccf_llm_hf.evaluation.rows import read_history_column
+from ccf_llm_hf.evaluation import auc
 
 SETTINGS = {"dim": 8, "blocks": 1, "max_history": 6, "learning_rate": 0.01, "snapshots": 3}
 CONFIG = SASRecConfig(**SETTINGS, dropout=0.1, l2=1e-4, item_bias=True, max_epochs=12)
@@ -132,7 +133,7 @@ def test_scores_follow_each_rows_own_history(
         assert scores["score"][row] == pytest.approx(logit, abs=1e-5)
     # The table's states end with train, so they differ.
     assert (table.score(rows)["score"] - scores["score"]).abs().max() > 0.01
-    compared = load_scores(tmp_path, folder, "test")
+    compared = score_cf(tmp_path, folder, "test")
     np.testing.assert_array_equal(compared["score"], scores["score"])
     validation = score_sasrec(tmp_path, folder, "validation")
     found = auc(validation["label"], validation["score"])
@@ -153,7 +154,7 @@ def test_the_encoder_must_be_that_of_the_table(
         score_sasrec(tmp_path, folder)
     (tmp_path / ENCODER_FILE).unlink()
     with pytest.raises(InputError, match=r"sasrec\.safetensors is missing or no"):
-        load_scores(tmp_path, folder)
+        score_cf(tmp_path, folder)
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -164,7 +165,7 @@ def test_another_model_in_the_folder_is_scored_by_its_table(
     table = fitted.embeddings.last()
     table.model_name = "mf"
     table.save(tmp_path)
-    scores = load_scores(tmp_path, folder)
+    scores = score_cf(tmp_path, folder)
     np.testing.assert_array_equal(scores["score"], table.score(read_rows(folder, "test"))["score"])
 
 

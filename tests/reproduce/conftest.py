@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ccf_llm_hf.configs import MFConfig, ReproduceConfig
-from ccf_llm_hf.data.prepare import PrepareConfig, prepare
+from ccf_llm_hf.cf.config import MFConfig
+from ccf_llm_hf.configs import ReproduceConfig
+from ccf_llm_hf.data.config import PrepareConfig
+from ccf_llm_hf.data.prepare import prepare
 from ccf_llm_hf.reproduce import cells, reproduction, run, workspace
 from ccf_llm_hf.reproduce.cells import Cell
 

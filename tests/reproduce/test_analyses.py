@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ccf_llm_hf.cf.scoring import load_scores
+from ccf_llm_hf.cf.fit import score_cf
 from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import auc
@@ -97,7 +97,7 @@ def test_nothing_finished_is_an_input_error(world):
 def test_the_cf_control_is_the_table_without_the_drawn_rows(world):
     cf, data = world.work / "cf-protocol-mf", world.work / "data-protocol"
     entries = blanked_cf("MF", cf, data, shares=(0.0, 1.0), resamples=20)
-    whole = load_scores(cf, data, "test")
+    whole = score_cf(cf, data, "test")
     by = {(entry["side"], entry["share"]): entry for entry in entries}
     assert by["item", 0.0]["auc"] == pytest.approx(auc(whole["label"], whole["score"]))
     rows = pd.read_parquet(data / "data" / "test.parquet")

@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 from prepared_folder import make_rows, write_prepared
 
+from ccf_llm_hf.cf.config import MFConfig
 from ccf_llm_hf.cf.fit import fit_cf
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.configs import MFConfig
+from ccf_llm_hf.data.prepared import read_rows
 from ccf_llm_hf.evaluation.metrics import auc
-from ccf_llm_hf.evaluation.rows import read_rows
 from ccf_llm_hf.reproduce.recent_likes import recent_likes, recent_likes_term, with_term
 
 SPLITS = ("train", "validation", "test")

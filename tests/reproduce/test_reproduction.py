@@ -9,7 +9,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from ccf_llm_hf.cf.scoring import load_scores
+from ccf_llm_hf.cf.fit import score_cf
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import auc, fit_temperature
 from ccf_llm_hf.reproduce import reproduction
@@ -60,7 +60,7 @@ def test_an_average_is_of_the_two_rows_scores(world):
     np.testing.assert_allclose(back, mean, atol=1e-6)  # another level: float32 rounds elsewhere
     probabilities = 1 / (1 + np.exp(-average))
     assert probabilities.mean() == pytest.approx(tables[2]["prob"].mean(), abs=0.01)
-    own = load_scores(world.work / "cf-protocol-mf", world.work / "data-protocol", "test")
+    own = score_cf(world.work / "cf-protocol-mf", world.work / "data-protocol", "test")
     np.testing.assert_allclose(cf, own["score"])
 
 

@@ -3,8 +3,8 @@
 import pytest
 from prepared_folder import make_rows, write_prepared
 
+from ccf_llm_hf.cf.config import CF_CONFIGS, MFConfig
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.configs import CF_CONFIGS, MFConfig
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.reproduce import workspace
 from ccf_llm_hf.reproduce.workspace import STORED_HISTORY, TABLES, Workspace

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ccf_llm_hf.cf.config import LightGCNConfig
 from ccf_llm_hf.cf.early_stopping import EarlyStopping
 from ccf_llm_hf.cf.snapshots import Snapshot, facts_of_fit, logits_not_fitted_on, stacked
 from ccf_llm_hf.cf.solver import Rows, threads_for
@@ -23,7 +24,6 @@ from ccf_llm_hf.cf.training_data import (
     time_plan,
 )
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.configs import LightGCNConfig
 from ccf_llm_hf.evaluation.metrics import auc
 
 LAYER_GRID = (1, 2, 3)

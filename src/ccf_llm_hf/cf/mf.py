@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ccf_llm_hf.cf.config import MFConfig
 from ccf_llm_hf.cf.rotation import rotate_onto
 from ccf_llm_hf.cf.snapshots import facts_of_fit, logits_not_fitted_on
 from ccf_llm_hf.cf.solver import (
@@ -31,7 +32,6 @@ from ccf_llm_hf.cf.training_data import (
     time_plan,
 )
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.configs import MFConfig
 from ccf_llm_hf.evaluation.metrics import auc
 
 logger = logging.getLogger(__name__)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ccf_llm_hf.cf.config import SASRecConfig
 from ccf_llm_hf.cf.early_stopping import EarlyStopping
 from ccf_llm_hf.cf.histories import Histories, read_histories
 from ccf_llm_hf.cf.sasrec_encoder import ENCODER_FILE, SASRecEncoder
@@ -26,7 +28,8 @@ from ccf_llm_hf.cf.snapshots import (
 from ccf_llm_hf.cf.solver import Rows, threads_for
 from ccf_llm_hf.cf.training_data import Plan, TrainingData, load_training_data, seen, time_plan
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.configs import SASRecConfig
+from ccf_llm_hf.data.prepared import read_rows
+from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import auc
 
 L2_GRID = (1e-4, 1e-3, 3e-3)
@@ -124,6 +127,46 @@ def fit_sasrec(data_dir: str | Path, config: SASRecConfig | None = None) -> SASR
         "seed": str(config.seed),
     }
     return SASRecFit(embeddings, encoder)
+
+
+def score_sasrec(folder: str | Path, data_dir: str | Path, split: str = "test") -> pd.DataFrame:
+    """SASRec's own scores: each row by the state after the likes that precede it.
+
+    The table in `folder` holds one state per user, which stands still after its last snapshot; this
+    is the model itself, and what a comparison with SASRec should show.
+
+    Args:
+        folder: written by `ccf-llm fit-cf sasrec`.
+        data_dir: folder written by `ccf-llm prepare`.
+        split: train, validation or test.
+
+    Returns:
+        Columns user_id, item_id, label, score (logit) and prob (sigmoid), float64, in the split's
+        order.
+
+    Raises:
+        InputError: the folder lacks the encoder or holds another fit's, or is damaged.
+    """
+    table, rows = CFVectors.load(folder).last(), read_rows(data_dir, split)
+    encoder = _encoder_of(table, Path(folder) / ENCODER_FILE)
+    histories = read_histories(data_dir, split, table.item_ids, encoder.max_history)
+    states = encoder.as_users(histories.states(encoder))
+    places = torch.from_numpy(pd.Index(table.item_ids).get_indexer(pd.Index(rows["item_id"])))
+    items = at(table.item_vectors[0], places, table.default_item[0])
+    logits = ((states * items).sum(-1) + table.offset).double()
+    return rows[["user_id", "item_id", "label"]].assign(
+        score=logits.numpy(), prob=logits.sigmoid().numpy()
+    )
+
+
+def _encoder_of(table: CFVectors, path: Path) -> SASRecEncoder:
+    encoder = SASRecEncoder.load(path)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != table.metadata.get("encoder_sha256"):
+        raise InputError(
+            f"{path} is not the encoder that the table beside it was made with; restore the files "
+            "of one fit"
+        )
+    return encoder
 
 
 def _grid(config: SASRecConfig) -> list[_Chosen]:

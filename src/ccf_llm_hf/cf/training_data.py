@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ccf_llm_hf.cf.folds import fold_of
 from ccf_llm_hf.cf.solver import Rows
-from ccf_llm_hf.data.prepared import interactions, rating_midpoint
+from ccf_llm_hf.data.prepared import interactions, rating_midpoint, read_items, read_rows
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.evaluation.rows import read_items, read_rows
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ccf_llm_hf.checkpoint_path import check_checkpoint
 from ccf_llm_hf.cli.arguments import add_config_arguments, config_from_arguments
@@ -16,6 +16,9 @@ from ccf_llm_hf.cli.command import (
     existing_folder,
 )
 from ccf_llm_hf.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SPLITS = ("train", "validation", "test")
 
@@ -68,7 +71,6 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     paths = dict(_name_and_path(text) for text in arguments.compare)
     averages = [_pair(text, {arguments.name, *paths}) for text in arguments.average]
     check_checkpoint(arguments.checkpoint)
-    from ccf_llm_hf.cf.scoring import load_scores
     from ccf_llm_hf.data.prepared import load_prepared
     from ccf_llm_hf.evaluation import evaluate_scores, format_report, plot_calibration
     from ccf_llm_hf.inference.checkpoint import load_checkpoint
@@ -78,7 +80,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     split = load_prepared(data).splits[arguments.split]
     if arguments.sample_rows:
         split = sample_users(split, arguments.sample_rows)
-    compare = {name: load_scores(path, data, arguments.split) for name, path in paths.items()}
+    compare = {name: _load_scores(path, data, arguments.split) for name, path in paths.items()}
     model, processor = load_checkpoint(arguments.checkpoint, backbone=arguments.backbone)
     scores = score_table(
         model, processor, split, max_tokens_per_batch=arguments.max_tokens_per_batch
@@ -116,6 +118,14 @@ def _name_and_path(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def _load_scores(path: Path, data: Path, split: str) -> "pd.DataFrame":
+    """Scores of a split as `--compare` names them: a file of scores, or a folder of `fit-cf`."""
+    from ccf_llm_hf.cf.fit import score_cf
+    from ccf_llm_hf.evaluation import read_scores
+
+    return score_cf(path, data, split) if path.is_dir() else read_scores(path)
+
+
 def _pair(text: str, names: set[str]) -> tuple[str, str]:
     parts = text.split(",")
     if len(parts) != 2 or not set(parts) <= names:
@@ -151,7 +161,7 @@ def _ranker_and_history(arguments: argparse.Namespace) -> tuple[Any, list[str]]:
     check_checkpoint(arguments.checkpoint)
     history = list(arguments.history or [])
     if arguments.data is not None:
-        from ccf_llm_hf.inference.history import stored_history
+        from ccf_llm_hf.data.history import stored_history
 
         data = existing_folder(arguments.data, "--data", "ccf-llm prepare")
         history = stored_history(data, arguments.user)
@@ -219,7 +229,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _score(arguments: argparse.Namespace, _: list[str]) -> Output:
     check_checkpoint(arguments.checkpoint)
-    from ccf_llm_hf.inference.history import stored_histories
+    from ccf_llm_hf.data.history import stored_histories
     from ccf_llm_hf.inference.ranker import CTRRanker
     from ccf_llm_hf.inference.score_pairs import PairScorer, checkpoint_identity
 

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ccf_llm_hf.configs import SOURCES, PrepareConfig
 from ccf_llm_hf.data import amazon, assets, collm
 from ccf_llm_hf.data.asset_list import ASSETS, MOVIELENS_LICENSE
+from ccf_llm_hf.data.config import SOURCES, PrepareConfig
 from ccf_llm_hf.data.folder import check_output, write_folder
 from ccf_llm_hf.data.prepared import FORMAT, HISTORIES
 from ccf_llm_hf.data.protocol import (

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ccf_llm_hf.data.prepared import read_rows
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.bootstrap import LEVEL, UserBootstrap, interval
 from ccf_llm_hf.evaluation.controls import (
@@ -28,7 +29,6 @@ from ccf_llm_hf.evaluation.metrics import (
     uauc,
     wuauc,
 )
-from ccf_llm_hf.evaluation.rows import read_rows
 from ccf_llm_hf.evaluation.scores import aligned
 
 SLICES = {
@@ -72,8 +72,8 @@ def evaluate_scores(
         scores: user_id, item_id, score (any monotone scale) and, if known, prob and label.
         data_dir: folder written by `ccf-llm prepare`; the means of train are computed from it.
         split: train, validation or test.
-        compare: name to scores of other methods (see `cf.load_scores`). One that covers only some
-            rows is measured, and compared, on those; its `rows` says how many.
+        compare: name to scores of other methods, as of `read_scores` or `cf.score_cf`. One that
+            covers only some rows is measured, and compared, on those; its `rows` says how many.
         name: of the evaluated method.
         sample: the scores cover a sample of the split; the report is of those rows alone. Without
             it, a row without a score is an error.

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ccf_llm_hf.evaluation.rows import read_rows
+from ccf_llm_hf.data.prepared import read_rows
 
 CHUNK = 1024
 ITEMS = 8192  # of a larger catalog, this many, evenly spread: means over them are exact enough

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 
+from ccf_llm_hf.data.prepared import read_rows
 from ccf_llm_hf.evaluation.bootstrap import interval
-from ccf_llm_hf.evaluation.rows import read_rows
 from ccf_llm_hf.reproduce.cold_start import Checkpoint, as_ranker, save_figure
 
 Profiles = dict[str, np.ndarray]

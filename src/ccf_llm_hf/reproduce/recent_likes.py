@@ -7,8 +7,8 @@ import pandas as pd
 from scipy.optimize import minimize
 
 from ccf_llm_hf.cf.vectors import CFVectors
+from ccf_llm_hf.data.prepared import read_rows
 from ccf_llm_hf.data.protocol import SPLITS
-from ccf_llm_hf.evaluation.rows import read_rows
 
 # Taken on validation, where 1, 3 and 10 minutes hardly differ (results/ml-1m/experiments.md).
 RECENT_SECONDS = 180

@@ -11,14 +11,13 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from ccf_llm_hf.cf.scoring import load_scores
+from ccf_llm_hf.cf.fit import score_cf
 from ccf_llm_hf.configs import ReproduceConfig
 from ccf_llm_hf.data.assets import load_backbone_path
-from ccf_llm_hf.data.prepared import interactions, load_prepared
+from ccf_llm_hf.data.prepared import interactions, load_prepared, read_rows
 from ccf_llm_hf.evaluation import evaluate_scores, fit_temperature
 from ccf_llm_hf.evaluation.controls import as_logits, item_mean, item_user_mean, score_average
 from ccf_llm_hf.evaluation.metrics import auc, uauc
-from ccf_llm_hf.evaluation.rows import read_rows
 from ccf_llm_hf.evaluation.scores import read_scores
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.inference.score_table import sample_users, score_table, write_scores
@@ -204,7 +203,7 @@ class Reproduction:
         folder = self.workspace.cf(cell.track, cell.cf)
         if cell.arm == "CF, folded in":
             return keys.join(folded_scores(folder, load_prepared(data).splits[split]))
-        return load_scores(folder, data, split)
+        return score_cf(folder, data, split)
 
     def scores_of(self, cell: Cell, row: str, split: str) -> pd.DataFrame:
         """What the cell of another row, which `cell` is made of, has scored."""

@@ -5,8 +5,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from ccf_llm_hf.cf.config import CFConfig, LightGCNConfig, MFConfig, SASRecConfig
 from ccf_llm_hf.cf.fit import fit_cf
-from ccf_llm_hf.configs import CFConfig, LightGCNConfig, MFConfig, PrepareConfig, SASRecConfig
+from ccf_llm_hf.data.config import PrepareConfig
 from ccf_llm_hf.data.prepare import prepare
 from ccf_llm_hf.data.prepared import PROTOCOL_FILE, load_protocol
 from ccf_llm_hf.errors import InputError
