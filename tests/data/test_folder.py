@@ -47,7 +47,7 @@ def test_a_failure_leaves_the_earlier_folder(
         rename = Path.rename
 
         def fail(self: Path, target: Path) -> Path:
-            if self.name == "new":
+            if self.name == ".partial-out":
                 raise OSError("no space")
             return rename(self, target)
 

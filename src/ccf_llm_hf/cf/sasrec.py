@@ -1,6 +1,5 @@
 """SASRec: a user's state from their earlier likes, tuned on validation, in snapshots in time."""
 
-import hashlib
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.prepared import read_rows
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import auc
+from ccf_llm_hf.io import sha256_of, write_file
 
 L2_GRID = (1e-4, 1e-3, 3e-3)
 DROPOUT_GRID = (0.2, 0.5)
@@ -66,11 +66,9 @@ class SASRecFit:
     def save(self, folder: str | Path) -> None:
         """Write both; the table records the encoder's sha256, which tells a mixture of two fits."""
         path, content = Path(folder) / ENCODER_FILE, self.encoder.to_bytes()
-        self.embeddings.metadata["encoder_sha256"] = hashlib.sha256(content).hexdigest()
+        write_file(path, lambda partial: partial.write_bytes(content))
+        self.embeddings.metadata["encoder_sha256"] = sha256_of([path])
         self.embeddings.save(folder)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(content)
-        partial.replace(path)
 
 
 def fit_sasrec(data_dir: str | Path, config: SASRecConfig | None = None) -> SASRecFit:
@@ -161,7 +159,7 @@ def score_sasrec(folder: str | Path, data_dir: str | Path, split: str = "test") 
 
 def _encoder_of(table: CFVectors, path: Path) -> SASRecEncoder:
     encoder = SASRecEncoder.load(path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != table.metadata.get("encoder_sha256"):
+    if sha256_of([path]) != table.metadata.get("encoder_sha256"):
         raise InputError(
             f"{path} is not the encoder that the table beside it was made with; restore the files "
             "of one fit"

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -27,6 +26,7 @@ from ccf_llm_hf.cf.files import (
 )
 from ccf_llm_hf.cf.folds import fold_of
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.io import write_files
 from ccf_llm_hf.modeling.configuration_ccf_llm import ids_fingerprint
 
 
@@ -286,23 +286,19 @@ class CFVectors:
         Other files of the folder stay. All three are complete before the first is put in place, and
         the ids' fingerprint gives away a mixture of two saves.
         """
-        folder = Path(folder)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {k: v.contiguous() for k, v in tensors.items() if isinstance(v, Tensor)}
+        catalog = zip(self.item_ids, self.item_titles, strict=True)
+
+        def write(new: Path) -> None:
+            save_file(tensors, new / TENSOR_FILE, metadata=self._file_metadata())
+            write_lines(new / USER_FILE, [{"id": user} for user in self.user_ids])
+            write_lines(new / ITEM_FILE, [{"id": i, "title": title} for i, title in catalog])
+
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            write_files(folder, write)
         except OSError as error:
-            raise InputError(f"{folder} cannot be made a folder ({error.strerror})") from error
-        with tempfile.TemporaryDirectory(prefix=".cf_embeddings.", dir=folder) as name:
-            temporary = Path(name)
-            tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-            tensors = {k: v.contiguous() for k, v in tensors.items() if isinstance(v, Tensor)}
-            save_file(tensors, temporary / TENSOR_FILE, metadata=self._file_metadata())
-            write_lines(temporary / USER_FILE, [{"id": user} for user in self.user_ids])
-            catalog = zip(self.item_ids, self.item_titles, strict=True)
-            write_lines(temporary / ITEM_FILE, [{"id": i, "title": title} for i, title in catalog])
-            # safetensors writes for the owner alone; the other files follow the umask.
-            (temporary / TENSOR_FILE).chmod((temporary / USER_FILE).stat().st_mode)
-            for file in (USER_FILE, ITEM_FILE, TENSOR_FILE):
-                (temporary / file).replace(folder / file)
+            raise InputError(f"{folder} cannot be written to ({error.strerror})") from error
 
     def _file_metadata(self) -> dict[str, str]:
         cross_fit = {} if self.cross_fit == "snapshots" else {"cross_fit": self.cross_fit}

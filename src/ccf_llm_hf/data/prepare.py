@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ccf_llm_hf.data import amazon, assets, collm
 from ccf_llm_hf.data.asset_list import ASSETS, MOVIELENS_LICENSE
 from ccf_llm_hf.data.config import SOURCES, PrepareConfig
-from ccf_llm_hf.data.folder import check_output, write_folder
+from ccf_llm_hf.data.folder import check_output, write_prepared
 from ccf_llm_hf.data.prepared import FORMAT, HISTORIES
 from ccf_llm_hf.data.protocol import (
     Samples,
@@ -93,7 +93,7 @@ def prepare(config: PrepareConfig, *, summary: bool = True) -> Path:
         protocol["item_columns"] = [c for c in items.columns if c not in ("item_id", "title")]
         protocol["rejected"] = report.reasons
         _advance(bar, config, "write")
-        write_folder(out, samples, rows, items, protocol)
+        write_prepared(out, samples, rows, items, protocol)
         bar.update()
     if summary:
         print(format_summary(protocol, out))
