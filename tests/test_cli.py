@@ -4,11 +4,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prepared_folder import make_rows, write_prepared
 
 from ccf_llm_hf.cli import main as cli
+from ccf_llm_hf.cli.train import train_and_describe
 from ccf_llm_hf.errors import InputError
 
 
@@ -139,8 +141,6 @@ def test_other_exceptions_keep_their_traceback(monkeypatch):
 
 
 def test_train_passes_overrides_on_and_keeps_stdout_clean(capsys, monkeypatch, tmp_path):
-    from ccf_llm_hf.training import run as run_module
-
     seen = []
     result = {"checkpoint": str(tmp_path / "full"), "checkpoint_slim": str(tmp_path / "slim")}
 
@@ -149,7 +149,7 @@ def test_train_passes_overrides_on_and_keeps_stdout_clean(capsys, monkeypatch, t
         print("a library that prints")
         return result
 
-    monkeypatch.setattr(run_module, "run_recipe", fake)
+    monkeypatch.setattr("ccf_llm_hf.cli.train.train_and_describe", fake)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 1\n")
     for named in ([str(recipe)], ["--config", str(recipe)]):
@@ -159,6 +159,35 @@ def test_train_passes_overrides_on_and_keeps_stdout_clean(capsys, monkeypatch, t
         assert json.loads(out) == result
         assert "a library that prints" in err
         assert seen == ["--config", str(recipe), "--seed", "3"]
+
+
+@pytest.mark.parametrize("main_process", [True, False])
+def test_train_writes_card_then_example_of_each_checkpoint(monkeypatch, tmp_path, main_process):
+    steps = []
+    outcome = {"checkpoint": "full", "checkpoint_slim": "slim", "minutes": 1}
+    recipe = SimpleNamespace(data_dir="prepared", backbone=str(tmp_path), offline=True)
+
+    def note(step, result=None):
+        return lambda *given, **named: steps.append((step, *given, named)) or result
+
+    for name, stand_in in {
+        "accelerate.PartialState": lambda: SimpleNamespace(is_main_process=main_process),
+        "ccf_llm_hf.training.run.run_recipe": note("train", outcome),
+        "ccf_llm_hf.training.recipe.parse_recipe": lambda argv: recipe,
+        "ccf_llm_hf.inference.checkpoint.load_checkpoint": note("load", ("model", "processor")),
+        "ccf_llm_hf.hub.model_card.describe_run": note("describe"),
+        "ccf_llm_hf.hub.example.record_example": note("record"),
+    }.items():
+        monkeypatch.setattr(name, stand_in)
+    assert train_and_describe(["--config", "recipe.yaml"]) == outcome
+    described = [
+        ("load", "slim", {"backbone": str(tmp_path)}),
+        ("describe", "full", "prepared", {}),
+        ("record", "full", "model", "processor", {}),
+        ("describe", "slim", "prepared", {}),
+        ("record", "slim", "model", "processor", {}),
+    ]
+    assert steps == [("train", ["--config", "recipe.yaml"], {})] + described * main_process
 
 
 def test_prepare_prints_json_and_writes_the_folder(capsys, tmp_path):
@@ -171,25 +200,6 @@ def test_prepare_prints_json_and_writes_the_folder(capsys, tmp_path):
     document = json.loads(out)
     assert document["protocol"]["splits"]["train"]["rows"] == 48
     assert (tmp_path / "data" / "protocol.json").is_file()
-
-
-HELP = """
-import sys
-from ccf_llm_hf.cli import main as cli
-for argv in (["--help"], ["prepare", "--help"], ["rank", "--help"], ["push", "--help"]):
-    try:
-        cli.main(argv)
-    except SystemExit as stop:
-        assert stop.code == 0
-print("HEAVY", {"numpy", "pandas", "pyarrow", "torch", "transformers"} & set(sys.modules))
-"""
-
-
-def test_help_imports_nothing_heavy(tmp_path):
-    script = tmp_path / "ccf-llm"  # by this name the package knows its command
-    script.write_text(HELP)
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    assert run.stdout.endswith("HEAVY set()\n")
 
 
 def test_module_runs_as_a_script():

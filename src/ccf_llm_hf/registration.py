@@ -1,7 +1,6 @@
 """What an installed package adds to transformers: Auto classes, the pipeline, a local backbone.
 
-`import ccf_llm_hf` imports this; so does every subpackage that works with models, for the command
-line, which starts without it.
+`import ccf_llm_hf` imports this.
 """
 
 from typing import Any

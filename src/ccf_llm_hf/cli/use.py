@@ -1,13 +1,11 @@
 """The commands that use a model: `evaluate`, `rank`, `score` and `explain`."""
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ccf_llm_hf.checkpoint_path import check_checkpoint
 from ccf_llm_hf.cli.arguments import add_config_arguments, config_from_arguments
 from ccf_llm_hf.cli.command import (
     Command,
@@ -16,6 +14,8 @@ from ccf_llm_hf.cli.command import (
     existing_folder,
 )
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.inference.checkpoint import check_checkpoint
+from ccf_llm_hf.io import write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,7 +97,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     )
     report["gate"] = gate_report(model, processor, data)
     if arguments.metrics_out:
-        _write_text(arguments.metrics_out, json.dumps(report, indent=2) + "\n")
+        write_json(arguments.metrics_out, report)
     if arguments.plot:
         plot_calibration(scores, arguments.plot, name=arguments.name)
     for folder in arguments.card:
@@ -133,14 +133,6 @@ def _pair(text: str, names: set[str]) -> tuple[str, str]:
             f"--average {text} is not NAME,NAME with names of {', '.join(sorted(names))}"
         )
     return parts[0], parts[1]
-
-
-def _write_text(path: str, text: str) -> None:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
 
 
 def _user_arguments(parser: argparse.ArgumentParser) -> None:
