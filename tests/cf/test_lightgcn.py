@@ -16,7 +16,15 @@ from ccf_llm_hf.data import read_rows
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import auc
 
-CONFIG = LightGCNConfig(dim=8, layers=2, l2=1.0, learning_rate=0.03, max_steps=60, snapshots=3)
+CONFIG = LightGCNConfig(
+    dim=8,
+    layers=2,
+    l2=1.0,
+    learning_rate=0.03,
+    max_steps=60,
+    cross_fit="snapshots",
+    snapshots=3,
+)
 CHOSEN = lightgcn_module._Chosen(layers=2, l2=1.0, learning_rate=0.03, steps=20)
 
 
@@ -135,10 +143,10 @@ def test_a_fold_never_sees_its_own_rows(folder: Path, tmp_path: Path) -> None:
 
 def test_settings_are_chosen_on_validation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lightgcn_module, "L2_GRID", (1000.0, 1.0))
-    config = LightGCNConfig(dim=8, layers=1, learning_rate=0.03, max_steps=40, snapshots=1)
+    config = LightGCNConfig(dim=8, layers=1, learning_rate=0.03, max_steps=40, folds=2)
     fitted = fit_lightgcn(folder, config)
     assert fitted.metadata["l2"] == "1"
-    assert fitted.num_snapshots == 2
+    assert fitted.num_snapshots == 3
     again = fit_lightgcn(folder, config)
     assert torch.equal(again.user_vectors, fitted.user_vectors)
 

@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_mf_with_biases_passes_the_item_and_user_means(folder: Path) -> None:
-    embeddings = fit_mf(folder)
+    embeddings = fit_mf(folder, MFConfig(cross_fit="snapshots"))
     scores = embeddings.score(read_rows(folder, "test"))
     report = evaluate_scores(scores, folder, name="mf", resamples=100)
     methods = report["methods"]
@@ -40,7 +40,7 @@ def test_mf_with_biases_passes_the_item_and_user_means(folder: Path) -> None:
 
 
 def test_bias_free_mf_matches_the_published_baseline(folder: Path) -> None:
-    embeddings = fit_mf(folder, MFConfig(use_biases=False, snapshots=1))
+    embeddings = fit_mf(folder, MFConfig(use_biases=False))
     assert torch.count_nonzero(embeddings.offset) == 0
     scores = embeddings.score(read_rows(folder, "test"))
     report = evaluate_scores(scores, folder, resamples=100)
@@ -51,7 +51,7 @@ def test_bias_free_mf_matches_the_published_baseline(folder: Path) -> None:
 
 def test_lightgcn_and_sasrec_reach_their_validation_floors(folder: Path) -> None:
     # By the settings that their grids choose, so that a run takes seconds.
-    gcn = LightGCNConfig(layers=2, l2=2.0, learning_rate=0.03)
+    gcn = LightGCNConfig(cross_fit="snapshots", layers=2, l2=2.0, learning_rate=0.03)
     found = fit_lightgcn(folder, gcn).metadata
     assert float(found["validation_auc"]) > 0.69
     assert float(found["validation_uauc"]) > 0.65
@@ -64,6 +64,6 @@ def test_lightgcn_and_sasrec_reach_their_validation_floors(folder: Path) -> None
 
 
 def test_folds_look_held_out(folder: Path) -> None:
-    found = fit_mf(folder, MFConfig(cross_fit="folds")).metadata
+    found = fit_mf(folder, MFConfig()).metadata
     out_of_fold = float(found["cross_fit_train_auc"])
     assert 0.74 < out_of_fold < 0.80 < float(found["in_sample_train_auc"])

@@ -52,7 +52,7 @@ def test_a_failure_leaves_the_earlier_folder(
             return rename(self, target)
 
         monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises((RuntimeError, OSError)):
+    with pytest.raises((RuntimeError, InputError), match=r"disk full|no space"):
         prepare(config)
     assert (out / "protocol.json").read_text() == before
     assert entries(tmp_path) == {"raw", "out"}

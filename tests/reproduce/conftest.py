@@ -20,11 +20,18 @@ from ccf_llm_hf.reproduce.cells import Cell
 
 STRENGTHS = {"l2_factors": 2.0, "l2_user_bias": 1.0, "l2_item_bias": 1.0}
 TABLES = {
-    "protocol": {"mf": ("mf", MFConfig(dim=4, snapshots=3, **STRENGTHS))},
+    "protocol": {"mf": ("mf", MFConfig(dim=4, cross_fit="snapshots", snapshots=3, **STRENGTHS))},
     "open": {
         "mf": (
             "mf",
-            MFConfig(dim=4, snapshots=2, rows="earlier", targets="graded", **STRENGTHS),
+            MFConfig(
+                dim=4,
+                cross_fit="snapshots",
+                snapshots=2,
+                rows="earlier",
+                targets="graded",
+                **STRENGTHS,
+            ),
         )
     },
 }

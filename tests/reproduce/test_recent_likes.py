@@ -38,7 +38,9 @@ def world(tmp_path_factory):
             labels[place] = 1
     data = write_prepared(folder / "data", rows.assign(label=labels))
     strengths = {"l2_factors": 2.0, "l2_user_bias": 1.0, "l2_item_bias": 1.0}
-    fit_cf("mf", data, folder / "mf", MFConfig(dim=4, snapshots=4, **strengths))
+    fit_cf(
+        "mf", data, folder / "mf", MFConfig(dim=4, cross_fit="snapshots", snapshots=4, **strengths)
+    )
     return data, folder / "mf"
 
 

@@ -9,7 +9,9 @@ from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.reproduce import workspace
 from ccf_llm_hf.reproduce.workspace import STORED_HISTORY, TABLES, Workspace
 
-FAST = MFConfig(dim=2, snapshots=1, l2_factors=2.0, l2_user_bias=1.0, l2_item_bias=1.0)
+FAST = MFConfig(
+    dim=2, cross_fit="snapshots", snapshots=1, l2_factors=2.0, l2_user_bias=1.0, l2_item_bias=1.0
+)
 
 
 def test_data_is_prepared_once_a_track(tmp_path, monkeypatch):

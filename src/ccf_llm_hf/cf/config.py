@@ -5,6 +5,11 @@ from typing import Literal
 
 from ccf_llm_hf.errors import InputError
 
+CROSS_FIT = (
+    "which vectors a training row sees: folds, those fitted on all folds of the (user, item) pairs "
+    "but its own; snapshots, for data with time, those fitted on the slices of time before its own"
+)
+
 
 @dataclass
 class MFConfig:
@@ -29,17 +34,11 @@ class MFConfig:
     snapshots: int = field(
         default=20,
         metadata={
-            "help": "cross_fit=snapshots: slices of the training rows by time, equal in rows; each "
-            "gets vectors fitted on the slices before it (fewer where the tables would pass 1 GB)"
+            "help": "cross_fit=snapshots: slices of the training rows by time, equal in rows "
+            "(fewer where the tables would pass 1 GB)"
         },
     )
-    cross_fit: Literal["snapshots", "folds"] = field(
-        default="snapshots",
-        metadata={
-            "help": "which vectors a training row sees: snapshots, those fitted on earlier slices; "
-            "folds, those fitted on all folds of the (user, item) pairs but its own"
-        },
-    )
+    cross_fit: Literal["folds", "snapshots"] = field(default="folds", metadata={"help": CROSS_FIT})
     folds: int = field(default=5, metadata={"help": "cross_fit=folds: folds, at least 2"})
     iterations: int | None = field(
         default=None,
@@ -75,7 +74,7 @@ class MFConfig:
             raise InputError("targets=graded needs rows=earlier: the train split holds labels only")
         _check_counts(self, "dim", "snapshots", "iterations")
         _check_positive(self, "l2_factors", "l2_user_bias", "l2_item_bias")
-        _check_cross_fit(self.cross_fit, self.folds)
+        _check_cross_fit(self)
 
 
 @dataclass
@@ -99,24 +98,18 @@ class LightGCNConfig:
     snapshots: int = field(
         default=10,
         metadata={
-            "help": "cross_fit=snapshots: slices of the training rows by time, equal in rows; each "
-            "gets vectors fitted on the slices before it (fewer where the tables would pass 1 GB)"
+            "help": "cross_fit=snapshots: slices of the training rows by time, equal in rows "
+            "(fewer where the tables would pass 1 GB)"
         },
     )
-    cross_fit: Literal["snapshots", "folds"] = field(
-        default="snapshots",
-        metadata={
-            "help": "which vectors a training row sees: snapshots, those fitted on earlier slices; "
-            "folds, those fitted on all folds of the (user, item) pairs but its own"
-        },
-    )
+    cross_fit: Literal["folds", "snapshots"] = field(default="folds", metadata={"help": CROSS_FIT})
     folds: int = field(default=5, metadata={"help": "cross_fit=folds: folds, at least 2"})
     seed: int = field(default=0, metadata={"help": "of the initial vectors"})
 
     def __post_init__(self) -> None:
         _check_counts(self, "dim", "layers", "max_steps", "snapshots")
         _check_positive(self, "l2", "learning_rate")
-        _check_cross_fit(self.cross_fit, self.folds)
+        _check_cross_fit(self)
 
 
 @dataclass
@@ -168,11 +161,17 @@ def _check_counts(config: object, *names: str) -> None:
             raise InputError(f"{name}={value} must be at least 1")
 
 
-def _check_cross_fit(cross_fit: str, folds: int) -> None:
-    if cross_fit not in ("snapshots", "folds"):
-        raise InputError(f"cross_fit={cross_fit!r} must be snapshots or folds")
-    if folds < 2:
-        raise InputError(f"folds={folds} must be at least 2")
+def _check_cross_fit(config: MFConfig | LightGCNConfig) -> None:
+    if config.cross_fit not in ("folds", "snapshots"):
+        raise InputError(f"cross_fit={config.cross_fit!r} must be folds or snapshots")
+    if config.folds < 2:
+        raise InputError(f"folds={config.folds} must be at least 2")
+    idle = "snapshots" if config.cross_fit == "folds" else "folds"
+    if getattr(config, idle) != getattr(type(config), idle):
+        raise InputError(
+            f"{idle}={getattr(config, idle)} has no meaning with cross_fit={config.cross_fit}: "
+            f"add cross_fit={idle}, or leave it out"
+        )
 
 
 def _check_positive(config: object, *names: str) -> None:

@@ -298,7 +298,9 @@ class CFVectors:
         try:
             write_files(folder, write)
         except OSError as error:
-            raise InputError(f"{folder} cannot be written to ({error.strerror})") from error
+            raise InputError(
+                f"{folder} cannot be written to ({error.strerror or error})"
+            ) from error
 
     def _file_metadata(self) -> dict[str, str]:
         cross_fit = {} if self.cross_fit == "snapshots" else {"cross_fit": self.cross_fit}

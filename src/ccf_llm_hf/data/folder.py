@@ -67,7 +67,7 @@ def write_prepared(
         write_folder(out, write)
     except OSError as error:
         raise InputError(
-            f"{out.resolve().parent} cannot be written to ({error.strerror})"
+            f"{out.resolve().parent} cannot be written to ({error.strerror or error})"
         ) from error
 
 

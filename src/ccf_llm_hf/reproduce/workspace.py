@@ -19,10 +19,10 @@ STORED_HISTORY = 256
 # looks at users of the table. Most ratings lie before its first snapshot: few snapshots will do.
 TABLES: dict[str, dict[str, tuple[str, CFConfig]]] = {
     "protocol": {
-        "mf": ("mf", MFConfig()),
-        "mf_nobias": ("mf", MFConfig(use_biases=False, snapshots=1)),
-        "mf_folds": ("mf", MFConfig(cross_fit="folds")),
-        "lightgcn": ("lightgcn", LightGCNConfig()),
+        "mf": ("mf", MFConfig(cross_fit="snapshots")),
+        "mf_nobias": ("mf", MFConfig(use_biases=False)),
+        "mf_folds": ("mf", MFConfig()),
+        "lightgcn": ("lightgcn", LightGCNConfig(cross_fit="snapshots")),
         "sasrec": ("sasrec", SASRecConfig()),
     },
     "open": {
@@ -31,6 +31,7 @@ TABLES: dict[str, dict[str, tuple[str, CFConfig]]] = {
             MFConfig(
                 rows="earlier",
                 targets="graded",
+                cross_fit="snapshots",
                 snapshots=8,
                 l2_factors=5.0,
                 l2_user_bias=5.0,
