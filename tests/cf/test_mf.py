@@ -13,7 +13,7 @@ from ccf_llm_hf.cf import CFVectors, LightGCNConfig, MFConfig, fit_cf, fit_mf, s
 from ccf_llm_hf.cf import mf as mf_module
 from ccf_llm_hf.cf import solver as solver_module
 from ccf_llm_hf.cf.folds import fold_of
-from ccf_llm_hf.cf.solver import Penalties, Rows, initial_parameters, solve
+from ccf_llm_hf.cf.solver import Penalties, Rows, draw_parameters, solve
 from ccf_llm_hf.cf.training_data import load_training_data
 from ccf_llm_hf.data import read_rows
 from ccf_llm_hf.errors import InputError
@@ -133,7 +133,7 @@ def test_the_solution_is_the_optimum_of_the_objective() -> None:
     # One user, one item, biases only: the optimum solves a one-dimensional equation.
     labels = torch.tensor([1.0] * 30 + [0.0] * 10)
     rows = Rows(torch.zeros(40, dtype=torch.long), torch.zeros(40, dtype=torch.long), labels)
-    start = initial_parameters(2, 2, 0, 0)
+    start = draw_parameters(2, 2, 0, 0)
     fit = solve(rows, Penalties(1, 5, 5), start, iterations=100)
     # b carries no penalty, so nothing is left for the biases.
     assert abs(float(fit.offset) - np.log(3)) < 1e-2
@@ -209,10 +209,10 @@ def folded(folder: Path) -> CFVectors:
     return fit_mf(folder, FOLDS)
 
 
-def training_logits(embeddings: CFVectors, train: pd.DataFrame) -> np.ndarray:
+def training_logits(vectors: CFVectors, train: pd.DataFrame) -> np.ndarray:
     columns = [train[name].to_numpy() for name in ("user_id", "item_id", "timestamp")]
-    snapshots = embeddings.training_snapshots(*columns)
-    return embeddings.score(train, snapshots)["score"].to_numpy()
+    snapshots = vectors.training_snapshots(*columns)
+    return vectors.score(train, snapshots)["score"].to_numpy()
 
 
 def test_a_fold_never_sees_its_own_rows(folded: CFVectors, folder: Path, tmp_path: Path) -> None:

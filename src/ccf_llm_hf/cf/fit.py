@@ -37,18 +37,18 @@ def fit_cf(
             f"{type(config).__name__} does not configure {kind}: give {CF_CONFIGS[kind].__name__}"
         )
     if isinstance(config, MFConfig):
-        embeddings = fit_mf(data_dir, config)
-        embeddings.save(out)
+        vectors = fit_mf(data_dir, config)
+        vectors.save(out)
     elif isinstance(config, LightGCNConfig):
-        embeddings = fit_lightgcn(data_dir, config)
-        embeddings.save(out)
+        vectors = fit_lightgcn(data_dir, config)
+        vectors.save(out)
     else:
         fit = fit_sasrec(data_dir, config)
         fit.save(out)
-        embeddings = fit.embeddings
-    facts = {key: value for key, value in embeddings.metadata.items() if key != "user_precision"}
+        vectors = fit.vectors
+    facts = {key: value for key, value in vectors.metadata.items() if key != "user_precision"}
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
-    return embeddings
+    return vectors
 
 
 def score_cf(folder: str | Path, data_dir: str | Path, split: str = "test") -> pd.DataFrame:
