@@ -20,6 +20,8 @@ from ccf_llm_hf.io import write_json
 if TYPE_CHECKING:
     import pandas as pd
 
+    from ccf_llm_hf.inference.ranker import CTRRanker
+
 SPLITS = ("train", "validation", "test")
 
 
@@ -145,7 +147,7 @@ def _user_arguments(parser: argparse.ArgumentParser) -> None:
     history.add_argument("--data", help="prepared folder to take the history of --user from")
 
 
-def _ranker_and_history(arguments: argparse.Namespace) -> tuple[Any, list[str]]:
+def _load_ranker_and_history(arguments: argparse.Namespace) -> tuple["CTRRanker", list[Any]]:
     if arguments.data is not None and arguments.user is None:
         raise InputError("--data is there to look up the history of a user: add --user ID")
     if arguments.user is None and not arguments.history:
@@ -183,7 +185,7 @@ def _rank_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rank(arguments: argparse.Namespace, _: list[str]) -> Output:
-    ranker, history = _ranker_and_history(arguments)
+    ranker, history = _load_ranker_and_history(arguments)
     ranked = ranker.rank(
         user=arguments.user,
         history=history,
@@ -249,7 +251,7 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain(arguments: argparse.Namespace, _: list[str]) -> Output:
-    ranker, history = _ranker_and_history(arguments)
+    ranker, history = _load_ranker_and_history(arguments)
     explanation = ranker.explain(user=arguments.user, history=history, item=arguments.item)
     return Output(explanation.as_text(), asdict(explanation))
 

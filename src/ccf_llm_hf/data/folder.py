@@ -16,7 +16,7 @@ from ccf_llm_hf.data.prepared import (
     load_protocol,
     split_file,
 )
-from ccf_llm_hf.data.protocol import SPLITS, Samples, coded
+from ccf_llm_hf.data.protocol import SPLITS, Samples, encode_ids
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.io import write_folder, write_json, write_text
 
@@ -80,8 +80,8 @@ def _write_parquet(path: Path, tables: Iterator[pa.Table]) -> None:
 
 
 def _interactions_table(rows: pd.DataFrame) -> pa.Table:
-    user, user_names = coded(rows["user_id"])
-    item, item_names = coded(rows["item_id"])
+    user, user_names = encode_ids(rows["user_id"])
+    item, item_names = encode_ids(rows["item_id"])
     order = np.lexsort((item, user, rows["timestamp"].to_numpy()))
     names = pa.array([*SPLITS, ""], pa.string())  # -1, in no split, is the last
     split = rows["split"].to_numpy()[order]
