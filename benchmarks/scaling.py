@@ -87,11 +87,12 @@ def measure(rows: int, items: int) -> dict[str, Any]:
         tables += ("--items", str(folder / "items.parquet"), "--label-column", "label")
         tables += ("--max-history", "35")
         penalties = ("--l2-factors", "8", "--l2-user-bias", "2", "--l2-item-bias", "2")
+        one_fit = ("--cross-fit", "snapshots", "--snapshots", "1")
         figures = {
             "prepare": run(*command, "prepare", "table", *tables, "--out", str(folder / "data")),
             "fit-cf": run(
                 *(*command, "fit-cf", "mf", "--data", str(folder / "data")),
-                *("--out", str(folder / "cf"), "--snapshots", "1", *penalties),
+                *("--out", str(folder / "cf"), *one_fit, *penalties),
             ),
             "pack": run(
                 *(sys.executable, __file__, "--pack", str(folder / "data")),

@@ -10,7 +10,7 @@ ccf-llm prepare ml-1m --out "$out/data"
 
 step "2/6 fit matrix factorization, with and without biases"
 ccf-llm fit-cf mf --data "$out/data" --out "$out/cf"
-ccf-llm fit-cf mf --data "$out/data" --out "$out/cf-nobias" --no-use-biases --snapshots 1
+ccf-llm fit-cf mf --data "$out/data" --out "$out/cf-nobias" --no-use-biases --folds 2
 
 step "3/6 train: LoRA on text, then the fusion"
 ccf-llm train examples/configs/demo.yaml \

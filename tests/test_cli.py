@@ -4,11 +4,13 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prepared_folder import make_rows, write_prepared
 
-from ccf_llm_hf import cli
+from ccf_llm_hf.cli import main as cli
+from ccf_llm_hf.cli.train import train_and_describe
 from ccf_llm_hf.errors import InputError
 
 
@@ -60,12 +62,12 @@ def test_help_shows_flags_and_the_example(capsys, name):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_the_example_parses(name):
-    _, arguments, _ = cli._parse(shlex.split(cli.COMMANDS[name].example)[1:])
+    _, arguments, _ = cli.parse(shlex.split(cli.COMMANDS[name].example)[1:])
     assert arguments.json is False
 
 
 def test_settings_come_from_the_config_dataclass(capsys):
-    from ccf_llm_hf.data.prepare import PrepareConfig
+    from ccf_llm_hf.data.config import PrepareConfig
 
     help_text = run(capsys, "prepare", "--help")[1]
     assert "--positive-threshold" in help_text
@@ -139,8 +141,6 @@ def test_other_exceptions_keep_their_traceback(monkeypatch):
 
 
 def test_train_passes_overrides_on_and_keeps_stdout_clean(capsys, monkeypatch, tmp_path):
-    from ccf_llm_hf.training import run as run_module
-
     seen = []
     result = {"checkpoint": str(tmp_path / "full"), "checkpoint_slim": str(tmp_path / "slim")}
 
@@ -149,7 +149,7 @@ def test_train_passes_overrides_on_and_keeps_stdout_clean(capsys, monkeypatch, t
         print("a library that prints")
         return result
 
-    monkeypatch.setattr(run_module, "run_recipe", fake)
+    monkeypatch.setattr("ccf_llm_hf.cli.train.train_and_describe", fake)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 1\n")
     for named in ([str(recipe)], ["--config", str(recipe)]):
@@ -159,6 +159,35 @@ def test_train_passes_overrides_on_and_keeps_stdout_clean(capsys, monkeypatch, t
         assert json.loads(out) == result
         assert "a library that prints" in err
         assert seen == ["--config", str(recipe), "--seed", "3"]
+
+
+@pytest.mark.parametrize("main_process", [True, False])
+def test_train_writes_card_then_example_of_each_checkpoint(monkeypatch, tmp_path, main_process):
+    steps = []
+    outcome = {"checkpoint": "full", "checkpoint_slim": "slim", "minutes": 1}
+    recipe = SimpleNamespace(data_dir="prepared", backbone=str(tmp_path), offline=True)
+
+    def note(step, result=None):
+        return lambda *given, **named: steps.append((step, *given, named)) or result
+
+    for name, stand_in in {
+        "accelerate.PartialState": lambda: SimpleNamespace(is_main_process=main_process),
+        "ccf_llm_hf.training.run.run_recipe": note("train", outcome),
+        "ccf_llm_hf.training.recipe.parse_recipe": lambda argv: recipe,
+        "ccf_llm_hf.inference.checkpoint.load_checkpoint": note("load", ("model", "processor")),
+        "ccf_llm_hf.hub.model_card.describe_run": note("describe"),
+        "ccf_llm_hf.hub.example.record_example": note("record"),
+    }.items():
+        monkeypatch.setattr(name, stand_in)
+    assert train_and_describe(["--config", "recipe.yaml"]) == outcome
+    described = [
+        ("load", "slim", {"backbone": str(tmp_path)}),
+        ("describe", "full", "prepared", {}),
+        ("record", "full", "model", "processor", {}),
+        ("describe", "slim", "prepared", {}),
+        ("record", "slim", "model", "processor", {}),
+    ]
+    assert steps == [("train", ["--config", "recipe.yaml"], {})] + described * main_process
 
 
 def test_prepare_prints_json_and_writes_the_folder(capsys, tmp_path):
@@ -171,25 +200,6 @@ def test_prepare_prints_json_and_writes_the_folder(capsys, tmp_path):
     document = json.loads(out)
     assert document["protocol"]["splits"]["train"]["rows"] == 48
     assert (tmp_path / "data" / "protocol.json").is_file()
-
-
-HELP = """
-import sys
-from ccf_llm_hf import cli
-for argv in (["--help"], ["prepare", "--help"], ["rank", "--help"], ["push", "--help"]):
-    try:
-        cli.main(argv)
-    except SystemExit as stop:
-        assert stop.code == 0
-print("HEAVY", {"numpy", "pandas", "pyarrow", "torch", "transformers"} & set(sys.modules))
-"""
-
-
-def test_help_imports_nothing_heavy(tmp_path):
-    script = tmp_path / "ccf-llm"  # by this name the package knows its command
-    script.write_text(HELP)
-    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    assert run.stdout.endswith("HEAVY set()\n")
 
 
 def test_module_runs_as_a_script():
@@ -205,7 +215,7 @@ def test_module_runs_as_a_script():
 
 @pytest.mark.parametrize("model", ["mf", "lightgcn", "sasrec"])
 def test_each_cf_model_has_its_own_settings(capsys, model):
-    from ccf_llm_hf.configs import CF_CONFIGS
+    from ccf_llm_hf.cf.config import CF_CONFIGS
 
     code, out, _ = run(capsys, "fit-cf", model, "--help")
     assert code == 0
@@ -215,7 +225,7 @@ def test_each_cf_model_has_its_own_settings(capsys, model):
     argv = ["--data", "d", "--out", "o", "--dim", "3"]
     before, after = ["--json", model, *argv], [model, *argv, "--json"]
     for words, wanted in ((before, True), (after, True), ([model, *argv], False)):
-        arguments = cli._parse(["fit-cf", *words])[1]
+        arguments = cli.parse(["fit-cf", *words])[1]
         assert (arguments.json, arguments.model, arguments.dim) == (wanted, model, 3)
 
 
@@ -223,7 +233,7 @@ def test_documented_fits_parse():
     text = (Path(__file__).parents[1] / "docs" / "cf.md").read_text(encoding="utf-8")
     commands = re.findall(r"`ccf-llm (fit-cf [^`.]+)`", text)
     fits = [shlex.split(command) for command in commands if "MODEL" not in command]
-    models = [cli._parse(words)[1].model for words in fits]
+    models = [cli.parse(words)[1].model for words in fits]
     assert models == ["mf", "lightgcn", "sasrec"]
 
 
@@ -242,7 +252,7 @@ def test_config_arguments_cover_the_field_types():
     from dataclasses import dataclass, field
     from typing import Literal
 
-    from ccf_llm_hf.cli_arguments import (
+    from ccf_llm_hf.cli.arguments import (
         CommandParser,
         add_config_arguments,
         config_from_arguments,

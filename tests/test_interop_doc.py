@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny import BuildModel
 
-from ccf_llm_hf import cli
+from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.data.asset_list import ASSETS
 from ccf_llm_hf.training.recipe import StageConfig, is_hub_repo
 

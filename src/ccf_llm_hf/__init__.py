@@ -4,10 +4,10 @@ Importing this package registers the Auto classes and a pipeline; it opens no fi
 The public names are imported at first use.
 """
 
-import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ccf_llm_hf import registration  # noqa: F401
 
 if TYPE_CHECKING:
     from ccf_llm_hf.cf.vectors import CFVectors
@@ -31,10 +31,5 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-
-# The command shows its help, and prepares data, without torch and transformers, which take seconds
-# to import; its commands that work with models register when they import what they need.
-if Path(*sys.argv[:1]).stem != "ccf-llm":
-    import_module("ccf_llm_hf.registration")
 
 __all__ = ["CCFLLMConfig", "CCFLLMForCTR", "CCFLLMProcessor", "CFVectors", "CTRRanker"]

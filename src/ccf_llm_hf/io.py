@@ -19,28 +19,73 @@ def write_file(path: str | Path, write: Callable[[Path], Any]) -> Path:
     """Let `write` make a file under a temporary name, then put it in the place of `path`.
 
     The folder is made if it is missing. The temporary name keeps the suffix, by which libraries
-    choose a format. Returns `path`.
+    choose a format. The file follows the umask, also where a library writes for the owner alone.
+    Returns `path`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
+    partial.unlink(missing_ok=True)
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         write(partial)
+        partial.chmod(mode)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
 
 
-def write_folder(folder: str | Path, write: Callable[[Path], Any]) -> Path:
-    """Let `write` fill a temporary folder, then put it in the place of `folder`."""
+def write_files(folder: str | Path, write: Callable[[Path], Any]) -> Path:
+    """Let `write` fill a temporary folder, then put its files into `folder`, beside what is there.
+
+    All are complete before the first is put in place. Returns `folder`.
+    """
     folder = Path(folder)
-    partial = folder.with_name(f".partial-{folder.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    return partial.rename(folder)
+    try:
+        _fill(partial, write)
+        for file in sorted(partial.iterdir()):
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def write_folder(folder: str | Path, write: Callable[[Path], Any]) -> Path:
+    """Let `write` fill a temporary folder, then put it in the place of `folder`.
+
+    A link stays a link; what it points to is replaced. Returns the folder.
+    """
+    folder = Path(folder).resolve()
+    partial, old = (folder.with_name(f".{kind}-{folder.name}") for kind in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    try:
+        _fill(partial, write)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _fill(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Make a folder and let `write` fill it; files follow the umask, as folders do."""
+    folder.mkdir(parents=True)
+    write(folder)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(folder.stat().st_mode & 0o666)
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -8,14 +8,23 @@ from prepared_folder import make_rows, write_prepared
 
 from ccf_llm_hf.cf import CFVectors, LightGCNConfig, fit_lightgcn
 from ccf_llm_hf.cf import lightgcn as lightgcn_module
-from ccf_llm_hf.cf.lightgcn import normalized_adjacency, propagated
+from ccf_llm_hf.cf.lightgcn import build_adjacency, propagate
 from ccf_llm_hf.cf.snapshots import Snapshot
 from ccf_llm_hf.cf.solver import Rows
-from ccf_llm_hf.cf.training_data import fold_plan, load_training_data, time_plan
+from ccf_llm_hf.cf.training_data import load_training_data, plan_folds, plan_snapshots
+from ccf_llm_hf.data import read_rows
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.evaluation import auc, read_rows
+from ccf_llm_hf.evaluation import auc
 
-CONFIG = LightGCNConfig(dim=8, layers=2, l2=1.0, learning_rate=0.03, max_steps=60, snapshots=3)
+CONFIG = LightGCNConfig(
+    dim=8,
+    layers=2,
+    l2=1.0,
+    learning_rate=0.03,
+    max_steps=60,
+    cross_fit="snapshots",
+    snapshots=3,
+)
 CHOSEN = lightgcn_module._Chosen(layers=2, l2=1.0, learning_rate=0.03, steps=20)
 
 
@@ -36,7 +45,7 @@ class Bar:
 def fit_tables(folder: Path, folds: int = 0) -> list[Snapshot]:
     """Tables by settings that do not depend on the labels."""
     data = load_training_data(folder)
-    plan = fold_plan(data, folds, 8) if folds else time_plan(data, 3, 8)
+    plan = plan_folds(data, folds, 8) if folds else plan_snapshots(data, 3, 8)
     return lightgcn_module._fit_tables(data, CONFIG, CHOSEN, plan, Bar())
 
 
@@ -48,7 +57,7 @@ def rows() -> Rows:
 
 
 def test_propagation_is_the_papers_on_likes_alone(rows: Rows) -> None:
-    adjacency = normalized_adjacency(rows, 3, 2)
+    adjacency = build_adjacency(rows, 3, 2)
     root = 2**-0.5
     expected = torch.zeros(5, 5)
     expected[0, 3] = expected[3, 0] = root  # degrees 2 and 1
@@ -57,7 +66,7 @@ def test_propagation_is_the_papers_on_likes_alone(rows: Rows) -> None:
     torch.testing.assert_close(adjacency.to_dense(), expected)
     vectors = torch.randn(5, 4)
     by_hand = (vectors + expected @ vectors + expected @ expected @ vectors) / 3
-    torch.testing.assert_close(propagated(vectors, adjacency, 2), by_hand)
+    torch.testing.assert_close(propagate(vectors, adjacency, 2), by_hand)
 
 
 def test_the_gradient_is_that_of_the_log_loss(
@@ -107,7 +116,7 @@ def test_the_unknown_stand_at_the_mean_and_the_first_snapshot_knows_nobody(
 
 def test_a_snapshot_never_sees_its_own_rows(folder: Path, tmp_path: Path) -> None:
     before, rows = fit_tables(folder), make_rows()
-    times = time_plan(load_training_data(folder), 3, 8).times
+    times = plan_snapshots(load_training_data(folder), 3, 8).times
     later = rows["timestamp"] >= int(times[2])
     changed = rows.assign(label=np.where(later, 1 - rows["label"], rows["label"]))
     after = fit_tables(write_prepared(tmp_path, changed))
@@ -120,7 +129,7 @@ def test_a_snapshot_never_sees_its_own_rows(folder: Path, tmp_path: Path) -> Non
 
 def test_a_fold_never_sees_its_own_rows(folder: Path, tmp_path: Path) -> None:
     before, rows, data = fit_tables(folder, folds=3), make_rows(), load_training_data(folder)
-    plan = fold_plan(data, 3, 8)
+    plan = plan_folds(data, 3, 8)
     mine = (plan.sees == 1).nonzero().flatten()
     ids = data.users.to_numpy(), data.items["item_id"].to_numpy()
     pairs = set(zip(ids[0][data.train.users[mine]], ids[1][data.train.items[mine]], strict=True))
@@ -134,10 +143,10 @@ def test_a_fold_never_sees_its_own_rows(folder: Path, tmp_path: Path) -> None:
 
 def test_settings_are_chosen_on_validation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lightgcn_module, "L2_GRID", (1000.0, 1.0))
-    config = LightGCNConfig(dim=8, layers=1, learning_rate=0.03, max_steps=40, snapshots=1)
+    config = LightGCNConfig(dim=8, layers=1, learning_rate=0.03, max_steps=40, folds=2)
     fitted = fit_lightgcn(folder, config)
     assert fitted.metadata["l2"] == "1"
-    assert fitted.num_snapshots == 2
+    assert fitted.num_snapshots == 3
     again = fit_lightgcn(folder, config)
     assert torch.equal(again.user_vectors, fitted.user_vectors)
 

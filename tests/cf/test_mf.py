@@ -9,17 +9,19 @@ import torch
 from prepared_folder import make_rows, write_prepared
 from torch import Tensor
 
-from ccf_llm_hf.cf import CFVectors, LightGCNConfig, MFConfig, fit_cf, fit_mf, load_scores
+from ccf_llm_hf.cf import CFVectors, LightGCNConfig, MFConfig, fit_cf, fit_mf, score_cf
 from ccf_llm_hf.cf import mf as mf_module
 from ccf_llm_hf.cf import solver as solver_module
 from ccf_llm_hf.cf.folds import fold_of
-from ccf_llm_hf.cf.solver import Penalties, Rows, initial_parameters, solve
+from ccf_llm_hf.cf.solver import Penalties, Rows, draw_parameters, solve
 from ccf_llm_hf.cf.training_data import load_training_data
+from ccf_llm_hf.data import read_rows
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.evaluation import auc, read_rows
+from ccf_llm_hf.evaluation import auc, read_scores
 
 FIXED = {"l2_factors": 2.0, "l2_user_bias": 1.0, "l2_item_bias": 1.0}
-CONFIG = MFConfig(dim=4, snapshots=6, **FIXED)
+CONFIG = MFConfig(dim=4, cross_fit="snapshots", snapshots=6, **FIXED)
+FOLDS = MFConfig(dim=4, folds=4, **FIXED)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +69,9 @@ def test_snapshot_zero_knows_nothing_and_the_last_all(fitted: CFVectors, folder:
     assert fitted.snapshot_for(times).max() == fitted.num_snapshots - 2
 
 
-@pytest.mark.parametrize("cross_fit", ["snapshots", "folds"])
-def test_the_bar_ends_full(folder: Path, cross_fit: str, capsys: pytest.CaptureFixture) -> None:
-    fit_mf(folder, replace(CONFIG, cross_fit=cross_fit))
+@pytest.mark.parametrize("config", [CONFIG, FOLDS], ids=lambda config: config.cross_fit)
+def test_the_bar_ends_full(folder: Path, config: MFConfig, capsys: pytest.CaptureFixture) -> None:
+    fit_mf(folder, config)
     done, fits = re.findall(r"(\d+)/(\d+) ", capsys.readouterr().err)[-1]
     assert done == fits
 
@@ -109,7 +111,7 @@ def test_the_same_seed_gives_the_same_bits(fitted: CFVectors, folder: Path) -> N
 
 
 def test_without_biases_it_is_a_plain_dot_product(folder: Path) -> None:
-    plain = fit_mf(folder, MFConfig(dim=4, snapshots=2, use_biases=False, l2_factors=0.5))
+    plain = fit_mf(folder, MFConfig(dim=4, folds=2, use_biases=False, l2_factors=0.5))
     assert plain.model_name == "mf_nobias"
     assert plain.dim == 4
     assert not plain.offset.any()
@@ -121,7 +123,7 @@ def test_strengths_are_chosen_on_validation(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("ccf_llm_hf.cf.mf.USER_BIAS_GRID", (1.0, 1e4))
     monkeypatch.setattr("ccf_llm_hf.cf.mf.ITEM_BIAS_GRID", (1e4, 1.0))
     monkeypatch.setattr("ccf_llm_hf.cf.mf.FACTOR_GRID", (0.01, 50.0))
-    chosen = fit_mf(folder, MFConfig(dim=4, snapshots=1)).metadata
+    chosen = fit_mf(folder, MFConfig(dim=4, folds=2)).metadata
     # The labels follow biases alone: strong penalties on them lose, and so do free factors.
     assert (chosen["l2_user_bias"], chosen["l2_item_bias"]) == ("1", "1")
     assert (chosen["l2_factors"], chosen["live_factors"]) == ("50", "0")
@@ -131,7 +133,7 @@ def test_the_solution_is_the_optimum_of_the_objective() -> None:
     # One user, one item, biases only: the optimum solves a one-dimensional equation.
     labels = torch.tensor([1.0] * 30 + [0.0] * 10)
     rows = Rows(torch.zeros(40, dtype=torch.long), torch.zeros(40, dtype=torch.long), labels)
-    start = initial_parameters(2, 2, 0, 0)
+    start = draw_parameters(2, 2, 0, 0)
     fit = solve(rows, Penalties(1, 5, 5), start, iterations=100)
     # b carries no penalty, so nothing is left for the biases.
     assert abs(float(fit.offset) - np.log(3)) < 1e-2
@@ -160,11 +162,11 @@ def test_fit_cf_writes_a_folder_that_scores_a_split(
 ) -> None:
     fit_cf("mf", folder, tmp_path / "cf", CONFIG)
     assert "validation_auc: 0." in capsys.readouterr().out
-    scores = load_scores(tmp_path / "cf", folder, "test")
+    scores = score_cf(tmp_path / "cf", folder, "test")
     assert len(scores) == len(read_rows(folder, "test"))
     assert auc(scores["label"], scores["score"]) > 0.65
     scores.to_parquet(tmp_path / "scores.parquet")
-    pd.testing.assert_frame_equal(load_scores(tmp_path / "scores.parquet", folder), scores)
+    pd.testing.assert_frame_equal(read_scores(tmp_path / "scores.parquet"), scores)
 
 
 def test_bad_input_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -178,6 +180,10 @@ def test_bad_input_is_refused(folder: Path, tmp_path: Path) -> None:
         MFConfig(cross_fit="user")
     with pytest.raises(InputError, match="folds=1"):
         MFConfig(folds=1)
+    with pytest.raises(InputError, match="snapshots=4 has no meaning with cross_fit=folds"):
+        MFConfig(snapshots=4)
+    with pytest.raises(InputError, match="folds=3 has no meaning with cross_fit=snapshots"):
+        MFConfig(cross_fit="snapshots", folds=3)
     with pytest.raises(InputError, match="LightGCNConfig does not configure mf"):
         fit_cf("mf", folder, tmp_path / "cf", LightGCNConfig())
     with pytest.raises(InputError, match="not a prepared folder"):
@@ -200,13 +206,13 @@ def test_many_rows_are_tuned_on_some_users(folder: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def folded(folder: Path) -> CFVectors:
-    return fit_mf(folder, MFConfig(dim=4, cross_fit="folds", folds=4, **FIXED))
+    return fit_mf(folder, FOLDS)
 
 
-def training_logits(embeddings: CFVectors, train: pd.DataFrame) -> np.ndarray:
+def training_logits(vectors: CFVectors, train: pd.DataFrame) -> np.ndarray:
     columns = [train[name].to_numpy() for name in ("user_id", "item_id", "timestamp")]
-    snapshots = embeddings.training_snapshots(*columns)
-    return embeddings.score(train, snapshots)["score"].to_numpy()
+    snapshots = vectors.training_snapshots(*columns)
+    return vectors.score(train, snapshots)["score"].to_numpy()
 
 
 def test_a_fold_never_sees_its_own_rows(folded: CFVectors, folder: Path, tmp_path: Path) -> None:
@@ -214,8 +220,7 @@ def test_a_fold_never_sees_its_own_rows(folded: CFVectors, folder: Path, tmp_pat
     assert folded.num_snapshots == 5
     fold = fold_of(rows["user_id"], rows["item_id"], 4)
     changed = rows.assign(label=np.where(fold == 2, 1 - rows["label"], rows["label"]))
-    config = MFConfig(dim=4, cross_fit="folds", folds=4, **FIXED)
-    after = fit_mf(write_prepared(tmp_path, changed), config)
+    after = fit_mf(write_prepared(tmp_path, changed), FOLDS)
     mine = fold_of(train["user_id"], train["item_id"], 4) == 2
     before, flipped = (training_logits(found, train)[mine] for found in (folded, after))
     # The rotation onto the fit on all rows knows them, but it moves no logit.
@@ -229,7 +234,7 @@ def test_folds_stay_aligned_with_the_fit_on_all_rows(tmp_path: Path) -> None:
     users, items = (rows[name].str[1:].astype(int) for name in ("user_id", "item_id"))
     rows["label"] = np.sin(users * 1.7) * np.sin(items * 2.3) > 0.5 * np.cos(users) * np.cos(items)
     folder = write_prepared(tmp_path, rows.astype({"label": int}))
-    config = MFConfig(dim=4, use_biases=False, l2_factors=0.5, cross_fit="folds", folds=4)
+    config = MFConfig(dim=4, use_biases=False, l2_factors=0.5, folds=4)
     folded = fit_mf(folder, config)
     vectors = folded.item_vectors[:, folded.item_known[-1]]
     for table in vectors[:-1]:
@@ -242,14 +247,14 @@ def test_folds_look_held_out_and_all_rows_do_not(folded: CFVectors, folder: Path
     assert folded.metadata["cross_fit_train_auc"] == f"{out_of_fold:.4f}"
     assert 0.65 < out_of_fold < float(folded.metadata["in_sample_train_auc"]) - 0.01
     assert (folded.snapshot_times == train["timestamp"].max() + 1).all()
-    whole = fit_mf(folder, MFConfig(dim=4, snapshots=1, **FIXED))
+    whole = fit_mf(folder, replace(CONFIG, snapshots=1))
     np.testing.assert_allclose(folded.score(train)["score"], whole.score(train)["score"], atol=0.05)
 
 
 def test_random_labels_teach_nothing_out_of_fold(tmp_path: Path) -> None:
     rows = make_rows()
     rows["label"] = np.random.default_rng(1).integers(0, 2, len(rows))
-    config = MFConfig(dim=4, cross_fit="folds", l2_factors=0.3, l2_user_bias=1.0, l2_item_bias=1.0)
+    config = MFConfig(dim=4, l2_factors=0.3, l2_user_bias=1.0, l2_item_bias=1.0)
     facts = fit_mf(write_prepared(tmp_path, rows), config).metadata
     assert float(facts["cross_fit_train_auc"]) < 0.53
     assert float(facts["in_sample_train_auc"]) > 0.7

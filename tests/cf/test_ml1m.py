@@ -13,8 +13,8 @@ from ccf_llm_hf.cf import (
     fit_mf,
     fit_sasrec,
 )
-from ccf_llm_hf.data import PrepareConfig, prepare
-from ccf_llm_hf.evaluation import evaluate_scores, read_rows
+from ccf_llm_hf.data import PrepareConfig, prepare, read_rows
+from ccf_llm_hf.evaluation import evaluate_scores
 
 pytestmark = pytest.mark.slow
 
@@ -26,8 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_mf_with_biases_passes_the_item_and_user_means(folder: Path) -> None:
-    embeddings = fit_mf(folder)
-    scores = embeddings.score(read_rows(folder, "test"))
+    vectors = fit_mf(folder, MFConfig(cross_fit="snapshots"))
+    scores = vectors.score(read_rows(folder, "test"))
     report = evaluate_scores(scores, folder, name="mf", resamples=100)
     methods = report["methods"]
     controls = [methods[name] for name in ("item mean", "item + user mean")]
@@ -36,13 +36,13 @@ def test_mf_with_biases_passes_the_item_and_user_means(folder: Path) -> None:
     assert methods["mf"]["auc"] > methods["item + user mean"]["auc"]
     assert methods["mf"]["uauc_users"] == 224
     # In-sample vectors would rank training rows near .9; these must look like held-out ones.
-    assert 0.65 < float(embeddings.metadata["cross_fit_train_auc"]) < 0.76
+    assert 0.65 < float(vectors.metadata["cross_fit_train_auc"]) < 0.76
 
 
 def test_bias_free_mf_matches_the_published_baseline(folder: Path) -> None:
-    embeddings = fit_mf(folder, MFConfig(use_biases=False, snapshots=1))
-    assert torch.count_nonzero(embeddings.offset) == 0
-    scores = embeddings.score(read_rows(folder, "test"))
+    vectors = fit_mf(folder, MFConfig(use_biases=False))
+    assert torch.count_nonzero(vectors.offset) == 0
+    scores = vectors.score(read_rows(folder, "test"))
     report = evaluate_scores(scores, folder, resamples=100)
     # Published: AUC .648, UAUC .636; the standard error of UAUC is about .017.
     assert report["methods"]["model"]["auc"] == pytest.approx(0.648, abs=0.015)
@@ -51,19 +51,19 @@ def test_bias_free_mf_matches_the_published_baseline(folder: Path) -> None:
 
 def test_lightgcn_and_sasrec_reach_their_validation_floors(folder: Path) -> None:
     # By the settings that their grids choose, so that a run takes seconds.
-    gcn = LightGCNConfig(layers=2, l2=2.0, learning_rate=0.03)
+    gcn = LightGCNConfig(cross_fit="snapshots", layers=2, l2=2.0, learning_rate=0.03)
     found = fit_lightgcn(folder, gcn).metadata
     assert float(found["validation_auc"]) > 0.69
     assert float(found["validation_uauc"]) > 0.65
     assert 0.60 < float(found["cross_fit_train_auc"]) < 0.72
     sasrec = SASRecConfig(l2=1e-3, dropout=0.2, item_bias=True)
-    found = fit_sasrec(folder, sasrec).embeddings.metadata
+    found = fit_sasrec(folder, sasrec).vectors.metadata
     assert float(found["validation_auc"]) > 0.68
     assert float(found["validation_uauc"]) > 0.66
     assert 0.60 < float(found["cross_fit_train_auc"]) < 0.72
 
 
 def test_folds_look_held_out(folder: Path) -> None:
-    found = fit_mf(folder, MFConfig(cross_fit="folds")).metadata
+    found = fit_mf(folder, MFConfig()).metadata
     out_of_fold = float(found["cross_fit_train_auc"])
     assert 0.74 < out_of_fold < 0.80 < float(found["in_sample_train_auc"])

@@ -5,13 +5,14 @@ import pytest
 import torch
 from prepared_folder import make_rows, write_prepared
 
-from ccf_llm_hf.cf import SASRecConfig, SASRecFit, fit_cf, fit_sasrec, load_scores, score_sasrec
+from ccf_llm_hf.cf import SASRecConfig, SASRecFit, fit_cf, fit_sasrec, score_cf, score_sasrec
 from ccf_llm_hf.cf import sasrec as sasrec_module
 from ccf_llm_hf.cf.sasrec_encoder import ENCODER_FILE, SASRecEncoder
-from ccf_llm_hf.cf.training_data import load_training_data, time_plan
+from ccf_llm_hf.cf.training_data import load_training_data, plan_snapshots
+from ccf_llm_hf.data import read_rows
+from ccf_llm_hf.data.prepared import read_history_column
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.evaluation import auc, read_rows
-from ccf_llm_hf.evaluation.rows import read_history_column
+from ccf_llm_hf.evaluation import auc
 
 SETTINGS = {"dim": 8, "blocks": 1, "max_history": 6, "learning_rate": 0.01, "snapshots": 3}
 CONFIG = SASRecConfig(**SETTINGS, dropout=0.1, l2=1e-4, item_bias=True, max_epochs=12)
@@ -77,7 +78,7 @@ def test_training_reads_the_rows_own_histories(folder: Path, encoder: SASRecEnco
 
 
 def test_the_table_holds_the_states_of_each_time(fitted: SASRecFit, folder: Path) -> None:
-    table, encoder = fitted.embeddings, fitted.encoder
+    table, encoder = fitted.vectors, fitted.encoder
     assert table.num_snapshots == 4
     assert not table.user_known[0].any()
     train = read_rows(folder, "train").sort_values("timestamp", kind="stable")
@@ -101,12 +102,12 @@ def test_a_snapshot_never_sees_its_own_rows(folder: Path, tmp_path: Path) -> Non
     def tables(prepared: Path) -> list:
         data = load_training_data(prepared)
         histories = sasrec_module.read_histories(prepared, "validation", data.items["item_id"], 6)
-        plan = time_plan(data, 3, 9)
+        plan = plan_snapshots(data, 3, 9)
         bar = type("Bar", (), {"update": lambda self: None})()
         return sasrec_module._fit(data, histories, CONFIG, chosen, plan, bar).snapshots
 
     before, rows = tables(folder), make_rows()
-    later = rows["timestamp"] >= int(time_plan(load_training_data(folder), 3, 9).times[2])
+    later = rows["timestamp"] >= int(plan_snapshots(load_training_data(folder), 3, 9).times[2])
     changed = rows.assign(label=np.where(later, 1 - rows["label"], rows["label"]))
     after = tables(write_prepared(tmp_path, changed))
     for name in ("user_vectors", "item_vectors", "default_user", "offset"):
@@ -121,7 +122,7 @@ def test_scores_follow_each_rows_own_history(
     fitted.save(tmp_path)
     scores, rows = score_sasrec(tmp_path, folder, "test"), read_rows(folder, "test")
     assert list(scores.columns) == ["user_id", "item_id", "label", "score", "prob"]
-    table, encoder = fitted.embeddings, fitted.encoder
+    table, encoder = fitted.vectors, fitted.encoder
     place = {item: row for row, item in enumerate(table.item_ids)}
     histories = read_history_column(folder, "test")
     for row in (0, 50, len(rows) - 1):
@@ -132,7 +133,7 @@ def test_scores_follow_each_rows_own_history(
         assert scores["score"][row] == pytest.approx(logit, abs=1e-5)
     # The table's states end with train, so they differ.
     assert (table.score(rows)["score"] - scores["score"]).abs().max() > 0.01
-    compared = load_scores(tmp_path, folder, "test")
+    compared = score_cf(tmp_path, folder, "test")
     np.testing.assert_array_equal(compared["score"], scores["score"])
     validation = score_sasrec(tmp_path, folder, "validation")
     found = auc(validation["label"], validation["score"])
@@ -153,18 +154,18 @@ def test_the_encoder_must_be_that_of_the_table(
         score_sasrec(tmp_path, folder)
     (tmp_path / ENCODER_FILE).unlink()
     with pytest.raises(InputError, match=r"sasrec\.safetensors is missing or no"):
-        load_scores(tmp_path, folder)
-    assert not list(tmp_path.glob("*.partial"))
+        score_cf(tmp_path, folder)
+    assert not list(tmp_path.glob("*partial*"))
 
 
 def test_another_model_in_the_folder_is_scored_by_its_table(
     fitted: SASRecFit, folder: Path, tmp_path: Path
 ) -> None:
     fitted.save(tmp_path)
-    table = fitted.embeddings.last()
+    table = fitted.vectors.last()
     table.model_name = "mf"
     table.save(tmp_path)
-    scores = load_scores(tmp_path, folder)
+    scores = score_cf(tmp_path, folder)
     np.testing.assert_array_equal(scores["score"], table.score(read_rows(folder, "test"))["score"])
 
 
@@ -180,7 +181,7 @@ def test_settings_are_chosen_and_the_callers_generator_is_left_alone(
     assert fitted.dim == 8 + (fitted.metadata["item_bias"] == "true")
     assert "validation_auc: 0." in capsys.readouterr().out
     again = fit_sasrec(folder, config)
-    assert torch.equal(again.embeddings.user_vectors, fitted.user_vectors)
+    assert torch.equal(again.vectors.user_vectors, fitted.user_vectors)
 
 
 def test_bad_settings_are_refused() -> None:

@@ -47,12 +47,12 @@ def test_a_failure_leaves_the_earlier_folder(
         rename = Path.rename
 
         def fail(self: Path, target: Path) -> Path:
-            if self.name == "new":
+            if self.name == ".partial-out":
                 raise OSError("no space")
             return rename(self, target)
 
         monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises((RuntimeError, OSError)):
+    with pytest.raises((RuntimeError, InputError), match=r"disk full|no space"):
         prepare(config)
     assert (out / "protocol.json").read_text() == before
     assert entries(tmp_path) == {"raw", "out"}

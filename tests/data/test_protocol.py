@@ -10,8 +10,8 @@ from ccf_llm_hf.data.protocol import (
     Samples,
     TimeSplit,
     build_samples,
-    ratio_split,
-    split_statistics,
+    describe_splits,
+    split_by_ratio,
 )
 from ccf_llm_hf.errors import InputError
 
@@ -122,17 +122,17 @@ def test_time_split_boundaries_belong_to_the_later_part() -> None:
 
 def test_ratio_split_keeps_equal_times_together() -> None:
     times = np.array([1, 2, 3, 4, 5, 6, 7, 8, 8, 8])
-    split = ratio_split(times, [0.7, 0.2, 0.1])
+    split = split_by_ratio(times, [0.7, 0.2, 0.1])
     # Row 9 would start test, but it is equal in time to rows 7 and 8.
     assert (split.valid_start, split.test_start) == (8, 8)
-    split = ratio_split(np.arange(100)[::-1], [0.8, 0.1, 0.1])
+    split = split_by_ratio(np.arange(100)[::-1], [0.8, 0.1, 0.1])
     assert (split.valid_start, split.test_start) == (80, 90)
 
 
 @pytest.mark.parametrize("ratios", [[0.5, 0.5], [0.8, 0.1, 0.2], [1.0, 0.0, 0.0], []])
 def test_bad_ratios(ratios: list[float]) -> None:
     with pytest.raises(InputError, match="--ratios must be three positive numbers"):
-        ratio_split(np.arange(10), ratios)
+        split_by_ratio(np.arange(10), ratios)
 
 
 def test_statistics() -> None:
@@ -143,7 +143,7 @@ def test_statistics() -> None:
         ("w", "c", 12, 0),
         ("u", "a", 21, 1),
     ]
-    statistics = split_statistics(build_samples(frame(rows, TimeSplit(10, 20))))
+    statistics = describe_splits(build_samples(frame(rows, TimeSplit(10, 20))))
     assert statistics["validation"] == {
         "rows": 2,
         "users": 2,
@@ -156,7 +156,7 @@ def test_statistics() -> None:
         "last_timestamp": 12,
     }
     with pytest.raises(InputError, match="the test split has no rows"):
-        split_statistics(build_samples(frame(rows, TimeSplit(10, 30))))
+        describe_splits(build_samples(frame(rows, TimeSplit(10, 30))))
 
 
 def test_signed_histories_hold_all_that_lies_strictly_earlier_with_its_label() -> None:

@@ -26,7 +26,7 @@ def gemma() -> Path:
 def ratings(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreparedData, CFVectors]:
     folder = tmp_path_factory.mktemp("ml1m")
     prepare(PrepareConfig(source="ml-1m", out=str(folder)), summary=False)
-    return load_prepared(folder), fit_mf(folder, MFConfig(snapshots=1))
+    return load_prepared(folder), fit_mf(folder, MFConfig(folds=2))
 
 
 def test_the_converted_model_speaks(gemma: Path) -> None:

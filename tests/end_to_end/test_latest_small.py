@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ccf_llm_hf.cli import main
+from ccf_llm_hf.cli.main import main
 from ccf_llm_hf.data import load_prepared
 from ccf_llm_hf.training.run import run_recipe
 
@@ -48,7 +48,9 @@ def test_fit_and_a_few_steps_of_training(
 ) -> None:
     strengths = ["--l2-factors", "7", "--l2-user-bias", "1", "--l2-item-bias", "2"]
     command = ["fit-cf", "mf", "--data", str(folder / "data"), "--out", str(folder / "cf")]
-    assert main([*command, *strengths, "--snapshots", "4", "--json"]) == 0
+    assert (
+        main([*command, *strengths, "--cross-fit", "snapshots", "--snapshots", "4", "--json"]) == 0
+    )
     fitted = json.loads(capsys.readouterr().out)
     assert 0.6 < float(fitted["validation_auc"]) < 0.9
     assert 0.55 < float(fitted["validation_uauc"]) < 0.9

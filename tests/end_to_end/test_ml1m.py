@@ -38,7 +38,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ml1m")
     prepare(PrepareConfig(source="ml-1m", out=str(folder / "data")), summary=False)
     strengths = {"l2_factors": 8.0, "l2_user_bias": 2.0, "l2_item_bias": 0.25}
-    fit_mf(folder / "data", MFConfig(snapshots=4, **strengths)).save(folder / "cf")
+    fit_mf(folder / "data", MFConfig(cross_fit="snapshots", snapshots=4, **strengths)).save(
+        folder / "cf"
+    )
     shared = {"labels_per_step": 32, "eval_max_labels": 60}
     recipe = {
         "data_dir": str(folder / "data"),

@@ -6,13 +6,13 @@ import pandas as pd
 import pytest
 from prepared_folder import make_rows, write_prepared
 
+from ccf_llm_hf.data import read_rows
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import (
     auc,
     evaluate_scores,
     format_report,
     item_user_mean,
-    read_rows,
     read_scores,
     uauc,
 )

@@ -54,7 +54,7 @@ def connect(self, address):
         raise OSError(f"no network in tests: {address}")
     return real(self, address)
 socket.socket.connect = connect
-from ccf_llm_hf.cli import main
+from ccf_llm_hf.cli.main import main
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
 

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from raw_data import small_raw, write_raw
 from tiny import BuildModel
 
-from ccf_llm_hf import cli
+from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.data import PrepareConfig, prepare
 from ccf_llm_hf.hub.push_dataset import push_dataset
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CODE_FILES
@@ -70,5 +70,5 @@ def test_the_commands_of_the_document_exist() -> None:
     commands = re.findall(r"^    ccf-llm (.+?)(?:  +#.*)?$", text, re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
-        _, arguments, rest = cli._parse(command.split())
+        _, arguments, rest = cli.parse(command.split())
         assert not rest and arguments.repo.startswith("acme/")

@@ -10,7 +10,7 @@ import torch
 from tiny import BACKBONES, BuildModel
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
-from ccf_llm_hf import cli
+from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.merge import merge_checkpoint
 from ccf_llm_hf.hub.model_card import write_model_card

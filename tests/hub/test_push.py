@@ -10,7 +10,7 @@ import pytest
 from hub.loopback import Fault, LoopbackHub
 from hub.pushing import REPO, Save, contents
 
-from ccf_llm_hf import cli
+from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub import staging
 from ccf_llm_hf.hub.push import publish

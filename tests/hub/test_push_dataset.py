@@ -13,7 +13,7 @@ from hub.loopback import Fault, LoopbackHub
 from huggingface_hub import DatasetCard
 from raw_data import Raw, small_raw, write_raw
 
-from ccf_llm_hf import cli
+from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.data import PrepareConfig, interactions, load_prepared, prepare
 from ccf_llm_hf.data.asset_list import MOVIELENS_LICENSE
 from ccf_llm_hf.errors import InputError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ccf_llm_hf import cli
+from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub import serve
 from ccf_llm_hf.inference import checkpoint

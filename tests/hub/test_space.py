@@ -9,7 +9,7 @@ from hub.loopback import Fault, LoopbackHub
 from huggingface_hub import HfApi, SpaceCard, constants
 from packaging.requirements import Requirement
 
-from ccf_llm_hf import cli
+from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.hub.space import SPACE, push_space, write_space
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ccf_llm_hf import cli
+from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.data import load_prepared
+from ccf_llm_hf.data.history import stored_history
 from ccf_llm_hf.evaluation import auc
-from ccf_llm_hf.inference.history import stored_history
 
 
 def test_rank_and_explain_print_text_and_json(capsys, checkpoint):

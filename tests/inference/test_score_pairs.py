@@ -7,9 +7,9 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
-from ccf_llm_hf.cli import main
+from ccf_llm_hf.cli.main import main
+from ccf_llm_hf.data.history import stored_histories, stored_history
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.inference.history import stored_histories, stored_history
 from ccf_llm_hf.inference.ranker import CTRRanker
 from ccf_llm_hf.inference.score_pairs import PairScorer, checkpoint_identity
 

@@ -1,12 +1,15 @@
-"""Fit one of the CF models by name, write it and say what was chosen."""
+"""The CF models by name: fit one and write it, score with what was written."""
 
 from pathlib import Path
 
+import pandas as pd
+
+from ccf_llm_hf.cf.config import CF_CONFIGS, CFConfig, LightGCNConfig, MFConfig
 from ccf_llm_hf.cf.lightgcn import fit_lightgcn
 from ccf_llm_hf.cf.mf import fit_mf
-from ccf_llm_hf.cf.sasrec import fit_sasrec
+from ccf_llm_hf.cf.sasrec import fit_sasrec, score_sasrec
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.configs import CF_CONFIGS, CFConfig, LightGCNConfig, MFConfig
+from ccf_llm_hf.data.prepared import read_rows
 from ccf_llm_hf.errors import InputError
 
 
@@ -34,15 +37,36 @@ def fit_cf(
             f"{type(config).__name__} does not configure {kind}: give {CF_CONFIGS[kind].__name__}"
         )
     if isinstance(config, MFConfig):
-        embeddings = fit_mf(data_dir, config)
-        embeddings.save(out)
+        vectors = fit_mf(data_dir, config)
+        vectors.save(out)
     elif isinstance(config, LightGCNConfig):
-        embeddings = fit_lightgcn(data_dir, config)
-        embeddings.save(out)
+        vectors = fit_lightgcn(data_dir, config)
+        vectors.save(out)
     else:
         fit = fit_sasrec(data_dir, config)
         fit.save(out)
-        embeddings = fit.embeddings
-    facts = {key: value for key, value in embeddings.metadata.items() if key != "user_precision"}
+        vectors = fit.vectors
+    facts = {key: value for key, value in vectors.metadata.items() if key != "user_precision"}
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
-    return embeddings
+    return vectors
+
+
+def score_cf(folder: str | Path, data_dir: str | Path, split: str = "test") -> pd.DataFrame:
+    """Scores of a split by a CF model alone, as a comparison shows them.
+
+    Args:
+        folder: of `CFVectors`. Its last snapshot scores; SASRec reads each row's own history.
+        data_dir: folder written by `ccf-llm prepare`.
+        split: train, validation or test.
+
+    Returns:
+        Columns user_id, item_id, label, score (logit) and prob (sigmoid), float64, in the split's
+        order.
+
+    Raises:
+        InputError: either folder is not what it should be, or damaged.
+    """
+    vectors = CFVectors.load(folder)
+    if vectors.model_name == "sasrec":
+        return score_sasrec(folder, data_dir, split)
+    return vectors.score(read_rows(data_dir, split))

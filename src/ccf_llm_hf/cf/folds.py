@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+# 2^64 over the golden ratio, an odd number (Fibonacci hashing, Knuth): what the two ids' hashes are
+# added with, so that a pair and its reverse differ. The high bits are mixed best.
 USER_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 HIGH_BITS = np.uint64(33)
 

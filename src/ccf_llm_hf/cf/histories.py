@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ccf_llm_hf.cf.sasrec_encoder import SASRecEncoder
-from ccf_llm_hf.evaluation.rows import read_history_column
+from ccf_llm_hf.data.prepared import read_history_column
 
 
 @dataclass

@@ -1,37 +1,37 @@
-"""LightGCN: vectors spread over the graph of liked items, tuned on validation, in snapshots."""
+"""LightGCN: vectors spread over the graph of liked items, tuned on validation, cross-fit."""
 
 import itertools
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ccf_llm_hf.cf.config import LightGCNConfig
 from ccf_llm_hf.cf.early_stopping import EarlyStopping
-from ccf_llm_hf.cf.snapshots import Snapshot, facts_of_fit, logits_not_fitted_on, stacked
-from ccf_llm_hf.cf.solver import Rows, threads_for
+from ccf_llm_hf.cf.snapshots import Snapshot, describe_fit, score_cross_fit, stack_snapshots
+from ccf_llm_hf.cf.solver import Rows, limit_threads
 from ccf_llm_hf.cf.training_data import (
     Plan,
     TrainingData,
-    fold_plan,
     load_training_data,
-    seen,
-    time_plan,
+    mark_seen,
+    plan_folds,
+    plan_snapshots,
 )
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.configs import LightGCNConfig
 from ccf_llm_hf.evaluation.metrics import auc
 
-LAYER_GRID = (1, 2, 3)
+LAYER_GRID = (1, 2, 3)  # the paper tries 1 to 4
+# Our choice, for the sum of the log loss: not comparable with the L2 of a BPR loss.
 L2_GRID = (0.5, 1.0, 2.0, 3.0, 4.0)
-LEARNING_RATE_GRID = (0.01, 0.03)
-INITIAL_SCALE = 0.1
-EVALUATE_EVERY = 5
-PATIENCE = 40
+LEARNING_RATE_GRID = (0.01, 0.03)  # our choice
+INITIAL_SCALE = 0.1  # as in the authors' PyTorch code
+EVALUATE_EVERY = 5  # steps; our choice
+PATIENCE = 40  # steps; our choice
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ def fit_lightgcn(data_dir: str | Path, config: LightGCNConfig | None = None) -> 
     the graph of the positive training rows make of it. As with the CTR peers of CoLLM, the loss is
     the log loss of all labelled training rows, not the paper's BPR; there are no biases of users,
     items or at large. Full-batch Adam; layers, L2, learning rate and the number of steps are chosen
-    on the whole validation split. Then each snapshot is fitted on the rows, and the graph, before
-    its time, from where the one before it ended, for as many steps; the last is stopped early on
-    validation again. With `cross_fit="folds"` each is fitted afresh on the rows of all folds but
-    one, and rotated onto the fit on all rows, which is the last. An unknown user or item stands at
-    the mean of the known ones (our choice).
+    on the whole validation split. With `cross_fit="folds"` each snapshot is fitted afresh on
+    the rows, and the graph, of all folds but one, and rotated onto the fit on all rows, which is
+    the last. With `"snapshots"` each is fitted on the rows before its time, from where the one
+    before it ended, for as many steps; the last is stopped early on validation again. An unknown
+    user or item stands at the mean of the known ones (our choice).
 
     Args:
         data_dir: folder written by `ccf-llm prepare`.
@@ -68,30 +68,33 @@ def fit_lightgcn(data_dir: str | Path, config: LightGCNConfig | None = None) -> 
     config = config or LightGCNConfig()
     data = load_training_data(Path(data_dir))
     if config.cross_fit == "folds":
-        plan = fold_plan(data, config.folds, config.dim)
+        plan = plan_folds(data, config.folds, config.dim)
     else:
-        plan = time_plan(data, config.snapshots, config.dim)
+        plan = plan_snapshots(data, config.snapshots, config.dim)
     grid = _grid(config)
     total = len(grid) + len(plan.rows) - (plan.cross_fit == "snapshots")
-    with threads_for(len(data.train)), tqdm(total=total, desc="fit lightgcn", unit=" fits") as bar:
+    with (
+        limit_threads(len(data.train)),
+        tqdm(total=total, desc="fit lightgcn", unit=" fits") as bar,
+    ):
         chosen = _choose(data, config, grid, bar)
         snapshots = _fit_tables(data, config, chosen, plan, bar)
-    embeddings = stacked(snapshots, plan, data, "lightgcn")
-    embeddings.metadata |= facts_of_fit(
+    vectors = stack_snapshots(snapshots, plan, data, "lightgcn")
+    vectors.metadata |= describe_fit(
         data,
         snapshots[-1].logits(data.validation),
-        logits_not_fitted_on(data.train, plan, snapshots),
+        score_cross_fit(data.train, plan, snapshots),
         snapshots[-1].logits(data.train),
         plan.cross_fit,
     )
-    embeddings.metadata |= {
+    vectors.metadata |= {
         "layers": str(chosen.layers),
         "l2": f"{chosen.l2:g}",
         "learning_rate": f"{chosen.learning_rate:g}",
         "steps": str(chosen.steps),
         "seed": str(config.seed),
     }
-    return embeddings
+    return vectors
 
 
 def _grid(config: LightGCNConfig) -> list[_Chosen]:
@@ -101,7 +104,7 @@ def _grid(config: LightGCNConfig) -> list[_Chosen]:
     return [_Chosen(*values) for values in itertools.product(layers, l2, rates)]
 
 
-def _choose(data: TrainingData, config: LightGCNConfig, grid: list[_Chosen], bar: Any) -> _Chosen:
+def _choose(data: TrainingData, config: LightGCNConfig, grid: list[_Chosen], bar: tqdm) -> _Chosen:
     """The grid point, and its number of steps, of the best validation AUC."""
     start, found = _initial_vectors(data, config), []
     for point in grid:
@@ -122,7 +125,7 @@ def _initial_vectors(data: TrainingData, config: LightGCNConfig) -> Tensor:
 
 
 def _fit_tables(
-    data: TrainingData, config: LightGCNConfig, chosen: _Chosen, plan: Plan, bar: Any
+    data: TrainingData, config: LightGCNConfig, chosen: _Chosen, plan: Plan, bar: tqdm
 ) -> list[Snapshot]:
     start = _initial_vectors(data, config)
     if plan.cross_fit == "folds":
@@ -133,7 +136,7 @@ def _fit_tables(
     for part in plan.rows[1:]:
         rows = data.train[part]
         # Who is new starts from noise: L2 has drawn the unseen to zero, where they would stay.
-        warm = torch.where(_seen_nodes(data, fitted)[:, None], vectors, start)
+        warm = torch.where(_mark_seen_nodes(data, fitted)[:, None], vectors, start)
         fit = _Fit(data, rows, chosen)
         if len(rows) < len(data.train):
             vectors = fit.run(warm, chosen.steps)
@@ -146,7 +149,7 @@ def _fit_tables(
 
 
 def _fit_folds(
-    data: TrainingData, chosen: _Chosen, plan: Plan, start: Tensor, bar: Any
+    data: TrainingData, chosen: _Chosen, plan: Plan, start: Tensor, bar: tqdm
 ) -> list[Snapshot]:
     """The fit on all rows comes last; the others start where it started, for it knows their labels,
     and are rotated onto it."""
@@ -156,11 +159,13 @@ def _fit_folds(
         snapshots.append(fit.snapshot(fit.run(start, chosen.steps)))
         bar.update()
     whole = snapshots[-1]
-    return [*(snapshot.turned_onto(whole) for snapshot in snapshots[:-1]), whole]
+    return [*(snapshot.rotate_onto(whole) for snapshot in snapshots[:-1]), whole]
 
 
-def _seen_nodes(data: TrainingData, rows: Rows) -> Tensor:
-    return torch.cat([seen(rows.users, len(data.users)), seen(rows.items, len(data.items))])
+def _mark_seen_nodes(data: TrainingData, rows: Rows) -> Tensor:
+    return torch.cat(
+        [mark_seen(rows.users, len(data.users)), mark_seen(rows.items, len(data.items))]
+    )
 
 
 class _Fit:
@@ -168,7 +173,7 @@ class _Fit:
 
     def __init__(self, data: TrainingData, rows: Rows, chosen: _Chosen) -> None:
         self.data, self.rows, self.chosen = data, rows, chosen
-        self.adjacency = normalized_adjacency(self.rows, len(data.users), len(data.items))
+        self.adjacency = build_adjacency(self.rows, len(data.users), len(data.items))
 
     def run(self, start: Tensor, steps: int, stopping: EarlyStopping | None = None) -> Tensor:
         """Vectors before propagation, after `steps` or, with `stopping`, where they were best."""
@@ -187,7 +192,7 @@ class _Fit:
 
     def _gradient(self, vectors: Tensor) -> Tensor:
         """Of the rows' mean log loss with the L2 penalty."""
-        spread = self._propagated(vectors).requires_grad_()
+        spread = self._propagate(vectors).requires_grad_()
         users, items = spread.split([len(self.data.users), len(self.data.items)])
         for piece in self.rows.pieces():
             # Not indexing: this gradient sums rows without sorting them first.
@@ -195,21 +200,21 @@ class _Fit:
             loss = F.binary_cross_entropy_with_logits(logits, piece.labels, reduction="sum")
             loss.backward(retain_graph=True)
         # Propagation is symmetric, so its gradient is propagation.
-        back = self._propagated(spread.grad)
+        back = self._propagate(spread.grad)
         return (back + self.chosen.l2 * vectors) / len(self.rows)
 
-    def _propagated(self, vectors: Tensor | None) -> Tensor:
+    def _propagate(self, vectors: Tensor | None) -> Tensor:
         assert vectors is not None
-        return propagated(vectors, self.adjacency, self.chosen.layers)
+        return propagate(vectors, self.adjacency, self.chosen.layers)
 
     def snapshot(self, vectors: Tensor) -> Snapshot:
         """What the vectors are after propagation."""
-        spread = self._propagated(vectors)
+        spread = self._propagate(vectors)
         users, items = spread.split([len(self.data.users), len(self.data.items)])
         return Snapshot.of_rows(self.rows, users, items)
 
 
-def normalized_adjacency(rows: Rows, num_users: int, num_items: int) -> Tensor:
+def build_adjacency(rows: Rows, num_users: int, num_items: int) -> Tensor:
     """`(users + items, users + items)` sparse, `1 / sqrt(degree * degree)` at the liked pairs."""
     nodes = num_users + num_items
     liked = rows[rows.labels > 0]
@@ -227,7 +232,7 @@ def normalized_adjacency(rows: Rows, num_users: int, num_items: int) -> Tensor:
         )
 
 
-def propagated(vectors: Tensor, adjacency: Tensor, layers: int) -> Tensor:
+def propagate(vectors: Tensor, adjacency: Tensor, layers: int) -> Tensor:
     """Mean of the vectors after 0 to `layers` steps over the graph, `(nodes, dim)`."""
     total, spread = vectors.clone(), vectors
     for _ in range(layers):

@@ -1,44 +1,46 @@
-"""Matrix factorization with and without biases, tuned on validation, in snapshots."""
+"""Matrix factorization with and without biases, tuned on validation, cross-fit."""
 
 import json
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ccf_llm_hf.cf.config import MFConfig
 from ccf_llm_hf.cf.rotation import rotate_onto
-from ccf_llm_hf.cf.snapshots import facts_of_fit, logits_not_fitted_on
+from ccf_llm_hf.cf.snapshots import describe_fit, score_cross_fit
 from ccf_llm_hf.cf.solver import (
     Parameters,
     Penalties,
     Rows,
+    draw_parameters,
     factor_weights,
-    initial_parameters,
-    refreshed,
+    refresh,
     solve,
 )
 from ccf_llm_hf.cf.training_data import (
     Plan,
     TrainingData,
-    fold_plan,
     load_training_data,
-    seen,
-    time_plan,
+    mark_seen,
+    plan_folds,
+    plan_snapshots,
 )
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.configs import MFConfig
 from ccf_llm_hf.evaluation.metrics import auc
 
 logger = logging.getLogger(__name__)
 
+# Strengths to choose from (our choice): inverse prior variances, of biases in steps of two.
 USER_BIAS_GRID = (0.5, 1.0, 2.0, 4.0, 8.0)
 ITEM_BIAS_GRID = (0.125, 0.25, 0.5, 1.0, 2.0)
 FACTOR_GRID = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+# Beyond so many rows more than 30 iterations no longer move AUC, and a part of the users is enough
+# to tell the strengths.
 MANY_ROWS = 300_000
 ITERATIONS, ITERATIONS_MANY_ROWS = 100, 30
 
@@ -47,11 +49,11 @@ def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFVectors:
     """Fit MF on the training rows of a prepared folder, or with `rows="earlier"` on all rows before
     the validation split.
 
-    The L2 strengths are chosen on the whole validation split (biases first, then factors), then
-    each snapshot is solved for the rows before its time, warm-started from the one before. Snapshot
-    0 is fitted on what precedes the train split (nothing, of the training rows); the last on all
-    rows. With `cross_fit="folds"` each is solved for
-    the rows of all folds but one, and rotated onto the fit on all rows, which is the last.
+    The L2 strengths are chosen on the whole validation split (biases first, then factors). With
+    `cross_fit="folds"` each snapshot is solved for the rows of all folds but one, and rotated onto
+    the fit on all rows, which is the last. With `"snapshots"` each is solved for the rows before
+    its time, warm-started from the one before; snapshot 0 is fitted on what precedes the train
+    split (nothing, of the training rows), the last on all rows.
 
     Args:
         data_dir: folder written by `ccf-llm prepare`.
@@ -60,8 +62,8 @@ def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFVectors:
     Returns:
         The vectors: dim + 2 with biases (user `[p, b_u, 1]`, item `[q, 1, b_i]`), else dim.
         `metadata` records the chosen strengths, validation AUC and UAUC, and
-        `cross_fit_train_auc`: training rows scored by the snapshots that they get, which is near
-        a held-out AUC unless labels leak (`cross_fit_train_auc` by folds).
+        `cross_fit_train_auc`: training rows scored by the snapshots that they see, which is near
+        a held-out AUC unless labels leak.
 
     Raises:
         InputError: the folder is no prepared one, train is empty, or a split has one class only.
@@ -73,16 +75,16 @@ def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFVectors:
     with tqdm(total=grid + len(plan.rows), desc="fit mf", unit=" fits") as bar:
         penalties = _choose_penalties(data, config, bar)
         fits = _fit_tables(data, config, penalties, plan, bar)
-    embeddings = _embeddings(data, fits, plan, penalties, config.cross_fit)
-    embeddings.metadata |= _facts(data, config, penalties, fits, plan)
-    return embeddings
+    vectors = _to_vectors(data, fits, plan, penalties, config.cross_fit)
+    vectors.metadata |= _describe(data, config, penalties, fits, plan)
+    return vectors
 
 
 def _plan(data: TrainingData, config: MFConfig) -> Plan:
     width = config.dim + 2 * config.use_biases
     if config.cross_fit == "folds":
-        return fold_plan(data, config.folds, width)
-    return time_plan(data, config.snapshots, width)
+        return plan_folds(data, config.folds, width)
+    return plan_snapshots(data, config.snapshots, width)
 
 
 def _fits_to_choose(config: MFConfig) -> int:
@@ -103,7 +105,7 @@ def _grids(config: MFConfig) -> tuple[tuple[float, ...], tuple[float, ...], tupl
     )
 
 
-def _choose_penalties(data: TrainingData, config: MFConfig, bar: Any) -> Penalties:
+def _choose_penalties(data: TrainingData, config: MFConfig, bar: tqdm) -> Penalties:
     """Biases without factors first (convex), then the factors on top; best validation AUC wins."""
     users, items, factors = _grids(config)
     data = _sample(data, config.seed)
@@ -113,11 +115,11 @@ def _choose_penalties(data: TrainingData, config: MFConfig, bar: Any) -> Penalti
 
 
 def _best(
-    data: TrainingData, config: MFConfig, candidates: list[Penalties], dim: int, bar: Any
+    data: TrainingData, config: MFConfig, candidates: list[Penalties], dim: int, bar: tqdm
 ) -> Penalties:
     if len(candidates) == 1:
         return candidates[0]
-    start = initial_parameters(len(data.users), len(data.items), dim, config.seed)
+    start = draw_parameters(len(data.users), len(data.items), dim, config.seed)
     labels, found = data.validation.labels.numpy(), []
     for penalties in candidates:
         fit = _solve(data.train, penalties, start, config)
@@ -143,14 +145,14 @@ def _sample(data: TrainingData, seed: int) -> TrainingData:
     kept = users[data.validation.users] | (data.validation.users < 0)
     return replace(
         data,
-        train=_renumbered(train, users, items),
-        validation=_renumbered(data.validation[kept], users, items),
+        train=_renumber(train, users, items),
+        validation=_renumber(data.validation[kept], users, items),
         users=data.users[users.numpy()],
         items=data.items[items.numpy()],
     )
 
 
-def _renumbered(rows: Rows, users: Tensor, items: Tensor) -> Rows:
+def _renumber(rows: Rows, users: Tensor, items: Tensor) -> Rows:
     """Rows of smaller tables that hold only what is marked; the rest, and -1, become -1."""
 
     def places(ids: Tensor, marked: Tensor) -> Tensor:
@@ -166,12 +168,12 @@ def _solve(rows: Rows, penalties: Penalties, start: Parameters, config: MFConfig
 
 
 def _fit_tables(
-    data: TrainingData, config: MFConfig, penalties: Penalties, plan: Plan, bar: Any
+    data: TrainingData, config: MFConfig, penalties: Penalties, plan: Plan, bar: tqdm
 ) -> list[Parameters]:
     """In time each table starts from the one before it. A fold starts where the fit on all rows
     started, not where it ended: that knows its labels, and one of many optima would keep them.
     """
-    start = initial_parameters(len(data.users), len(data.items), config.dim, config.seed)
+    start = draw_parameters(len(data.users), len(data.items), config.dim, config.seed)
 
     def fit(rows: slice | Tensor, warm: Parameters) -> Parameters:
         part = data.train[rows]
@@ -184,15 +186,15 @@ def _fit_tables(
 
     if config.cross_fit == "folds":
         whole = fit(plan.rows[-1], start)
-        return [*(_turned(fit(rows, start), whole) for rows in plan.rows[:-1]), whole]
+        return [*(_rotate_fit(fit(rows, start), whole) for rows in plan.rows[:-1]), whole]
     fits: list[Parameters] = []
     for rows in plan.rows:
-        warm = refreshed(fits[-1], start) if fits else start
+        warm = refresh(fits[-1], start) if fits else start
         fits.append(fit(rows, warm))
     return fits
 
 
-def _turned(fit: Parameters, onto: Parameters) -> Parameters:
+def _rotate_fit(fit: Parameters, onto: Parameters) -> Parameters:
     """The same model, its factors rotated onto another fit's."""
     users, items = rotate_onto(
         (fit.user_factors, fit.item_factors), (onto.user_factors, onto.item_factors)
@@ -200,7 +202,7 @@ def _turned(fit: Parameters, onto: Parameters) -> Parameters:
     return replace(fit, user_factors=users, item_factors=items)
 
 
-def _embeddings(
+def _to_vectors(
     data: TrainingData,
     fits: list[Parameters],
     plan: Plan,
@@ -226,8 +228,12 @@ def _embeddings(
         item_titles=data.items["title"].tolist(),
         user_vectors=user_vectors,
         item_vectors=item_vectors,
-        user_known=torch.stack([seen(data.train.users[n], len(data.users)) for n in plan.rows]),
-        item_known=torch.stack([seen(data.train.items[n], len(data.items)) for n in plan.rows]),
+        user_known=torch.stack(
+            [mark_seen(data.train.users[n], len(data.users)) for n in plan.rows]
+        ),
+        item_known=torch.stack(
+            [mark_seen(data.train.items[n], len(data.items)) for n in plan.rows]
+        ),
         default_user=default_user.repeat(len(fits), 1),
         default_item=default_item.repeat(len(fits), 1),
         offset=torch.cat([fit.offset for fit in fits]),
@@ -237,7 +243,7 @@ def _embeddings(
     )
 
 
-def _facts(
+def _describe(
     data: TrainingData,
     config: MFConfig,
     penalties: Penalties,
@@ -245,10 +251,10 @@ def _facts(
     plan: Plan,
 ) -> dict[str, str]:
     last = fits[-1]
-    facts = facts_of_fit(
+    facts = describe_fit(
         data,
         last.logits(data.validation),
-        logits_not_fitted_on(data.train, plan, fits),
+        score_cross_fit(data.train, plan, fits),
         last.logits(data.train),
         plan.cross_fit,
     )

@@ -1,38 +1,46 @@
 """SASRec: a user's state from their earlier likes, tuned on validation, in snapshots in time."""
 
-import hashlib
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ccf_llm_hf.cf.config import SASRecConfig
 from ccf_llm_hf.cf.early_stopping import EarlyStopping
 from ccf_llm_hf.cf.histories import Histories, read_histories
 from ccf_llm_hf.cf.sasrec_encoder import ENCODER_FILE, SASRecEncoder
 from ccf_llm_hf.cf.snapshots import (
     Snapshot,
-    at,
-    facts_of_fit,
-    logits_not_fitted_on,
+    describe_fit,
+    look_up,
     mean_of,
-    stacked,
+    score_cross_fit,
+    stack_snapshots,
 )
-from ccf_llm_hf.cf.solver import Rows, threads_for
-from ccf_llm_hf.cf.training_data import Plan, TrainingData, load_training_data, seen, time_plan
+from ccf_llm_hf.cf.solver import Rows, limit_threads
+from ccf_llm_hf.cf.training_data import (
+    Plan,
+    TrainingData,
+    load_training_data,
+    mark_seen,
+    plan_snapshots,
+)
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.configs import SASRecConfig
+from ccf_llm_hf.data.prepared import read_rows
+from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import auc
+from ccf_llm_hf.io import sha256_of, write_file
 
-L2_GRID = (1e-4, 1e-3, 3e-3)
-DROPOUT_GRID = (0.2, 0.5)
-SEQUENCES_PER_STEP = 64
-PATIENCE = 4
+L2_GRID = (1e-4, 1e-3, 3e-3)  # our choice
+DROPOUT_GRID = (0.2, 0.5)  # the paper's: of ML-1M, and of its sparser data sets
+SEQUENCES_PER_STEP = 64  # our choice
+PATIENCE = 4  # epochs; our choice
 
 
 @dataclass(frozen=True)
@@ -57,17 +65,15 @@ class _Fit:
 class SASRecFit:
     """What a fit leaves: the table of states and items, and the encoder that makes states."""
 
-    embeddings: CFVectors
+    vectors: CFVectors
     encoder: SASRecEncoder
 
     def save(self, folder: str | Path) -> None:
         """Write both; the table records the encoder's sha256, which tells a mixture of two fits."""
         path, content = Path(folder) / ENCODER_FILE, self.encoder.to_bytes()
-        self.embeddings.metadata["encoder_sha256"] = hashlib.sha256(content).hexdigest()
-        self.embeddings.save(folder)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_file(path, lambda partial: partial.write_bytes(content))
+        self.vectors.metadata["encoder_sha256"] = sha256_of([path])
+        self.vectors.save(folder)
 
 
 def fit_sasrec(data_dir: str | Path, config: SASRecConfig | None = None) -> SASRecFit:
@@ -100,30 +106,70 @@ def fit_sasrec(data_dir: str | Path, config: SASRecConfig | None = None) -> SASR
     config = config or SASRecConfig()
     data = load_training_data(Path(data_dir))
     histories = read_histories(data_dir, "validation", data.items["item_id"], config.max_history)
-    plan = time_plan(data, config.snapshots, config.dim + 1)
+    plan = plan_snapshots(data, config.snapshots, config.dim + 1)
     grid = _grid(config)
     total = (len(grid) + (config.item_bias is None)) * (len(plan.rows) - 1)
     # Dropout draws from torch's own generator, which is the caller's.
-    with torch.random.fork_rng(devices=[]), threads_for(len(data.train)):
+    with torch.random.fork_rng(devices=[]), limit_threads(len(data.train)):
         with tqdm(total=total, desc="fit sasrec", unit=" fits") as bar:
             fit = _best_fit(data, histories, config, plan, bar)
         encoder, snapshots, chosen = fit.encoder, fit.snapshots, fit.chosen
-        embeddings = stacked(snapshots, plan, data, "sasrec")
-        embeddings.metadata |= facts_of_fit(
+        vectors = stack_snapshots(snapshots, plan, data, "sasrec")
+        vectors.metadata |= describe_fit(
             data,
             _held_out(encoder, data.validation, histories),
-            logits_not_fitted_on(data.train, plan, snapshots),
+            score_cross_fit(data.train, plan, snapshots),
             snapshots[-1].logits(data.train),
             plan.cross_fit,
         )
-    embeddings.metadata |= {
+    vectors.metadata |= {
         "l2": f"{chosen.l2:g}",
         "dropout": f"{chosen.dropout:g}",
         "item_bias": str(chosen.item_bias).lower(),
         "epochs": str(fit.epochs),
         "seed": str(config.seed),
     }
-    return SASRecFit(embeddings, encoder)
+    return SASRecFit(vectors, encoder)
+
+
+def score_sasrec(folder: str | Path, data_dir: str | Path, split: str = "test") -> pd.DataFrame:
+    """SASRec's own scores: each row by the state after the likes that precede it.
+
+    The table in `folder` holds one state per user, which stands still after its last snapshot; this
+    is the model itself, and what a comparison with SASRec should show.
+
+    Args:
+        folder: written by `ccf-llm fit-cf sasrec`.
+        data_dir: folder written by `ccf-llm prepare`.
+        split: train, validation or test.
+
+    Returns:
+        Columns user_id, item_id, label, score (logit) and prob (sigmoid), float64, in the split's
+        order.
+
+    Raises:
+        InputError: the folder lacks the encoder or holds another fit's, or is damaged.
+    """
+    table, rows = CFVectors.load(folder).last(), read_rows(data_dir, split)
+    encoder = _encoder_of(table, Path(folder) / ENCODER_FILE)
+    histories = read_histories(data_dir, split, table.item_ids, encoder.max_history)
+    states = encoder.as_users(histories.states(encoder))
+    places = torch.from_numpy(pd.Index(table.item_ids).get_indexer(pd.Index(rows["item_id"])))
+    items = look_up(table.item_vectors[0], places, table.default_item[0])
+    logits = ((states * items).sum(-1) + table.offset).double()
+    return rows[["user_id", "item_id", "label"]].assign(
+        score=logits.numpy(), prob=logits.sigmoid().numpy()
+    )
+
+
+def _encoder_of(table: CFVectors, path: Path) -> SASRecEncoder:
+    encoder = SASRecEncoder.load(path)
+    if sha256_of([path]) != table.metadata.get("encoder_sha256"):
+        raise InputError(
+            f"{path} is not the encoder that the table beside it was made with; restore the files "
+            "of one fit"
+        )
+    return encoder
 
 
 def _grid(config: SASRecConfig) -> list[_Chosen]:
@@ -134,7 +180,7 @@ def _grid(config: SASRecConfig) -> list[_Chosen]:
 
 
 def _best_fit(
-    data: TrainingData, histories: Histories, config: SASRecConfig, plan: Plan, bar: Any
+    data: TrainingData, histories: Histories, config: SASRecConfig, plan: Plan, bar: tqdm
 ) -> _Fit:
     """That of the best validation AUC over the grid; that point is also tried without biases."""
     best: _Fit | None = None
@@ -170,7 +216,7 @@ def _fit(
     config: SASRecConfig,
     chosen: _Chosen,
     plan: Plan,
-    bar: Any,
+    bar: tqdm,
 ) -> _Fit:
     encoder = _new_encoder(data, config, chosen)
     width = config.dim + chosen.item_bias
@@ -205,7 +251,7 @@ def _held_out(encoder: SASRecEncoder, rows: Rows, histories: Histories) -> Tenso
     """`(n,)` logits of rows by their own histories."""
     vectors = encoder.item_vectors().detach()
     default = mean_of(vectors, encoder.known)
-    items = at(torch.where(encoder.known[:, None], vectors, default), rows.items, default)
+    items = look_up(torch.where(encoder.known[:, None], vectors, default), rows.items, default)
     states = encoder.as_users(histories.states(encoder))
     return (states * items).sum(-1) + encoder.offset.detach()
 
@@ -260,7 +306,7 @@ class _Training:
 
     def __init__(self, encoder: SASRecEncoder, rows: Rows, learning_rate: float, l2: float) -> None:
         self.encoder, self.rows = encoder, rows
-        encoder.known.copy_(seen(rows.items, len(encoder.known)))
+        encoder.known.copy_(mark_seen(rows.items, len(encoder.known)))
         self.sequences = _Sequences.of_rows(rows, encoder)
         self.weights = [weight for weight in encoder.parameters() if weight.requires_grad]
         self.optimizer = torch.optim.Adam(self.weights, learning_rate, weight_decay=l2)

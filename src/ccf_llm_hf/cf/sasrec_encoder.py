@@ -15,8 +15,8 @@ from ccf_llm_hf.errors import InputError
 
 ENCODER_FILE = "sasrec.safetensors"
 FORMAT_VERSION = "1"
-INITIAL_SCALE = 0.02
-SEQUENCES_AT_ONCE = 256
+INITIAL_SCALE = 0.02  # as transformers are usually initialized (GPT, BERT)
+SEQUENCES_AT_ONCE = 256  # bounds the memory of a pass
 
 
 class SASRecEncoder(nn.Module):
@@ -172,6 +172,7 @@ class _Block(nn.Module):
         n, length, dim = vectors.shape
         projected = self.queries_keys_values(self.attention_norm(vectors))
         shape = (n, length, 3, self.heads, dim // self.heads)
+        # -> (3, n, heads, length, dim / heads)
         queries, keys, values = projected.view(shape).permute(2, 0, 3, 1, 4)
         found = F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         return found.transpose(1, 2).reshape(n, length, dim)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ccf_llm_hf.cf.rotation import rotate_onto
 from ccf_llm_hf.cf.solver import Rows
-from ccf_llm_hf.cf.training_data import Plan, TrainingData, seen
+from ccf_llm_hf.cf.training_data import Plan, TrainingData, mark_seen
 from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.evaluation.metrics import auc, uauc
 
@@ -48,8 +48,8 @@ class Snapshot:
     ) -> "Snapshot":
         """Vectors fitted on `rows`. Whom they do not mention is unknown, and stands at the mean of
         the known where no default is given (our choice); without any rows at zero."""
-        user_known = seen(rows.users, len(user_vectors))
-        item_known = seen(rows.items, len(item_vectors))
+        user_known = mark_seen(rows.users, len(user_vectors))
+        item_known = mark_seen(rows.items, len(item_vectors))
         if default_user is None:
             default_user = mean_of(user_vectors, user_known)
         default_item = mean_of(item_vectors, item_known)
@@ -68,12 +68,12 @@ class Snapshot:
         return torch.cat([self._logits(piece) for piece in rows.pieces()])
 
     def _logits(self, rows: Rows) -> Tensor:
-        users = at(self.user_vectors, rows.users, self.default_user)
-        items = at(self.item_vectors, rows.items, self.default_item)
+        users = look_up(self.user_vectors, rows.users, self.default_user)
+        items = look_up(self.item_vectors, rows.items, self.default_item)
         return (users * items).sum(-1) + self.offset
 
-    def turned_onto(self, other: "Snapshot") -> "Snapshot":
-        """The same logits in the other's space, see [`turned`]."""
+    def rotate_onto(self, other: "Snapshot") -> "Snapshot":
+        """The same logits in the other's space, see `rotation.rotate_onto`."""
         users, items, user, item = rotate_onto(self._tables(), other._tables())
         return replace(
             self,
@@ -88,7 +88,7 @@ class Snapshot:
         return [self.user_vectors, self.item_vectors, *defaults]
 
 
-def at(vectors: Tensor, index: Tensor, default: Tensor) -> Tensor:
+def look_up(vectors: Tensor, index: Tensor, default: Tensor) -> Tensor:
     """The vectors `(n, dim)` at an index `(n,)`; `default` `(dim,)` where it is below zero."""
     return torch.where(index[:, None] >= 0, vectors[index.clamp(min=0)], default)
 
@@ -98,15 +98,15 @@ def mean_of(vectors: Tensor, known: Tensor) -> Tensor:
     return vectors[known].sum(0) / known.sum().clamp(min=1)
 
 
-def stacked(
+def stack_snapshots(
     snapshots: Sequence[Snapshot], plan: Plan, data: TrainingData, model_name: str
 ) -> CFVectors:
     """Snapshots as the table that a fusion is trained on."""
     tensors: dict[str, Any] = {
-        name: torch.stack([getattr(snapshot, name) for snapshot in snapshots])
+        name: torch.stack([getattr(snapshot, name) for snapshot in snapshots])  # (snapshots, ...)
         for name in vars(snapshots[0])
     }
-    tensors["offset"] = tensors["offset"].flatten()
+    tensors["offset"] = tensors["offset"].flatten()  # (snapshots, 1) -> (snapshots,)
     return CFVectors(
         user_ids=data.users.tolist(),
         item_ids=data.items["item_id"].tolist(),
@@ -125,8 +125,9 @@ class Model(Protocol):
         """`(n,)` logits."""
 
 
-def logits_not_fitted_on(train: Rows, plan: Plan, models: Sequence[Model]) -> Tensor:
-    """`(n,)` logits of the training rows, each by the table that it sees; NaN if by none."""
+def score_cross_fit(train: Rows, plan: Plan, models: Sequence[Model]) -> Tensor:
+    """`(n,)` logits of the training rows, each by the snapshot that it sees, which was not fitted
+    on it; NaN if by none."""
     logits = torch.full((len(train),), torch.nan)
     for table, model in enumerate(models):
         rows = (plan.sees == table).nonzero().flatten()
@@ -134,7 +135,7 @@ def logits_not_fitted_on(train: Rows, plan: Plan, models: Sequence[Model]) -> Te
     return logits
 
 
-def facts_of_fit(
+def describe_fit(
     data: TrainingData, held_out: Tensor, not_fitted_on: Tensor, in_sample: Tensor, cross_fit: str
 ) -> dict[str, str]:
     """What every fit reports.

@@ -22,15 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LIVE_LOGIT = 0.05
+INITIAL_SCALE = 0.1  # standard deviation of the first factors; our choice
+LIVE_LOGIT = 0.05  # moves a probability by at most .0125
 # What the rescaling assumes: the log loss's curvature p (1 - p) and a factor's mean square.
 CURVATURE = 0.2
 FACTOR_SQUARE = 0.05
 # L-BFGS runs this many iterations at a time, until they gain less than TOLERANCE per row.
 ITERATIONS_AT_ONCE = 10
 TOLERANCE = 1e-5
-LBFGS_HISTORY = 3
-PIECE_ROWS = 1 << 18
+LBFGS_HISTORY = 3  # each step kept costs twice the tables' memory
+PIECE_ROWS = 1 << 18  # keeps the gathered vectors below 100 MB
 ONE_THREAD_ROWS = 200_000
 
 
@@ -90,12 +91,12 @@ class Penalties:
     use_biases: bool = True
 
 
-def initial_parameters(num_users: int, num_items: int, dim: int, seed: int) -> Parameters:
-    """Biases at zero, factors at N(0, 0.1^2): at zero they would sit on a saddle point."""
+def draw_parameters(num_users: int, num_items: int, dim: int, seed: int) -> Parameters:
+    """Biases at zero, factors at random: at zero they would sit on a saddle point."""
     generator = torch.Generator().manual_seed(seed)
     return Parameters(
-        0.1 * torch.randn(num_users, dim, generator=generator),
-        0.1 * torch.randn(num_items, dim, generator=generator),
+        INITIAL_SCALE * torch.randn(num_users, dim, generator=generator),
+        INITIAL_SCALE * torch.randn(num_items, dim, generator=generator),
         torch.zeros(num_users),
         torch.zeros(num_items),
         torch.zeros(1),
@@ -137,7 +138,7 @@ def solve(rows: Rows, penalties: Penalties, start: Parameters, *, iterations: in
         penalties.item_bias,
         bias_column=dim + 1,
     )
-    with threads_for(len(rows)):
+    with limit_threads(len(rows)):
         offset = _minimize(matrix, users, items, start.offset, iterations, penalties.use_biases)
     found = Parameters(*(torch.zeros_like(tensor) for tensor in start.tensors()))
     found.user_factors[matrix.users] = users.vectors()[:, :dim]
@@ -225,9 +226,8 @@ class _Matrix:
     def logits(self, users: Tensor, items: Tensor) -> Tensor:
         """`(n,)` products of the rows' vectors, by user."""
         if len(self.labels) > len(users) * len(items):  # repeats, more than a sparse matrix takes
-            return (users.repeat_interleave(self.user_counts, 0) * items[self._items_by_user]).sum(
-                -1
-            )
+            of_rows = users.repeat_interleave(self.user_counts, 0)  # (n, width), by user
+            return (of_rows * items[self._items_by_user]).sum(-1)
         pattern = self._user_rows(torch.zeros_like(self.labels))
         return torch.sparse.sampled_addmm(pattern, users, items.t(), beta=0.0).values()
 
@@ -249,6 +249,7 @@ def _occurring(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _csr(counts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
+    """`(len(counts), width)` sparse, `counts` values in each row."""
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -258,7 +259,7 @@ def _csr(counts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def threads_for(rows: int) -> Iterator[None]:
+def limit_threads(rows: int) -> Iterator[None]:
     """One thread for few rows: the steps are so short that threads would wait more than work, and
     for minutes when another process wants the same cores."""
     threads = torch.get_num_threads()
@@ -318,7 +319,7 @@ def factor_weights(dim: int) -> Tensor:
     return torch.linspace(1, 2, dim)
 
 
-def refreshed(previous: Parameters, start: Parameters) -> Parameters:
+def refresh(previous: Parameters, start: Parameters) -> Parameters:
     """A warm start: the previous optimum plus the first start's factors.
 
     Without them, rows new since then, and factors that were regularized away, would sit on the

@@ -1,4 +1,4 @@
-"""What a CF model is fitted on: training rows in order of time, cut into slices."""
+"""What a CF model is fitted on: training rows in order of time, cut into folds or slices."""
 
 import logging
 from dataclasses import dataclass
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from ccf_llm_hf.cf.folds import fold_of
 from ccf_llm_hf.cf.solver import Rows
-from ccf_llm_hf.data.prepared import interactions, rating_midpoint
+from ccf_llm_hf.data.prepared import interactions, rating_midpoint, read_items, read_rows
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.evaluation.rows import read_items, read_rows
 
 logger = logging.getLogger(__name__)
 
-TABLE_BYTES = 1 << 30
+TABLE_BYTES = 1 << 30  # of all snapshots together; our choice
 GRADED_SLOPE = 1.5  # best of 1.5, 2 and 2.5 on ML-1M's validation split
 
 
@@ -100,12 +99,12 @@ def places(ids: pd.Series, index: pd.Index) -> np.ndarray:
     return index.get_indexer(names)[codes]
 
 
-def most_tables(data: TrainingData, width: int) -> int:
+def limit_tables(data: TrainingData, width: int) -> int:
     """How many tables of vectors of this width fit into a gigabyte."""
     return TABLE_BYTES // (4 * width * (len(data.users) + len(data.items)))
 
 
-def time_slices(data: TrainingData, snapshots: int, width: int) -> tuple[np.ndarray, list[int]]:
+def slice_by_time(data: TrainingData, snapshots: int, width: int) -> tuple[np.ndarray, list[int]]:
     """Slices of the training rows by time, about equal in rows.
 
     Args:
@@ -118,7 +117,7 @@ def time_slices(data: TrainingData, snapshots: int, width: int) -> tuple[np.ndar
         rows lie before each: the first is fitted on what precedes the train split, the last on all.
     """
     times = data.split_times
-    count = min(snapshots, max(1, most_tables(data, width) - 1))
+    count = min(snapshots, max(1, limit_tables(data, width) - 1))
     if count < snapshots:
         logger.warning("%d snapshots instead of %d, to keep within 1 GB", count, snapshots)
     starts = times[np.arange(count) * len(times) // count]
@@ -126,7 +125,7 @@ def time_slices(data: TrainingData, snapshots: int, width: int) -> tuple[np.ndar
     return found, np.searchsorted(data.times, found, side="left").tolist()
 
 
-def seen(ids: Tensor, size: int) -> Tensor:
+def mark_seen(ids: Tensor, size: int) -> Tensor:
     """`(size,)` bool, True at the ids that occur."""
     return torch.bincount(ids, minlength=size) > 0
 
@@ -148,17 +147,17 @@ class Plan:
     cross_fit: str
 
 
-def time_plan(data: TrainingData, snapshots: int, width: int) -> Plan:
-    """Tables by [`time_slices`]: one fitted on nothing, one at the end of each slice."""
-    times, sizes = time_slices(data, snapshots, width)
+def plan_snapshots(data: TrainingData, snapshots: int, width: int) -> Plan:
+    """Tables by [`slice_by_time`]: one fitted on nothing, one at the end of each slice."""
+    times, sizes = slice_by_time(data, snapshots, width)
     sees = torch.from_numpy(np.searchsorted(times, data.times, side="right") - 1)
     return Plan(times, [slice(0, size) for size in sizes], sees, "snapshots")
 
 
-def fold_plan(data: TrainingData, folds: int, width: int) -> Plan:
+def plan_folds(data: TrainingData, folds: int, width: int) -> Plan:
     """A table for each fold, on the rows of the others, and one on all rows; fewer folds where the
     tables would pass a gigabyte, with a warning."""
-    count = min(folds, max(2, most_tables(data, width) - 1))
+    count = min(folds, max(2, limit_tables(data, width) - 1))
     if count < folds:
         logger.warning("%d folds instead of %d, to keep within 1 GB", count, folds)
     users, items = data.users.to_numpy(), data.items["item_id"].to_numpy()

@@ -1,8 +1,7 @@
-"""`CFVectors`: the vectors of any CF model, per raw id, in snapshots in time."""
+"""`CFVectors`: the vectors of any CF model, per raw id, cross-fit for training."""
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -27,19 +26,24 @@ from ccf_llm_hf.cf.files import (
 )
 from ccf_llm_hf.cf.folds import fold_of
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.io import write_files
 from ccf_llm_hf.modeling.configuration_ccf_llm import ids_fingerprint
+
+# Keeps the gathered vectors below 100 MB when millions of pairs are scored.
+PAIRS_AT_ONCE = 1 << 18
 
 
 @dataclass
 class CFVectors:
     """User and item vectors of a CF model; its logit is `(u * v).sum(-1) + offset`.
 
-    Biases are dimensions of the vectors: a user is `[p, b_u, 1]`, an item `[q, 1, b_i]`. Snapshot s
-    was fitted on interactions earlier than `snapshot_times[s]` only (our choice): a training row
-    takes the snapshot that [`training_snapshots`] gives for it and so never meets a vector that was
-    fitted on its own label; evaluation and serving take the last. With `cross_fit="folds"` the
-    first snapshots are not slices of time but fits that leave out one fold of the (user, item)
-    pairs each (see `cf.folds`), and a row takes the one that leaves out its own.
+    Biases are dimensions of the vectors: a user is `[p, b_u, 1]`, an item `[q, 1, b_i]`. There are
+    several snapshots of them: the last snapshot was fitted on all training rows, and evaluation and
+    serving take it. The others are cross-fit: [`training_snapshots`] gives a training row the one
+    that was not fitted on its label. With `cross_fit="snapshots"`, snapshot s was fitted on
+    interactions earlier than `snapshot_times[s]` only; with `"folds"`, on all folds of the (user,
+    item) pairs but fold s (see `cf.folds`; both our choice). Where there is one snapshot only,
+    training rows see it too, in-sample.
 
     Args:
         user_ids: raw ids in table order.
@@ -144,7 +148,7 @@ class CFVectors:
 
     @property
     def num_snapshots(self) -> int:
-        """Number of snapshots: in time, or of folds and of the fit on all rows."""
+        """Number of snapshots: the cross-fit ones and the fit on all rows."""
         return self.user_vectors.shape[0]
 
     @property
@@ -187,9 +191,8 @@ class CFVectors:
         items = torch.as_tensor(self._item_index.get_indexer(pd.Index(item_ids)))
         when = torch.as_tensor(snapshot).long().expand(len(users)) % self.num_snapshots
         logits = torch.empty(len(users))
-        # Pieces keep the gathered vectors small when millions of pairs are scored.
-        for piece in torch.arange(len(users)).split(1 << 18):
-            user = self._vectors("user", users[piece], when[piece])
+        for piece in torch.arange(len(users)).split(PAIRS_AT_ONCE):
+            user = self._vectors("user", users[piece], when[piece])  # (piece, dim)
             item = self._vectors("item", items[piece], when[piece])
             logits[piece] = (user * item).sum(-1) + self.offset[when[piece]]
         return logits
@@ -201,6 +204,7 @@ class CFVectors:
             return default
         inside = rows.clamp(min=0)
         seen = known[when, inside] & (rows >= 0)
+        # `vectors[when, inside]` and `default` are (n, dim)
         return torch.where(seen.unsqueeze(-1), vectors[when, inside], default)
 
     def score(self, rows: pd.DataFrame, snapshot: int | Tensor | np.ndarray = -1) -> pd.DataFrame:
@@ -286,23 +290,21 @@ class CFVectors:
         Other files of the folder stay. All three are complete before the first is put in place, and
         the ids' fingerprint gives away a mixture of two saves.
         """
-        folder = Path(folder)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {k: v.contiguous() for k, v in tensors.items() if isinstance(v, Tensor)}
+        catalog = zip(self.item_ids, self.item_titles, strict=True)
+
+        def write(new: Path) -> None:
+            save_file(tensors, new / TENSOR_FILE, metadata=self._file_metadata())
+            write_lines(new / USER_FILE, [{"id": user} for user in self.user_ids])
+            write_lines(new / ITEM_FILE, [{"id": i, "title": title} for i, title in catalog])
+
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            write_files(folder, write)
         except OSError as error:
-            raise InputError(f"{folder} cannot be made a folder ({error.strerror})") from error
-        with tempfile.TemporaryDirectory(prefix=".cf_embeddings.", dir=folder) as name:
-            temporary = Path(name)
-            tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-            tensors = {k: v.contiguous() for k, v in tensors.items() if isinstance(v, Tensor)}
-            save_file(tensors, temporary / TENSOR_FILE, metadata=self._file_metadata())
-            write_lines(temporary / USER_FILE, [{"id": user} for user in self.user_ids])
-            catalog = zip(self.item_ids, self.item_titles, strict=True)
-            write_lines(temporary / ITEM_FILE, [{"id": i, "title": title} for i, title in catalog])
-            # safetensors writes for the owner alone; the other files follow the umask.
-            (temporary / TENSOR_FILE).chmod((temporary / USER_FILE).stat().st_mode)
-            for file in (USER_FILE, ITEM_FILE, TENSOR_FILE):
-                (temporary / file).replace(folder / file)
+            raise InputError(
+                f"{folder} cannot be written to ({error.strerror or error})"
+            ) from error
 
     def _file_metadata(self) -> dict[str, str]:
         cross_fit = {} if self.cross_fit == "snapshots" else {"cross_fit": self.cross_fit}
@@ -392,7 +394,7 @@ class CFVectors:
         names = {str(key): str(title) for key, title in (titles or {}).items()}
         listed = set(item_ids)
         without = [key for key in names if key not in listed]
-        embeddings = cls(
+        vectors = cls(
             user_ids,
             item_ids + without,
             [names.get(key, key) for key in item_ids + without],
@@ -409,7 +411,7 @@ class CFVectors:
             model_name=model_name,
             metadata=dict(metadata or {}),
         )
-        return embeddings if fitted_before is None else embeddings._after_nothing(fitted_before)
+        return vectors if fitted_before is None else vectors._after_nothing(fitted_before)
 
     def _after_nothing(self, fitted_before: int) -> "CFVectors":
         """Put a snapshot that knows nobody in front, for rows before `fitted_before`."""

@@ -22,12 +22,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ccf_llm_hf.data.asset_list import (
-    ASSETS,
-    Asset,
-)
+from ccf_llm_hf.data.asset_list import ASSETS, Asset
 from ccf_llm_hf.data.backbone_files import join_parts, save_fp32
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.io import write_json
 
 # Seconds. An unreachable address must not hold up work: TIMEOUT is for one connection and for each
 # next piece of a download, OPEN_TIMEOUT for all attempts to open an address together.
@@ -161,8 +159,7 @@ def _fetch(asset: Asset, folder: Path) -> None:
                 reasons.append(str(reason))
                 continue
             provenance = {"name": asset.name, "source": source, "license": asset.license}
-            text = json.dumps(provenance, indent=2) + "\n"
-            (new / PROVENANCE_FILE).write_text(text, encoding="utf-8")
+            write_json(new / PROVENANCE_FILE, provenance)
             _put_in_place(asset, new, folder)
         print(f"{asset.name}: obtained from {source}", file=sys.stderr)
         print(f"{asset.name}: {asset.description}. License: {asset.license}", file=sys.stderr)

@@ -1,8 +1,5 @@
 """Write a prepared folder: complete or not at all, and never over anything else."""
 
-import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +16,9 @@ from ccf_llm_hf.data.prepared import (
     load_protocol,
     split_file,
 )
-from ccf_llm_hf.data.protocol import SPLITS, Samples, coded
+from ccf_llm_hf.data.protocol import SPLITS, Samples, encode_ids
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.io import write_folder, write_json, write_text
 
 WRITTEN = {"README.md", PROTOCOL_FILE, "data", "items", "interactions"}
 
@@ -46,38 +44,31 @@ def check_output(out: Path) -> None:
             ) from error
 
 
-def write_folder(
+def write_prepared(
     out: Path, samples: Samples, rows: pd.DataFrame, items: pd.DataFrame, protocol: dict
 ) -> None:
-    """Write everything to a temporary sibling, then put it in place by renaming."""
-    out = out.resolve()  # a link stays a link; what it points to is replaced
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise InputError(f"{out.parent} cannot be written to ({error.strerror})") from error
-    try:
-        new = temporary / "new"
+    """Write a prepared folder in the place of `out`.
+
+    Raises:
+        InputError: the folder that is to hold it cannot be written to.
+    """
+
+    def write(new: Path) -> None:
         for name in ("data", "items", "interactions"):
-            (new / name).mkdir(parents=True)
+            (new / name).mkdir()
         for split in SPLITS:
             _write_parquet(new / split_file(split), samples.tables(split))
         pq.write_table(pa.Table.from_pandas(items, preserve_index=False), new / ITEMS_FILE)
         pq.write_table(_interactions_table(rows), new / INTERACTIONS_FILE, compression="zstd")
-        text = json.dumps(protocol, indent=2, ensure_ascii=False)
-        (new / PROTOCOL_FILE).write_text(text + "\n", encoding="utf-8")
-        (new / "README.md").write_text(render_dataset_card(protocol), encoding="utf-8")
-        old = temporary / "old"
-        if out.exists():
-            out.rename(old)
-        try:
-            new.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_json(new / PROTOCOL_FILE, protocol)
+        write_text(new / "README.md", render_dataset_card(protocol))
+
+    try:
+        write_folder(out, write)
+    except OSError as error:
+        raise InputError(
+            f"{out.resolve().parent} cannot be written to ({error.strerror or error})"
+        ) from error
 
 
 def _write_parquet(path: Path, tables: Iterator[pa.Table]) -> None:
@@ -89,8 +80,8 @@ def _write_parquet(path: Path, tables: Iterator[pa.Table]) -> None:
 
 
 def _interactions_table(rows: pd.DataFrame) -> pa.Table:
-    user, user_names = coded(rows["user_id"])
-    item, item_names = coded(rows["item_id"])
+    user, user_names = encode_ids(rows["user_id"])
+    item, item_names = encode_ids(rows["item_id"])
     order = np.lexsort((item, user, rows["timestamp"].to_numpy()))
     names = pa.array([*SPLITS, ""], pa.string())  # -1, in no split, is the last
     split = rows["split"].to_numpy()[order]

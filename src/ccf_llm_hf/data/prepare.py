@@ -9,17 +9,17 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ccf_llm_hf.configs import SOURCES, PrepareConfig
 from ccf_llm_hf.data import amazon, assets, collm
 from ccf_llm_hf.data.asset_list import ASSETS, MOVIELENS_LICENSE
-from ccf_llm_hf.data.folder import check_output, write_folder
+from ccf_llm_hf.data.config import SOURCES, PrepareConfig
+from ccf_llm_hf.data.folder import check_output, write_prepared
 from ccf_llm_hf.data.prepared import FORMAT, HISTORIES
 from ccf_llm_hf.data.protocol import (
     Samples,
     TimeSplit,
     build_samples,
-    ratio_split,
-    split_statistics,
+    describe_splits,
+    split_by_ratio,
 )
 from ccf_llm_hf.data.sources import (
     ColumnNames,
@@ -88,12 +88,12 @@ def prepare(config: PrepareConfig, *, summary: bool = True) -> Path:
                 items = items[items["item_id"].isin(rows["item_id"])].reset_index(drop=True)
             split = _choose_split(config, rows["timestamp"].to_numpy(), protocol)
             samples = _label_and_split(config, rows, split)
-        protocol["splits"] = split_statistics(samples)
+        protocol["splits"] = describe_splits(samples)
         protocol["accepted_rows"], protocol["catalog_items"] = len(rows), len(items)
         protocol["item_columns"] = [c for c in items.columns if c not in ("item_id", "title")]
         protocol["rejected"] = report.reasons
         _advance(bar, config, "write")
-        write_folder(out, samples, rows, items, protocol)
+        write_prepared(out, samples, rows, items, protocol)
         bar.update()
     if summary:
         print(format_summary(protocol, out))
@@ -264,7 +264,7 @@ def _choose_split(config: PrepareConfig, timestamps: np.ndarray, protocol: dict)
         rule = f"by time: validation from {_date(valid)}, test from {_date(test)}"
     else:
         ratios = config.ratios if config.source == "table" else [0.8, 0.1, 0.1]
-        split = ratio_split(timestamps, ratios)
+        split = split_by_ratio(timestamps, ratios)
         shares = "/".join(f"{ratio:g}" for ratio in ratios)
         cut = f"validation from {_date(split.valid_start)}, test from {_date(split.test_start)}"
         rule = f"all rows in order of time, cut {shares} (equal times stay together): {cut}"

@@ -21,6 +21,7 @@ ITEMS_FILE = "items/items.parquet"
 INTERACTIONS_FILE = "interactions/interactions.parquet"
 FORMAT = "ccf-llm-prepared-1"
 HISTORIES = ("likes", "signed")
+ROW_COLUMNS = ("user_id", "item_id", "label", "timestamp", "not_cold")
 
 
 @dataclass
@@ -74,6 +75,40 @@ def interactions(data_dir: str | Path) -> pd.DataFrame:
     return _read(Path(data_dir), INTERACTIONS_FILE).to_pandas()
 
 
+def read_rows(data_dir: str | Path, split: str) -> pd.DataFrame:
+    """One split of a prepared folder, in its order, without the bulky histories.
+
+    Args:
+        data_dir: folder written by `ccf-llm prepare`.
+        split: train, validation or test.
+
+    Returns:
+        Columns user_id, item_id (str), label, timestamp (int64), not_cold (bool).
+
+    Raises:
+        InputError: no such folder or split, or the file is damaged.
+    """
+    return _read_columns(data_dir, split_file(split), ROW_COLUMNS)
+
+
+def read_history_column(data_dir: str | Path, split: str) -> pd.Series:
+    """The histories of one split, in its order: per row an array of item ids (str), oldest first.
+
+    Raises:
+        InputError: no such folder or split, or the file is damaged.
+    """
+    return _read_columns(data_dir, split_file(split), ("history",))["history"]
+
+
+def read_items(data_dir: str | Path) -> pd.DataFrame:
+    """The catalog of a prepared folder: columns item_id, title (str), in its order.
+
+    Raises:
+        InputError: no such folder, or the file is damaged.
+    """
+    return _read_columns(data_dir, ITEMS_FILE, ("item_id", "title"))
+
+
 def rating_midpoint(rows: pd.DataFrame) -> float:
     """Halfway between the highest disliked and the lowest liked rating.
 
@@ -107,10 +142,18 @@ def load_protocol(folder: Path) -> dict:
     return protocol
 
 
-def _read(folder: Path, name: str) -> pa.Table:
+def _read_columns(data_dir: str | Path, name: str, columns: tuple[str, ...]) -> pd.DataFrame:
+    load_protocol(Path(data_dir))
+    return _read(Path(data_dir), name, columns).to_pandas()
+
+
+def _read(folder: Path, name: str, columns: tuple[str, ...] | None = None) -> pa.Table:
+    """A file's table, all of it or these columns in their order."""
     try:
-        return pq.read_table(folder / name)
-    except (OSError, pa.ArrowException) as error:
+        if columns is None:
+            return pq.read_table(folder / name)
+        return pq.read_table(folder / name, columns=list(columns)).select(list(columns))
+    except (OSError, pa.ArrowException, KeyError) as error:
         raise InputError(
             f"{folder / name} is missing or damaged: run `ccf-llm prepare` again"
         ) from error

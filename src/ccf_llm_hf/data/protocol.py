@@ -40,7 +40,7 @@ class TimeSplit:
         return split
 
 
-def ratio_split(timestamps: np.ndarray, ratios: list[float]) -> TimeSplit:
+def split_by_ratio(timestamps: np.ndarray, ratios: list[float]) -> TimeSplit:
     """Boundaries that cut the time-ordered rows in the given shares.
 
     Rows that are equal in time stay together, in the later split.
@@ -142,8 +142,8 @@ def build_samples(
     equal in time are given at once and do not see each other's labels). `max_history` keeps the
     latest ones only, and counts the others in `history_dropped`.
     """
-    user, user_names = coded(interactions["user_id"])
-    item, item_names = coded(interactions["item_id"])
+    user, user_names = encode_ids(interactions["user_id"])
+    item, item_names = encode_ids(interactions["item_id"])
     order = np.lexsort((item, interactions["timestamp"].to_numpy(), user))
     user, item = user[order], item[order]
     label, timestamp, split = (
@@ -156,9 +156,9 @@ def build_samples(
     if signed and "rating" in interactions and interactions["rating"].notna().all():
         ratings = interactions["rating"].to_numpy()[order]
     stop = np.cumsum(shown) - shown
-    start, dropped = stop[_run_starts(user)], None
+    start, dropped = stop[_find_run_starts(user)], None
     if signed:
-        stop = stop[np.maximum(_run_starts(user), _run_starts(timestamp))]
+        stop = stop[np.maximum(_find_run_starts(user), _find_run_starts(timestamp))]
     if max_history is not None:
         whole, start = start, np.maximum(start, stop - max_history)
         dropped = start - whole
@@ -176,7 +176,7 @@ def build_samples(
         timestamp=timestamp,
         split=split,
         # Time grows along a user's rows, so the rows of a split are one run.
-        split_position=np.arange(len(user)) - _run_starts(user * len(SPLITS) + split),
+        split_position=np.arange(len(user)) - _find_run_starts(user * len(SPLITS) + split),
         not_cold=(seen[0][user] > 0) & (seen[1][item] > 0),
         earlier=earlier,
         earlier_labels=earlier_labels,
@@ -189,20 +189,20 @@ def build_samples(
     )
 
 
-def coded(ids: pd.Series) -> tuple[np.ndarray, pa.Array]:
+def encode_ids(ids: pd.Series) -> tuple[np.ndarray, pa.Array]:
     """Ids as codes `(n,)` in order of first appearance, and the ids behind the codes."""
     codes, names = pd.factorize(ids)
     return codes, pa.array(names.astype("str"), pa.string())
 
 
-def _run_starts(values: np.ndarray) -> np.ndarray:
+def _find_run_starts(values: np.ndarray) -> np.ndarray:
     """For each place, the first place of the run of equal values that it is in."""
     new = np.ones(len(values), dtype=bool)
     new[1:] = values[1:] != values[:-1]
     return np.maximum.accumulate(np.where(new, np.arange(len(values)), 0))
 
 
-def split_statistics(samples: Samples) -> dict[str, dict]:
+def describe_splits(samples: Samples) -> dict[str, dict]:
     """Per split: rows, users, items, positive rate, cold-start shares and the time span.
 
     Raises:

@@ -18,7 +18,6 @@ from ccf_llm_hf.evaluation.metrics import (
     wuauc,
 )
 from ccf_llm_hf.evaluation.report import evaluate_scores
-from ccf_llm_hf.evaluation.rows import read_items, read_rows
 from ccf_llm_hf.evaluation.scores import read_scores
 from ccf_llm_hf.evaluation.tables import format_report
 
@@ -39,8 +38,6 @@ __all__ = [
     "mrr",
     "ndcg_at_k",
     "plot_calibration",
-    "read_items",
-    "read_rows",
     "read_scores",
     "reliability_table",
     "score_average",

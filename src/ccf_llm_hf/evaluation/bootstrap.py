@@ -9,6 +9,7 @@ import pandas as pd
 from ccf_llm_hf.evaluation.metrics import auc_per_user
 
 LEVEL = 0.95
+COUNTS_AT_ONCE = 1 << 23  # 64 MB in float64
 
 
 class UserBootstrap:
@@ -60,8 +61,8 @@ class UserBootstrap:
         return self.codes[chosen], labels[chosen], scores[chosen]
 
     def _drawn(self, codes: np.ndarray) -> Iterator[np.ndarray]:
-        """Counts of these users, `(some resamples, len(codes))` float64, about 64 MB at once."""
-        step = max(1, (1 << 23) // max(1, len(codes)))
+        """Counts of these users, `(some resamples, len(codes))` float64."""
+        step = max(1, COUNTS_AT_ONCE // max(1, len(codes)))
         for start in range(0, len(self.counts), step):
             yield self.counts[start : start + step][:, codes].astype(np.float64)
 

@@ -6,6 +6,7 @@ import pandas as pd
 
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import ece, reliability_table
+from ccf_llm_hf.io import save_figure
 
 
 def plot_calibration(scores: pd.DataFrame, path: str | Path, *, name: str = "model") -> None:
@@ -19,7 +20,6 @@ def plot_calibration(scores: pd.DataFrame, path: str | Path, *, name: str = "mod
     Raises:
         InputError: a column is missing, or the path cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     for column in ("label", "prob"):
@@ -27,7 +27,6 @@ def plot_calibration(scores: pd.DataFrame, path: str | Path, *, name: str = "mod
             raise InputError(f"the calibration plot needs the column {column!r} in the scores")
     table = reliability_table(scores["label"], scores["prob"]).query("rows > 0")
     figure = Figure(figsize=(5, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     axes.plot([0, 1], [0, 1], color="0.7", linestyle="--", label="perfect")
     axes.plot(table["predicted"], table["observed"], marker="o", label=name)
@@ -37,14 +36,7 @@ def plot_calibration(scores: pd.DataFrame, path: str | Path, *, name: str = "mod
     axes.legend(loc="upper left")
     counts.bar(table["low"], table["rows"], width=table["high"] - table["low"], align="edge")
     counts.set(xlabel="predicted probability", ylabel="rows")
-    path = Path(path)
-    # The partial file keeps the suffix, from which matplotlib knows the format.
-    partial = path.with_name(f".partial-{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, dpi=150)
-        partial.replace(path)
+        save_figure(figure, path, dpi=150)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be written ({error}); name a .png file") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import pandas as pd
 # ML-1M test split (item mean .709 / .682, item + user mean .733 / .682).
 ITEM_SMOOTHING = 5.0
 USER_SMOOTHING = 20.0
+LEAST_PROB = 1e-6  # so that an average of probabilities has a logit; our choice
 
 DEFINITIONS = {
     "item mean": f"positive rate of the item in train, smoothed by {ITEM_SMOOTHING:g} rows at the "
@@ -55,7 +56,7 @@ def as_logits(average: pd.DataFrame) -> pd.DataFrame:
     """A score average whose scores have the mean and the spread of the logits of its probabilities,
     in the order that they had: z-scores do not know how many rows are liked (our choice)."""
     score, prob = average["score"], average["prob"].to_numpy(dtype=np.float64)
-    logits = _logit(np.clip(prob, 1e-6, 1 - 1e-6))
+    logits = _logit(np.clip(prob, LEAST_PROB, 1 - LEAST_PROB))
     spread = logits.std() / (score.std(ddof=0) or 1.0)
     return average.assign(score=(score - score.mean()) * spread + logits.mean())
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ccf_llm_hf.data.prepared import read_rows
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.bootstrap import LEVEL, UserBootstrap, interval
 from ccf_llm_hf.evaluation.controls import (
@@ -28,8 +29,7 @@ from ccf_llm_hf.evaluation.metrics import (
     uauc,
     wuauc,
 )
-from ccf_llm_hf.evaluation.rows import read_rows
-from ccf_llm_hf.evaluation.scores import aligned
+from ccf_llm_hf.evaluation.scores import align_scores
 
 SLICES = {
     "warm_pair": "user and item both occur in train (not_cold)",
@@ -72,8 +72,8 @@ def evaluate_scores(
         scores: user_id, item_id, score (any monotone scale) and, if known, prob and label.
         data_dir: folder written by `ccf-llm prepare`; the means of train are computed from it.
         split: train, validation or test.
-        compare: name to scores of other methods (see `cf.load_scores`). One that covers only some
-            rows is measured, and compared, on those; its `rows` says how many.
+        compare: name to scores of other methods, as of `read_scores` or `cf.score_cf`. One that
+            covers only some rows is measured, and compared, on those; its `rows` says how many.
         name: of the evaluated method.
         sample: the scores cover a sample of the split; the report is of those rows alone. Without
             it, a row without a score is an error.
@@ -94,7 +94,7 @@ def evaluate_scores(
     if rows.empty:
         raise InputError(f"{data_dir}: the {split} split has no rows to evaluate")
     if sample:
-        rows = rows[aligned(scores, rows, name, partial=True)["score"].notna()]
+        rows = rows[align_scores(scores, rows, name, partial=True)["score"].notna()]
         rows = rows.reset_index(drop=True)
     methods = _methods(scores, rows, train, dict(compare or {}), name, averages)
     data = _Split(rows, methods, UserBootstrap(rows["user_id"], resamples, seed))
@@ -136,8 +136,8 @@ def _methods(
     taken = {name, *controls} & set(compare) or {name} & set(controls)
     if taken:
         raise InputError(f"two methods are named {taken.pop()!r}; give the comparison another name")
-    methods = {name: aligned(scores, rows, name)}
-    methods |= {key: aligned(table, rows, key, partial=True) for key, table in compare.items()}
+    methods = {name: align_scores(scores, rows, name)}
+    methods |= {key: align_scores(table, rows, key, partial=True) for key, table in compare.items()}
     methods |= controls
     for pair in averages:
         unknown = [part for part in pair if part not in methods]

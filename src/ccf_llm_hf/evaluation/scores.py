@@ -29,7 +29,7 @@ def read_scores(path: str | Path, needed: Sequence[str] = NEEDED) -> pd.DataFram
     return scores
 
 
-def aligned(
+def align_scores(
     scores: pd.DataFrame, rows: pd.DataFrame, name: str, partial: bool = False
 ) -> pd.DataFrame:
     """`score` and `prob` (NaN if not known) for each of `rows`, in their order.

@@ -1,3 +1,1 @@
 """Inference: score splits, rank and explain."""
-
-import ccf_llm_hf.registration  # noqa: F401

@@ -1,8 +1,9 @@
 """Load a checkpoint for inference, and say in one sentence what is wrong with it."""
 
+import re
+from pathlib import Path
 from typing import Any
 
-from ccf_llm_hf.checkpoint_path import check_checkpoint
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
@@ -24,3 +25,24 @@ def load_checkpoint(
         reason = " ".join(str(error).split())
         raise InputError(f"checkpoint {path_or_repo} cannot be loaded: {reason}") from error
     return model.eval(), processor
+
+
+def check_checkpoint(path: str) -> None:
+    """Refuse what can be neither a checkpoint's folder nor a Hub repository.
+
+    Raises:
+        InputError: it is neither, or the folder of a training run, which holds its checkpoints.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        inner = folder / "checkpoint-slim"
+        if inner.is_dir() and not (folder / "config.json").is_file():
+            raise InputError(f"{path} is the folder of a training run: name its {inner}")
+        return
+    hub_like = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path)
+    # `runs/typo` looks like a repository, but where runs/ is a folder it is a mistyped path.
+    if not hub_like or folder.parent.is_dir():
+        raise InputError(
+            f"checkpoint {path} is not a folder, and no Hub repository (org/name) either: "
+            "make one with ccf-llm train"
+        )

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ccf_llm_hf.evaluation.rows import read_rows
+from ccf_llm_hf.data.prepared import read_rows
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 

@@ -3,13 +3,13 @@
 import argparse
 from dataclasses import asdict
 
-from ccf_llm_hf.checkpoint_path import check_checkpoint
-from ccf_llm_hf.cli_command import (
+from ccf_llm_hf.cli.command import (
     Command,
     Output,
     checkpoint_arguments,
     existing_folder,
 )
+from ccf_llm_hf.inference.checkpoint import check_checkpoint
 
 
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,43 +1,27 @@
-"""The commands that train a model and use it, from `train` to `explain`."""
+"""The commands that use a model: `evaluate`, `rank`, `score` and `explain`."""
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ccf_llm_hf.checkpoint_path import check_checkpoint
-from ccf_llm_hf.cli_command import (
+from ccf_llm_hf.cli.command import (
     Command,
     Output,
     checkpoint_arguments,
     existing_folder,
 )
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.inference.checkpoint import check_checkpoint
+from ccf_llm_hf.io import write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from ccf_llm_hf.inference.ranker import CTRRanker
 
 SPLITS = ("train", "validation", "test")
-
-
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "recipe", help="YAML file; --key value behind it overrides a top-level entry"
-    )
-
-
-def _train(arguments: argparse.Namespace, overrides: list[str]) -> Output:
-    if not Path(arguments.recipe).is_file():
-        wrong = "is a folder" if Path(arguments.recipe).is_dir() else "does not exist"
-        raise InputError(
-            f"recipe {arguments.recipe} {wrong}: name a YAML file like examples/configs/demo.yaml"
-        )
-    from ccf_llm_hf.training.run import run_recipe
-
-    # `--config recipe.yaml`, as examples/train.py takes it, is read as that recipe.
-    if overrides[:1] == ["--config"] and (len(overrides) == 1 or overrides[1].startswith("--")):
-        overrides = overrides[1:]
-    result = run_recipe(["--config", arguments.recipe, *overrides])
-    return Output("\n".join(f"{key}: {value}" for key, value in result.items()), result)
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +72,6 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     paths = dict(_name_and_path(text) for text in arguments.compare)
     averages = [_pair(text, {arguments.name, *paths}) for text in arguments.average]
     check_checkpoint(arguments.checkpoint)
-    from ccf_llm_hf.cf.scoring import load_scores
     from ccf_llm_hf.data.prepared import load_prepared
     from ccf_llm_hf.evaluation import evaluate_scores, format_report, plot_calibration
     from ccf_llm_hf.inference.checkpoint import load_checkpoint
@@ -98,7 +81,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     split = load_prepared(data).splits[arguments.split]
     if arguments.sample_rows:
         split = sample_users(split, arguments.sample_rows)
-    compare = {name: load_scores(path, data, arguments.split) for name, path in paths.items()}
+    compare = {name: _load_scores(path, data, arguments.split) for name, path in paths.items()}
     model, processor = load_checkpoint(arguments.checkpoint, backbone=arguments.backbone)
     scores = score_table(
         model, processor, split, max_tokens_per_batch=arguments.max_tokens_per_batch
@@ -115,7 +98,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     )
     report["gate"] = gate_report(model, processor, data)
     if arguments.metrics_out:
-        _write_text(arguments.metrics_out, json.dumps(report, indent=2) + "\n")
+        write_json(arguments.metrics_out, report)
     if arguments.plot:
         plot_calibration(scores, arguments.plot, name=arguments.name)
     for folder in arguments.card:
@@ -136,6 +119,14 @@ def _name_and_path(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def _load_scores(path: Path, data: Path, split: str) -> "pd.DataFrame":
+    """Scores of a split as `--compare` names them: a file of scores, or a folder of `fit-cf`."""
+    from ccf_llm_hf.cf.fit import score_cf
+    from ccf_llm_hf.evaluation import read_scores
+
+    return score_cf(path, data, split) if path.is_dir() else read_scores(path)
+
+
 def _pair(text: str, names: set[str]) -> tuple[str, str]:
     parts = text.split(",")
     if len(parts) != 2 or not set(parts) <= names:
@@ -143,14 +134,6 @@ def _pair(text: str, names: set[str]) -> tuple[str, str]:
             f"--average {text} is not NAME,NAME with names of {', '.join(sorted(names))}"
         )
     return parts[0], parts[1]
-
-
-def _write_text(path: str, text: str) -> None:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
 
 
 def _user_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +146,7 @@ def _user_arguments(parser: argparse.ArgumentParser) -> None:
     history.add_argument("--data", help="prepared folder to take the history of --user from")
 
 
-def _ranker_and_history(arguments: argparse.Namespace) -> tuple[Any, list[str]]:
+def _load_ranker_and_history(arguments: argparse.Namespace) -> tuple["CTRRanker", list[Any]]:
     if arguments.data is not None and arguments.user is None:
         raise InputError("--data is there to look up the history of a user: add --user ID")
     if arguments.user is None and not arguments.history:
@@ -171,7 +154,7 @@ def _ranker_and_history(arguments: argparse.Namespace) -> tuple[Any, list[str]]:
     check_checkpoint(arguments.checkpoint)
     history = list(arguments.history or [])
     if arguments.data is not None:
-        from ccf_llm_hf.inference.history import stored_history
+        from ccf_llm_hf.data.history import stored_history
 
         data = existing_folder(arguments.data, "--data", "ccf-llm prepare")
         history = stored_history(data, arguments.user)
@@ -201,7 +184,7 @@ def _rank_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rank(arguments: argparse.Namespace, _: list[str]) -> Output:
-    ranker, history = _ranker_and_history(arguments)
+    ranker, history = _load_ranker_and_history(arguments)
     ranked = ranker.rank(
         user=arguments.user,
         history=history,
@@ -239,7 +222,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _score(arguments: argparse.Namespace, _: list[str]) -> Output:
     check_checkpoint(arguments.checkpoint)
-    from ccf_llm_hf.inference.history import stored_histories
+    from ccf_llm_hf.data.history import stored_histories
     from ccf_llm_hf.inference.ranker import CTRRanker
     from ccf_llm_hf.inference.score_pairs import PairScorer, checkpoint_identity
 
@@ -267,18 +250,12 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _explain(arguments: argparse.Namespace, _: list[str]) -> Output:
-    ranker, history = _ranker_and_history(arguments)
+    ranker, history = _load_ranker_and_history(arguments)
     explanation = ranker.explain(user=arguments.user, history=history, item=arguments.item)
     return Output(explanation.as_text(), asdict(explanation))
 
 
 COMMANDS = {
-    "train": Command(
-        "train by a recipe",
-        "ccf-llm train examples/configs/demo.yaml --output_dir runs/mine",
-        _train_arguments,
-        _train,
-    ),
     "evaluate": Command(
         "score a split: AUC, UAUC, intervals, slices, controls",
         "ccf-llm evaluate runs/demo/checkpoint --data runs/demo/data --out scores.parquet",

@@ -2,16 +2,16 @@
 
 import argparse
 
-from ccf_llm_hf.cli_arguments import (
+from ccf_llm_hf.cli.arguments import (
     add_config_arguments,
     add_json_argument,
     config_from_arguments,
 )
-from ccf_llm_hf.cli_command import Command, Output, existing_folder
+from ccf_llm_hf.cli.command import Command, Output, existing_folder
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
-    from ccf_llm_hf.configs import SOURCES, PrepareConfig
+    from ccf_llm_hf.data.config import SOURCES, PrepareConfig
 
     parser.add_argument(
         "source",
@@ -24,7 +24,7 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(arguments: argparse.Namespace, _: list[str]) -> Output:
-    from ccf_llm_hf.configs import PrepareConfig
+    from ccf_llm_hf.data.config import PrepareConfig
     from ccf_llm_hf.data.prepare import format_summary, prepare
     from ccf_llm_hf.data.prepared import load_protocol
 
@@ -34,7 +34,7 @@ def _prepare(arguments: argparse.Namespace, _: list[str]) -> Output:
 
 
 def _fit_cf_arguments(parser: argparse.ArgumentParser) -> None:
-    from ccf_llm_hf.configs import CF_CONFIGS
+    from ccf_llm_hf.cf.config import CF_CONFIGS
 
     models = parser.add_subparsers(
         dest="model",
@@ -53,8 +53,8 @@ def _fit_cf_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _fit_cf(arguments: argparse.Namespace, _: list[str]) -> Output:
     data = existing_folder(arguments.data, "--data", "ccf-llm prepare")
+    from ccf_llm_hf.cf.config import CF_CONFIGS
     from ccf_llm_hf.cf.fit import fit_cf
-    from ccf_llm_hf.configs import CF_CONFIGS
 
     config = config_from_arguments(CF_CONFIGS[arguments.model], arguments)
     embeddings = fit_cf(arguments.model, data, arguments.out, config)

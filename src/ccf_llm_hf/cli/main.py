@@ -6,14 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 
-from ccf_llm_hf import cli_data, cli_hub, cli_model
-from ccf_llm_hf.cli_arguments import CommandParser, add_json_argument
-from ccf_llm_hf.cli_command import Command
+from ccf_llm_hf.cli import data, share, train, use
+from ccf_llm_hf.cli.arguments import CommandParser, add_json_argument
+from ccf_llm_hf.cli.command import Command
 from ccf_llm_hf.errors import InputError
 
 INTERRUPTED = 130  # as a shell reports it
 # In the order of the overview.
-COMMANDS = {**cli_data.COMMANDS, **cli_model.COMMANDS, **cli_hub.COMMANDS}
+COMMANDS = {**data.COMMANDS, **train.COMMANDS, **use.COMMANDS, **share.COMMANDS}
 
 
 def _overview() -> CommandParser:
@@ -28,7 +28,8 @@ def _overview() -> CommandParser:
     return parser
 
 
-def _parse(argv: list[str]) -> tuple[Command, argparse.Namespace, list[str]]:
+def parse(argv: list[str]) -> tuple[Command, argparse.Namespace, list[str]]:
+    """The command that was named, its arguments, and what only `train` takes beyond them."""
     name = _overview().parse_args(argv[:1]).command
     command = COMMANDS[name]
     parser = CommandParser(
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 after `error: ...` for bad input, 130 after
     Ctrl-C."""
     try:
-        command, arguments, rest = _parse(list(sys.argv[1:] if argv is None else argv))
+        command, arguments, rest = parse(list(sys.argv[1:] if argv is None else argv))
         # Libraries print to stdout at will; there it would break --json.
         with contextlib.redirect_stdout(sys.stderr):
             output = command.run(arguments, rest)
@@ -61,7 +62,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     print(json.dumps(output.data, indent=2) if arguments.json else output.text)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,9 +3,9 @@ import json
 import pandas as pd
 import pytest
 
+from ccf_llm_hf.data.history import stored_history
 from ccf_llm_hf.data.prepared import FORMAT
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.inference.history import stored_history
 
 
 @pytest.fixture

@@ -1,99 +1,14 @@
-"""What `prepare` and `fit-cf` can be told.
-
-Apart from the code that they configure, and light to import: the command line shows their fields as
-flags, and help must not wait for pandas and torch.
-"""
+"""What `ccf-llm fit-cf` can be told, per CF model."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ccf_llm_hf.errors import InputError
 
-SOURCES = ("ml-1m", "ml-100k", "ml-latest-small", "amazon-books", "collm", "table")
-
-
-@dataclass
-class PrepareConfig:
-    """What to prepare, from where, and by which protocol.
-
-    `ml-1m` follows CoLLM's protocol (months since the first rating's: train 14-23, validation
-    24-28, test 29-33); `ml-100k` and `ml-latest-small` are cut 80/10/10 by time (our choice); all
-    three take label = rating >= 4. `amazon-books` follows CoLLM's protocol (2017 only: train
-    January-November, December halved by time, label = rating 5). `collm` keeps the rows that CoLLM
-    published. Of the options below, the `ml-*` sources use `out`, `input`, `offline`, `cache_dir`,
-    `histories` and `max_history` only, `amazon-books` the same without `offline` and
-    `cache_dir`, `collm` `out` and `input` only, and `table` uses the others.
-    """
-
-    source: str = field(default="ml-1m", metadata={"help": ", ".join(SOURCES)})
-    out: str = field(default="", metadata={"help": "folder to write"})
-    input: str | None = field(
-        default=None,
-        metadata={
-            "help": "folder of the raw files (ml-*: default is to download them; amazon-books: "
-            "reviews and meta_ files as .json or .jsonl, also .gz; collm: the three _ood2.pkl)"
-        },
-    )
-    offline: bool = field(default=False, metadata={"help": "ml-*: do not use the network"})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "ml-*: cache of downloads (default: $CCF_LLM_CACHE)"}
-    )
-    name: str | None = field(default=None, metadata={"help": "table: name in the dataset card"})
-    interactions: str | None = field(
-        default=None, metadata={"help": "table: .csv, .tsv (also .gz) or .parquet of interactions"}
-    )
-    items: str | None = field(
-        default=None,
-        metadata={"help": "table: file of items (default: titles are in the interactions)"},
-    )
-    user_column: str = field(default="user_id", metadata={"help": "table: column of user ids"})
-    item_column: str = field(
-        default="item_id", metadata={"help": "table: column of item ids, in both files"}
-    )
-    time_column: str = field(
-        default="timestamp", metadata={"help": "table: column of times, Unix time or ISO dates"}
-    )
-    title_column: str = field(default="title", metadata={"help": "table: column of item titles"})
-    rating_column: str | None = field(
-        default=None, metadata={"help": "table: column of ratings (this or --label-column)"}
-    )
-    label_column: str | None = field(
-        default=None, metadata={"help": "table: column of 0/1 labels (this or --rating-column)"}
-    )
-    positive_threshold: float = field(
-        default=4.0, metadata={"help": "table: label 1 is a rating of at least this"}
-    )
-    time_unit: str = field(default="s", metadata={"help": "table: unit of numeric times, s or ms"})
-    split: str = field(
-        default="ratio", metadata={"help": "table: ratio (shares by time) or time (given dates)"}
-    )
-    ratios: list[float] = field(
-        default_factory=lambda: [0.8, 0.1, 0.1],
-        metadata={"help": "table: shares of train, validation and test, cut in order of time"},
-    )
-    valid_start: str | None = field(
-        default=None, metadata={"help": "table, split=time: validation starts (time or ISO date)"}
-    )
-    test_start: str | None = field(
-        default=None, metadata={"help": "table, split=time: test starts (time or ISO date)"}
-    )
-    license: str | None = field(
-        default=None,
-        metadata={"help": "table: license of the data, for its card: an id such as cc-by-4.0"},
-    )
-    language: str | None = field(
-        default=None, metadata={"help": "table: language of the titles, for cards: en, de, ..."}
-    )
-    histories: str = field(
-        default="likes",
-        metadata={
-            "help": "likes (the papers' protocol: earlier likes within the splits) or signed "
-            "(all earlier rows, dislikes too, with their labels)"
-        },
-    )
-    max_history: int | None = field(
-        default=None, metadata={"help": "store only this many latest items of a history"}
-    )
+CROSS_FIT = (
+    "which vectors a training row sees: folds, those fitted on all folds of the (user, item) pairs "
+    "but its own; snapshots, for data with time, those fitted on the slices of time before its own"
+)
 
 
 @dataclass
@@ -119,17 +34,11 @@ class MFConfig:
     snapshots: int = field(
         default=20,
         metadata={
-            "help": "cross_fit=snapshots: slices of the training rows by time, equal in rows; each "
-            "gets vectors fitted on the slices before it (fewer where the tables would pass 1 GB)"
+            "help": "cross_fit=snapshots: slices of the training rows by time, equal in rows "
+            "(fewer where the tables would pass 1 GB)"
         },
     )
-    cross_fit: Literal["snapshots", "folds"] = field(
-        default="snapshots",
-        metadata={
-            "help": "which vectors a training row sees: snapshots, those fitted on earlier slices; "
-            "folds, those fitted on all folds of the (user, item) pairs but its own"
-        },
-    )
+    cross_fit: Literal["folds", "snapshots"] = field(default="folds", metadata={"help": CROSS_FIT})
     folds: int = field(default=5, metadata={"help": "cross_fit=folds: folds, at least 2"})
     iterations: int | None = field(
         default=None,
@@ -165,7 +74,7 @@ class MFConfig:
             raise InputError("targets=graded needs rows=earlier: the train split holds labels only")
         _check_counts(self, "dim", "snapshots", "iterations")
         _check_positive(self, "l2_factors", "l2_user_bias", "l2_item_bias")
-        _check_cross_fit(self.cross_fit, self.folds)
+        _check_cross_fit(self)
 
 
 @dataclass
@@ -189,24 +98,18 @@ class LightGCNConfig:
     snapshots: int = field(
         default=10,
         metadata={
-            "help": "cross_fit=snapshots: slices of the training rows by time, equal in rows; each "
-            "gets vectors fitted on the slices before it (fewer where the tables would pass 1 GB)"
+            "help": "cross_fit=snapshots: slices of the training rows by time, equal in rows "
+            "(fewer where the tables would pass 1 GB)"
         },
     )
-    cross_fit: Literal["snapshots", "folds"] = field(
-        default="snapshots",
-        metadata={
-            "help": "which vectors a training row sees: snapshots, those fitted on earlier slices; "
-            "folds, those fitted on all folds of the (user, item) pairs but its own"
-        },
-    )
+    cross_fit: Literal["folds", "snapshots"] = field(default="folds", metadata={"help": CROSS_FIT})
     folds: int = field(default=5, metadata={"help": "cross_fit=folds: folds, at least 2"})
     seed: int = field(default=0, metadata={"help": "of the initial vectors"})
 
     def __post_init__(self) -> None:
         _check_counts(self, "dim", "layers", "max_steps", "snapshots")
         _check_positive(self, "l2", "learning_rate")
-        _check_cross_fit(self.cross_fit, self.folds)
+        _check_cross_fit(self)
 
 
 @dataclass
@@ -258,11 +161,17 @@ def _check_counts(config: object, *names: str) -> None:
             raise InputError(f"{name}={value} must be at least 1")
 
 
-def _check_cross_fit(cross_fit: str, folds: int) -> None:
-    if cross_fit not in ("snapshots", "folds"):
-        raise InputError(f"cross_fit={cross_fit!r} must be snapshots or folds")
-    if folds < 2:
-        raise InputError(f"folds={folds} must be at least 2")
+def _check_cross_fit(config: MFConfig | LightGCNConfig) -> None:
+    if config.cross_fit not in ("folds", "snapshots"):
+        raise InputError(f"cross_fit={config.cross_fit!r} must be folds or snapshots")
+    if config.folds < 2:
+        raise InputError(f"folds={config.folds} must be at least 2")
+    idle = "snapshots" if config.cross_fit == "folds" else "folds"
+    if getattr(config, idle) != getattr(type(config), idle):
+        raise InputError(
+            f"{idle}={getattr(config, idle)} has no meaning with cross_fit={config.cross_fit}: "
+            f"add cross_fit={idle}, or leave it out"
+        )
 
 
 def _check_positive(config: object, *names: str) -> None:
