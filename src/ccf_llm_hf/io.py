@@ -38,9 +38,12 @@ def write_folder(folder: str | Path, write: Callable[[Path], Any]) -> Path:
     partial = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    return partial.rename(folder)
+    try:
+        write(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        return partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -26,9 +26,9 @@ def _local_backbone(name: str) -> str:
 
 def _publish(thing: Any, repo_id: str, **options: Any) -> Any:
     """Check what a model, processor or ranker would send, and send it."""
-    from ccf_llm_hf.hub.push import push_object
+    from ccf_llm_hf.hub.push import push
 
-    return push_object(thing, repo_id, **options)
+    return push(thing, repo_id, **options)
 
 
 AutoConfig.register("ccf_llm", CCFLLMConfig, exist_ok=True)
