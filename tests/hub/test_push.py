@@ -66,7 +66,6 @@ def test_only_a_checkpoint_goes_up(save: Save, unchecked: None, tmp_path: Path) 
         ("config.json", '"cf_model": "mf"', '"cf_model": "/srv/x/mf"', "line"),
         ("README.md", "", "\ndata_dir: /somewhere/else/ml1m\n", "line"),
         ("card.json", '"source": "shop.csv"', '"source": "of /srv/x"', "line"),
-        ("card.json", '"source": "shop.csv"', '"x": "/elsewhere/x"', "line"),
         ("README.md", "", "\nsee C:\\Users\\me\\films\n", "line"),
         ("item_catalog.jsonl", "Heat (1995)", "hf_" + "Ab1" * 12, "line 2"),
         ("modeling_ccf_llm.py", "", '\nFOLDER = "/home/me/films"\n', "line"),
@@ -84,6 +83,20 @@ def test_what_is_private_is_refused_with_file_and_line(
         pass
     assert str(caught.value).startswith(f"{file}, {place}")
     assert "Ab1Ab1" not in str(caught.value)
+
+
+def test_no_path_of_the_author_is_published_as_a_fact(save: Save, unchecked: None) -> None:
+    folder = save()
+    facts = folder / "card.json"
+    facts.write_text(facts.read_text().replace('"protocol": {', '"protocol": {"x": "/else/where"'))
+    with stage_checkpoint(folder, REPO) as staged:
+        assert read_facts(staged.folder).protocol == {"x": "where"}
+    (folder / "README.md").write_text("By hand, so that nothing is rendered.\n")
+    with (
+        pytest.raises(InputError, match=r"card\.json, line \d+: an absolute path of any kind"),
+        stage_checkpoint(folder, REPO),
+    ):
+        pass
 
 
 def test_a_slim_checkpoint_without_a_public_backbone_says_so(save: Save, unchecked: None) -> None:

@@ -238,6 +238,7 @@ def _finish(staged: Staged, private_paths: list[Path]) -> None:
     """Cut local names, and scan."""
     cut_local_names(staged.folder)
     findings = scan_folder(staged.folder, private_paths)
+    findings.sort(key=lambda finding: finding.file == CARD_FILE)  # it repeats what others say
     if findings:
         more = f"; also {', '.join(map(str, findings[1:4]))}" if len(findings) > 1 else ""
         raise InputError(
