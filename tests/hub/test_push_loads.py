@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from hub.loopback import LoopbackHub
 from hub.pushing import REPO, Save, contents
@@ -17,9 +16,9 @@ from tiny import BuildModel
 from transformers import AutoModelForCausalLM
 
 from ccf_llm_hf import CTRRanker
-from ccf_llm_hf.hub.push import publish
-from ccf_llm_hf.hub.staging import staged_checkpoint
-from ccf_llm_hf.modeling.checkpoint_ccf_llm import CODE_FILES, Publishable
+from ccf_llm_hf.hub.push import publish, push
+from ccf_llm_hf.hub.staging import stage_checkpoint
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import CODE_FILES
 
 CALL = {"user": "u0", "history": ["i1", "i2"], "candidates": ["i0", "i3", "A new film (2024)"]}
 
@@ -86,17 +85,17 @@ def test_strangers_load_what_was_pushed(
     first = logits(model, processor)
     slim, full = save("slim", "slim", backbone_name="acme/backbone"), save("full")
     shutil.rmtree(slim / "logs")
-    with staged_checkpoint(slim, "acme/slim") as staged:
+    with stage_checkpoint(slim, "acme/slim") as staged:
         assert not staged.needs_backbone, "the clean process fetched it from the Hub"
         publish(staged, "acme/slim")
-    with staged_checkpoint(full, REPO) as staged:
+    with stage_checkpoint(full, REPO) as staged:
         pinned = publish(staged, REPO).commit
         publish(staged, "acme/secret", private=True)
         publish(staged, "acme/gated")
     hub.store.repo("acme/gated").gated = True
     with torch.no_grad():
         model.answer_weight.mul_(2)
-    model.push_to_hub(REPO)
+    push(model, REPO)
     second = logits(model, processor)
     assert (second - first).abs().max() > 1e-3
 
@@ -132,22 +131,22 @@ def test_strangers_load_what_was_pushed(
     assert hub.requests == [], "offline means offline"
 
 
-def test_model_processor_and_ranker_push_themselves(
+def test_model_processor_and_ranker_are_pushed(
     hub: LoopbackHub, build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     model, processor = build(lora=True)
     model.config.backbone_name = str(backbone_folder())
     expected = logits(model, processor)
-    pushed = model.push_to_hub("acme/model", form="slim", private=True)
+    pushed = push(model, "acme/model", form="slim", private=True)
     assert hub.store.repo("acme/model").private
     assert b"backbone_name" in contents(hub, "acme/model")["config.json"]
     assert str(backbone_folder()).encode() not in contents(hub, "acme/model")["config.json"]
     assert "AutoModel.from_pretrained" in pushed.load[0] and len(pushed.load) == 1
-    processor.push_to_hub("acme/processor")
+    push(processor, "acme/processor")
     assert "config.json" not in contents(hub, "acme/processor")
-    processor.push_to_hub("acme/model")
+    push(processor, "acme/model")
     assert "fusion.safetensors" in contents(hub, "acme/model"), "the model stays"
-    CTRRanker(model, processor).push_to_hub("acme/ranker", form="full")
+    push(CTRRanker(model, processor), "acme/ranker", form="full")
     assert {"example.json", "model.safetensors"} <= set(contents(hub, "acme/ranker"))
     local = {"backbone": str(backbone_folder()), "token": "hf_bob"}
     loads: list[Load] = [
@@ -159,10 +158,7 @@ def test_model_processor_and_ranker_push_themselves(
         assert_same(found, expected)
 
 
-def test_without_this_package_transformers_pushes(
-    hub: LoopbackHub, build: BuildModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Publishable, "publisher", None)
+def test_push_to_hub_is_that_of_transformers(hub: LoopbackHub, build: BuildModel) -> None:
     model, processor = build()
     model.push_to_hub("acme/plain", commit_message="by transformers")
     processor.push_to_hub("acme/plain")

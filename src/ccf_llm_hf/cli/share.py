@@ -88,23 +88,18 @@ def _push_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _push(arguments: argparse.Namespace, _: list[str]) -> Output:
     existing_folder(arguments.checkpoint, "checkpoint", "ccf-llm train")
-    from ccf_llm_hf.hub.push import check_branch, publish
-    from ccf_llm_hf.hub.staging import check_repo_id, staged_checkpoint
+    from ccf_llm_hf.hub.push import push
 
-    check_repo_id(arguments.repo)
-    check_branch(arguments.revision)
-    print(f"checking {arguments.checkpoint}, also in a process without this package")
-    with staged_checkpoint(
-        arguments.checkpoint, arguments.repo, form=arguments.form, backbone=arguments.backbone
-    ) as staged:
-        text, data = staged.as_text(), staged.as_dict()
-        if arguments.dry_run:
-            return Output(f"{text}\nnothing was sent", data)
-        print(text)  # on stderr, before anything is sent
-        published = publish(
-            staged, arguments.repo, private=arguments.private, revision=arguments.revision
-        )
-    return Output(published.as_text(), data | published.as_dict())
+    published = push(
+        arguments.checkpoint,
+        arguments.repo,
+        form=arguments.form,
+        backbone=arguments.backbone,
+        private=arguments.private or None,
+        revision=arguments.revision,
+        dry_run=arguments.dry_run,
+    )
+    return Output(published.as_text(), published.as_dict())
 
 
 def _push_dataset_arguments(parser: argparse.ArgumentParser) -> None:

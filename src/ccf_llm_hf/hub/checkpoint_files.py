@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ccf_llm_hf.hub.card_training import without_local_paths
+from ccf_llm_hf.io import write_json
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -17,10 +17,10 @@ from ccf_llm_hf.modeling.checkpoint_ccf_llm import (
     CODE_FILES,
     FUSION_FILE,
     USERS_FILE,
-    write_json,
 )
 
 CARD_FILE = "README.md"
+FACTS_FILE = "card.json"
 EXAMPLE_FILE = "example.json"
 WEIGHT_FILES = (
     "model.safetensors",
@@ -48,8 +48,16 @@ SETTINGS_FILES = (
     f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}",
 )
 PUBLISHED = {
-    *(CARD_FILE, EXAMPLE_FILE, CATALOG_FILE, USERS_FILE, "LICENSE"),
-    *(*WEIGHT_FILES, *VOCABULARY_FILES, *SETTINGS_FILES, *CODE_FILES),
+    CARD_FILE,
+    FACTS_FILE,
+    EXAMPLE_FILE,
+    CATALOG_FILE,
+    USERS_FILE,
+    "LICENSE",
+    *WEIGHT_FILES,
+    *VOCABULARY_FILES,
+    *SETTINGS_FILES,
+    *CODE_FILES,
 }
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Keys under which libraries write down where a model or tokenizer was loaded from.
@@ -104,15 +112,27 @@ def cut_local_names(folder: Path) -> None:
         if not file.is_file() or file.suffix != ".json":
             continue
         values = json.loads(file.read_text(encoding="utf-8"))
-        shared = _cut(values)
+        shared = _cut_names(values)
         if shared != values:
             write_json(file, shared)
 
 
-def _cut(values: Any) -> Any:
+def cut_paths(value: Any) -> Any:
+    """Absolute paths cut to their last part, anywhere in a value as JSON has it: a checkpoint is
+    shared, its author's machine is not."""
+    if isinstance(value, dict):
+        return {key: cut_paths(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [cut_paths(part) for part in value]
+    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~/")):
+        return Path(value).name
+    return value
+
+
+def _cut_names(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     return {
-        key: without_local_paths(value) if key in NAME_KEYS else _cut(value)
+        key: cut_paths(value) if key in NAME_KEYS else _cut_names(value)
         for key, value in values.items()
     }

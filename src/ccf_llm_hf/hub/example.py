@@ -3,7 +3,6 @@
 Whoever publishes a checkpoint has them scored again, in a process that does not know this package.
 """
 
-import ast
 import importlib.metadata
 import json
 import os
@@ -17,38 +16,38 @@ from typing import Any
 import torch
 
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.hub.checkpoint_files import CARD_FILE, EXAMPLE_FILE
-from ccf_llm_hf.modeling.checkpoint_ccf_llm import write_json
+from ccf_llm_hf.hub.checkpoint_files import EXAMPLE_FILE
+from ccf_llm_hf.hub.model_card import read_facts
+from ccf_llm_hf.io import write_json
+from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 
 TOLERANCE = 1e-5
-INPUTS = ("user", "history", "candidates")
 SCRIPT = Path(__file__).with_name("clean_process.py")
 
 
-def record_example(folder: str | Path, model: Any, processor: Any) -> Path:
+def record_example(folder: str | Path, model: CCFLLMForCTR, processor: CCFLLMProcessor) -> Path:
     """Write `example.json` into a checkpoint folder: the call that its card shows, one that reads
     the CF vectors of users and items, and the logits of both.
 
     What is recorded there already stays as it is, so that it can still contradict the weights.
 
     Args:
-        folder: the checkpoint folder, its card written before.
-        model: the `CCFLLMForCTR` that the folder holds.
-        processor: its `CCFLLMProcessor`.
+        folder: the checkpoint folder.
+        model: the one that the folder holds.
+        processor: its processor.
 
     Raises:
-        InputError: a record is there, but damaged.
+        InputError: a record or card.json is there, but damaged.
     """
     folder = Path(folder)
     calls = read_calls(folder)
-    for call in (card_call(folder / CARD_FILE), catalog_call(processor)):
-        if call and call not in [known["inputs"] for known in calls]:
-            calls.append({"inputs": call, "logits": _logits(model, processor, call)})
+    for call in (read_facts(folder).example, make_catalog_call(processor)):
+        if call not in [known["inputs"] for known in calls]:
+            calls.append({"inputs": call, "logits": _score(model, processor, call)})
     packages = ("torch", "transformers")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    values = {"calls": calls, "versions": versions}
-    write_json(folder / EXAMPLE_FILE, values)
-    return folder / EXAMPLE_FILE
+    return write_json(folder / EXAMPLE_FILE, {"calls": calls, "versions": versions})
 
 
 def read_calls(folder: Path) -> list[dict[str, Any]]:
@@ -69,25 +68,7 @@ def read_calls(folder: Path) -> list[dict[str, Any]]:
     raise InputError(f"{file} holds no recorded calls: delete it to have them recorded anew")
 
 
-def card_call(card: Path) -> dict[str, Any] | None:
-    """What the first usage code in a card that calls a processor gives it; None without such code.
-
-    Arguments that are no literals, or concern only the form of the answer, are left out.
-    """
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        try:
-            calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
-        except SyntaxError:
-            continue
-        for call in calls:
-            if isinstance(call.func, ast.Name) and call.func.id == "processor":
-                given = {word.arg: word.value for word in call.keywords if word.arg in INPUTS}
-                return {str(name): ast.literal_eval(value) for name, value in given.items()}
-    return None
-
-
-def catalog_call(processor: Any) -> dict[str, Any]:
+def make_catalog_call(processor: CCFLLMProcessor) -> dict[str, Any]:
     """A call by a known user, on items of the catalog and one that is not in it."""
     ids = processor.item_ids
     new = {"title": "A title outside the catalog"}
@@ -128,20 +109,20 @@ def check_in_clean_process(folder: Path, backbone: str | None, offline: bool) ->
         if run.returncode:
             raise InputError(
                 "the checkpoint does not load in a process without this package, so nobody else "
-                f"could load it: {last_error(run.stderr)}"
+                f"could load it: {find_last_error(run.stderr)}"
             )
         scores = json.loads(out.read_text(encoding="utf-8"))
-    return largest_difference(scores, expected)
+    return measure_difference(scores, expected)
 
 
-def last_error(stderr: str) -> str:
+def find_last_error(stderr: str) -> str:
     """The message that a traceback ends with, in one line."""
     lines = stderr.strip().splitlines()
     starts = [place for place, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exit)\b", line)]
     return " ".join(" ".join(lines[starts[-1] if starts else -1 :]).split())
 
 
-def largest_difference(scores: list[Any], expected: list[dict[str, Any]]) -> float:
+def measure_difference(scores: list[Any], expected: list[dict[str, Any]]) -> float:
     """The largest difference between logits and recorded ones.
 
     Raises:
@@ -164,7 +145,9 @@ def largest_difference(scores: list[Any], expected: list[dict[str, Any]]) -> flo
 
 
 @torch.inference_mode()
-def _logits(model: Any, processor: Any, call: dict[str, Any]) -> list[Any]:
+def _score(
+    model: CCFLLMForCTR, processor: CCFLLMProcessor, call: dict[str, Any]
+) -> list[list[float]]:
     # Said to be new, the card's title outside the catalog is not warned about as if it were a typo.
     known = processor.item_index.keys() | processor.title_index.keys()
     candidates = [

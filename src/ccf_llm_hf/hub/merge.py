@@ -1,28 +1,28 @@
 """`ccf-llm merge`: one self-contained checkpoint out of a slim one and its backbone."""
 
 import json
-import re
 import shutil
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from ccf_llm_hf import __version__
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.hub.model_card import address_card, as_full_card
+from ccf_llm_hf.hub.checkpoint_files import FACTS_FILE
+from ccf_llm_hf.hub.model_card import read_facts, write_card
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
+from ccf_llm_hf.io import write_folder
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import ADAPTER_FOLDER, CF_FILE, FUSION_FILE
 
 SLIM_ONLY = (CF_FILE, FUSION_FILE, ADAPTER_FOLDER)
-CARD = "README.md"
-FORM_ROW = re.compile(r"^\| Form \|.*$", re.MULTILINE)
 
 
 def merge_checkpoint(checkpoint: str, out: str | Path, backbone: str | None = None) -> Path:
     """Write a full checkpoint that scores as the slim one does, LoRA merged into the backbone.
 
-    Processor, catalog, card and whatever else lies beside the slim weights go along. `out` is
-    filled under a temporary name and then renamed.
+    Processor, catalog and whatever else lies beside the slim weights go along; the card is rendered
+    anew from the same facts. `out` is filled under a temporary name and then renamed.
 
     Args:
         checkpoint: slim checkpoint folder or Hub repository.
@@ -38,27 +38,25 @@ def merge_checkpoint(checkpoint: str, out: str | Path, backbone: str | None = No
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already: name a new folder, or delete it first")
-    source = _folder(checkpoint)
+    source = _find_folder(checkpoint)
     config = source / "config.json"
     if not config.is_file():
         raise InputError(f"{checkpoint} has no config.json: name a slim checkpoint")
     if json.loads(config.read_text(encoding="utf-8")).get("checkpoint_form") != "slim":
         raise InputError(f"{checkpoint} is no slim checkpoint: there is nothing to merge")
     model, processor = load_checkpoint(str(source), backbone=backbone)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
-        folder = Path(temporary) / "full"
+
+    def write(folder: Path) -> None:
         model.save_pretrained(folder, form="full")
         processor.save_pretrained(folder)
         _copy_the_rest(source, folder)
-        _mend_card(folder / CARD, out.name)
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
-    return out
+        if (folder / FACTS_FILE).is_file():
+            write_card(folder, replace(read_facts(folder), version=__version__), repo=out.name)
+
+    return write_folder(out, write)
 
 
-def _folder(checkpoint: str) -> Path:
+def _find_folder(checkpoint: str) -> Path:
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     try:
@@ -69,16 +67,9 @@ def _folder(checkpoint: str) -> Path:
 
 
 def _copy_the_rest(source: Path, folder: Path) -> None:
-    """Files that neither model nor processor writes, such as the card."""
+    """Files that neither model nor processor writes, such as the facts of the card."""
     for path in source.iterdir():
         target = folder / path.name
         if path.name in SLIM_ONLY or path.name.startswith(".") or target.exists():
             continue
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target)
-
-
-def _mend_card(card: Path, name: str) -> None:
-    """Let a card say that it is about a full checkpoint, in the folder `name`."""
-    if card.is_file():
-        text = as_full_card(card.read_text(encoding="utf-8"))
-        card.write_text(address_card(text, name), encoding="utf-8")

@@ -1,28 +1,30 @@
-"""The model card (README.md) of a checkpoint folder, written from its config and results."""
+"""The model card (README.md) of a checkpoint folder, rendered from the facts in its card.json.
+
+`card.json` holds what the card says and no other file beside it does; config.json and
+processor_config.json are read where they lie. Whatever changes a checkpoint (evaluation, merging,
+a push) renders the card anew. A README.md that is not what was rendered last is somebody's own
+words, and is left alone.
+"""
 
 import importlib.resources
 import json
-import re
+import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard
 
 from ccf_llm_hf import __version__
 from ccf_llm_hf.data.asset_list import ASSETS
 from ccf_llm_hf.data.prepared import load_protocol
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.hub.card_metadata import hub_backbone, model_card_data
-from ccf_llm_hf.hub.card_results import gate_markdown, results_markdown
-from ccf_llm_hf.hub.card_training import (
-    gate_sentence,
-    inputs_markdown,
-    machine_sentence,
-    recipe_yaml,
-    stages_markdown,
-    without_local_paths,
-)
+from ccf_llm_hf.hub.card_metadata import build_metadata, find_hub_backbone
+from ccf_llm_hf.hub.card_tables import differences_table, format_number, methods_table
+from ccf_llm_hf.hub.checkpoint_files import CARD_FILE, FACTS_FILE, cut_paths
+from ccf_llm_hf.io import sha256_of, write_json, write_text
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CATALOG_FILE, read_ids
 from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
 
@@ -30,23 +32,39 @@ TEMPLATE = "model_card.md.jinja"
 TRAINING_FILE = "training.json"
 # The oldest releases that the tests load and score checkpoints with.
 REQUIREMENTS = {"torch": "2.13", "transformers": "5.21", "safetensors": "0.8"}
-FUSION_SENTENCES = {
-    "gate": "a gate weighs the two per item and per dimension.",
-    "scalar_gate": "a gate with one weight per item mixes the two (an ablation of the method).",
-    "sum": "the two are added (an ablation of the method).",
-    "concat": "each item is its title followed by its vector (CoLLM's form, as an ablation).",
-    "cf_only": "here the items are vectors only (an ablation of the method).",
-    "text_only": "here it reads words only (TALLRec's form, as an ablation).",
-}
 WELL_KNOWN = ("Toy Story (1995)", "Heat (1995)", "Jumanji (1995)", "GoldenEye (1995)")
 PLACEHOLDERS = ("a liked item", "another liked item", "an item", "another item")
-REPO_LINE = re.compile(r'^repo = ".*?".*$', re.MULTILINE)
+
+
+@dataclass
+class CardFacts:
+    """What a card says that config.json and processor_config.json do not.
+
+    Args:
+        name: the model's.
+        example: the call that the usage code shows: `history` and `candidates`, lists of titles.
+        version: of the package whose code lies beside the weights.
+        backbone_source: where the backbone was obtained; empty if that is not known.
+        training: training.json of the run, or as much of it as there is.
+        protocol: protocol.json of the prepared data.
+        metrics: report of `evaluate_scores`, with the gate's (see `inference.gate.gate_report`).
+        readme: sha256 of the README.md that was rendered last.
+    """
+
+    name: str
+    example: dict[str, list[str]]
+    version: str = __version__
+    backbone_source: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    readme: str = ""
 
 
 def describe_run(
     checkpoint_dir: str | Path, data_dir: str | Path, metrics: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write the card of a checkpoint that a recipe trained, with the training.json beside it.
+    """Write facts and card of a checkpoint that a recipe trained, with the training.json above it.
 
     Args:
         checkpoint_dir: `<output_dir>/checkpoint` or `<output_dir>/checkpoint-slim`.
@@ -54,151 +72,163 @@ def describe_run(
         metrics: report of `evaluate_scores`, or None before evaluation; its `gate` entry (see
             `inference.gate.gate_report`) is shown too.
 
+    Returns:
+        Path of the card.
+
     Raises:
         InputError: either folder is not there.
     """
     folder = Path(checkpoint_dir)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json: name a checkpoint folder")
     record = folder.parent / TRAINING_FILE
-    return write_model_card(
-        folder,
-        config=CCFLLMConfig.from_pretrained(folder),
-        metrics=metrics,
-        training=json.loads(record.read_text(encoding="utf-8")) if record.exists() else None,
-        data_protocol=load_protocol(Path(data_dir)),
+    training = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    facts = read_facts(folder)
+    facts.version = training.get("versions", {}).get("ccf-llm-hf", facts.version)
+    facts.backbone_source = training.get("backbone", {}).get("source") or ""
+    facts.training = training
+    facts.protocol = load_protocol(Path(data_dir))
+    facts.metrics = dict(metrics or {})
+    return write_card(folder, facts)
+
+
+def read_facts(folder: Path) -> CardFacts:
+    """The facts in a checkpoint's card.json; without one, what the folder itself tells.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = folder / FACTS_FILE
+    if not file.is_file():
+        return CardFacts(_choose_name(folder), _choose_example(folder))
+    try:
+        facts = CardFacts(**json.loads(file.read_text(encoding="utf-8")))
+        titles = [*facts.example["history"], *facts.example["candidates"]]
+        if all(isinstance(title, str) for title in titles):
+            return facts
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise InputError(
+        f"{file} does not hold the facts of a card: mend it, or delete it and have it written "
+        "anew by ccf-llm evaluate --card"
     )
 
 
-def write_model_card(
-    checkpoint_dir: str | Path,
-    *,
-    config: Any,
-    metrics: Mapping[str, Any] | None = None,
-    training: Mapping[str, Any] | None = None,
-    data_protocol: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write README.md into a checkpoint folder; no network is used.
+def has_own_words(folder: Path) -> bool:
+    """Whether somebody wrote the README.md of a checkpoint, or changed it since it was rendered."""
+    card = folder / CARD_FILE
+    return card.is_file() and sha256_of([card]) != read_facts(folder).readme
 
-    The usage code names the folder, so that it runs from the folder's parent; `address_card` points
-    it at a Hub repository.
+
+def write_card(folder: Path, facts: CardFacts | None = None, *, repo: str = "") -> Path:
+    """Write card.json and the README.md that it makes; one with words of its own stays.
 
     Args:
-        checkpoint_dir: the folder; its name becomes the model's.
-        config: the checkpoint's `CCFLLMConfig`; for slim or full, the folder's own form counts.
-        metrics: report of `evaluation.report.evaluate_scores`, or None if not evaluated.
-        training: training.json of the run, or as much of it as there is.
-        data_protocol: protocol.json of the prepared data.
+        folder: the checkpoint folder.
+        facts: default those that it holds. Paths in them are cut to their last part.
+        repo: see `render_card`.
 
     Returns:
         Path of the card.
 
     Raises:
-        InputError: the folder does not exist.
+        InputError: see `render_card`.
     """
-    folder = Path(checkpoint_dir)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: save the checkpoint first")
-    name = _model_name(folder)
-    protocol, run = dict(data_protocol or {}), dict(training or {})
-    history, candidates = _examples(folder)
+    facts, card = facts or read_facts(folder), folder / CARD_FILE
+    facts = CardFacts(**cut_paths(asdict(facts)))
+    text = render_card(folder, facts, repo=repo)
+    if has_own_words(folder):
+        kept = "was written by hand and stays; delete it to have it rendered"
+        print(f"{facts.name}: {CARD_FILE} {kept}", file=sys.stderr)
+    else:
+        write_text(card, text)
+        facts.readme = sha256_of([card])
+    write_json(folder / FACTS_FILE, asdict(facts))
+    return card
+
+
+def render_card(folder: Path, facts: CardFacts, *, repo: str = "") -> str:
+    """The card of a checkpoint, slim or full as its config says; no network is used.
+
+    Args:
+        folder: holds config.json, and processor_config.json unless it is a model's alone.
+        facts: what the card says beyond those.
+        repo: Hub repository that the usage code loads; default the folder by its name, so that
+            the code runs from the folder's parent.
+
+    Raises:
+        InputError: the folder has no config.json.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} has no config.json: name a checkpoint folder")
+    config, settings = CCFLLMConfig.from_pretrained(folder), folder / "processor_config.json"
+    prompt = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    item_formats = {prompt.get(f"{place}_format", "slot") for place in ("history", "candidate")}
+    data = build_metadata(facts.name, config, facts.metrics, facts.protocol)
+    asset = find_asset(config.backbone_name)
+    terms = ASSETS[asset].license if asset and ASSETS[asset].license_id != "apache-2.0" else ""
     template = importlib.resources.files("ccf_llm_hf.hub_cards").joinpath(TEMPLATE)
-    data = model_card_data(name, config, metrics, protocol)
     card = ModelCard.from_template(
         data,
         template_str=template.read_text(encoding="utf-8"),
-        model_name=name,
-        repo=folder.resolve().name,
+        facts=facts,
         config=config,
-        fusion_sentence=FUSION_SENTENCES[config.fusion],
-        backbone=without_local_paths(config.backbone_name),
-        backbone_source=_backbone_source(config, run),
-        backbone_asset=_asset_name(config.backbone_name),
-        backbone_terms=_backbone_terms(config.backbone_name),
-        example_history=json.dumps(history, ensure_ascii=False),
-        example_candidates=json.dumps(candidates, ensure_ascii=False),
+        item_formats=sorted(item_formats),
+        repo=repo or folder.resolve().name,
+        backbone=cut_paths(config.backbone_name),
+        backbone_source=name_source_to_supply(config, facts.backbone_source),
+        backbone_asset=asset,
+        backbone_terms=terms,
         requirements=REQUIREMENTS,
-        results=results_markdown(metrics) if metrics else "",
-        gate=gate_markdown(metrics["gate"])
-        if metrics and metrics.get("gate")
-        else gate_sentence(run),
-        protocol=protocol,
         license=data.license,
-        movielens=is_movielens(protocol),
-        recipe=recipe_yaml(run),
-        stages=stages_markdown(run),
-        machine=machine_sentence(run),
-        inputs=inputs_markdown(run),
-        version=run.get("versions", {}).get("ccf-llm-hf", __version__),
+        movielens="movielens" in str(facts.protocol.get("source", "")).lower(),
+        recipe=yaml.safe_dump(facts.training.get("recipe") or {}, sort_keys=False).strip(),
+        quote_items=lambda items: json.dumps(items, ensure_ascii=False),
+        format_number=format_number,
+        methods_table=methods_table,
+        differences_table=differences_table,
     )
-    path = folder / "README.md"
-    partial = folder / "README.md.partial"
-    partial.write_text(str(card).rstrip() + "\n", encoding="utf-8")
-    return partial.replace(path)
+    return str(card).rstrip() + "\n"
 
 
-def address_card(text: str, repo_id: str) -> str:
-    """A card whose usage code loads `repo_id` from the Hub instead of the folder."""
-    return REPO_LINE.sub(f'repo = "{repo_id}"', text)
+def name_source_to_supply(config: CCFLLMConfig, source: str) -> str:
+    """Where a slim checkpoint's backbone came from, when whoever loads it must supply that: a
+    local folder, or weights that are not those the Hub has under its name. Else empty.
+
+    Args:
+        config: the checkpoint's.
+        source: where its backbone was obtained, if that was recorded.
+    """
+    if config.checkpoint_form != "slim":
+        return ""
+    base = find_hub_backbone(config.backbone_name)
+    if base is None:
+        return "a local folder"
+    return "" if source.endswith(base) else source
 
 
-def as_full_card(text: str) -> str:
-    """The card of a slim checkpoint, as that of the full one it was merged into."""
-    for pattern, replacement in (
-        (r"^\| Form \|.*$", "| Form | full: self-contained |"),
-        (r"^base_model_relation: .*$", "base_model_relation: finetune"),
-        (r'^(backbone = "|model_kwargs = \{"backbone").*\n', ""),
-        (r", (backbone=backbone|model_kwargs=model_kwargs)(?=[,)])", ""),
-        (r"^The backbone this checkpoint was trained on came from .*\n\n", ""),
-    ):
-        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
-    return text
+def find_asset(backbone: str) -> str:
+    """Name under which the package fetches a backbone; empty when it does not."""
+    names = [a.name for a in ASSETS.values() if a.hub_id and backbone in (a.name, a.hub_id)]
+    return names[0] if names else ""
 
 
-def is_movielens(protocol: Mapping[str, Any]) -> bool:
-    """Whether the prepared data says of itself that it comes from MovieLens."""
-    return "movielens" in str(protocol.get("source", "")).lower()
-
-
-def _model_name(folder: Path) -> str:
+def _choose_name(folder: Path) -> str:
     """`runs/demo/checkpoint-slim` is called `demo`: its own name says nothing."""
     folder = folder.resolve()
     generic = folder.name.startswith("checkpoint") and folder.parent.name
     return folder.parent.name if generic else folder.name
 
 
-def _backbone_source(config: Any, training: Mapping[str, Any]) -> str:
-    """Where a slim checkpoint's backbone came from, when `from_pretrained` cannot fetch it by its
-    name: a local folder, or weights that are not those the Hub has under that name. Else empty."""
-    if config.checkpoint_form != "slim":
-        return ""
-    base = hub_backbone(config.backbone_name)
-    if base is None:
-        return "a local folder"
-    source = str((training.get("backbone") or {}).get("source") or "")
-    return "" if source.endswith(base) else source
-
-
-def _asset_name(backbone: str) -> str:
-    """Name under which the package fetches a backbone; empty when it does not."""
-    names = [a.name for a in ASSETS.values() if a.hub_id and backbone in (a.name, a.hub_id)]
-    return names[0] if names else ""
-
-
-def _backbone_terms(backbone: str) -> str:
-    """The license of a backbone that has another one than the code; empty when it is not known."""
-    asset = ASSETS.get(_asset_name(backbone))
-    return asset.license if asset and asset.license_id != "apache-2.0" else ""
-
-
-def _examples(folder: Path) -> tuple[list[str], list[str]]:
+def _choose_example(folder: Path) -> dict[str, list[str]]:
     """History and candidates of the usage code, from the checkpoint's own catalog."""
     catalog = folder / CATALOG_FILE
     rows = read_ids(catalog) if catalog.is_file() else []
     plain = [title for row in rows if _is_plain(title := str(row.get("title") or ""))]
     titles = dict.fromkeys([*plain, *PLACEHOLDERS])
     chosen = WELL_KNOWN if titles.keys() >= set(WELL_KNOWN) else list(titles)[: len(WELL_KNOWN)]
-    return list(chosen[:2]), [*chosen[2:], "A title outside the catalog"]
+    return {
+        "history": list(chosen[:2]),
+        "candidates": [*chosen[2:], "A title outside the catalog"],
+    }
 
 
 def _is_plain(title: str) -> bool:

@@ -2,10 +2,13 @@
 
 import json
 import re
+import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from huggingface_hub import (
     CommitInfo,
@@ -17,9 +20,15 @@ from huggingface_hub import (
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.hub.checkpoint_files import CARD_FILE, is_weights
+from ccf_llm_hf.hub.checkpoint_files import CARD_FILE, FACTS_FILE, is_weights
 from ccf_llm_hf.hub.example import record_example
-from ccf_llm_hf.hub.staging import Staged, check_repo_id, staged_checkpoint, staged_part
+from ccf_llm_hf.hub.staging import Staged, check_repo_id, list_files, stage_checkpoint, stage_part
+from ccf_llm_hf.inference.ranker import CTRRanker
+from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.modeling.pipeline_ccf_llm import CTRRankingPipeline
+from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
+
+Publishable: TypeAlias = CCFLLMForCTR | CCFLLMProcessor | CTRRanker | CTRRankingPipeline
 
 REASONS = {
     401: "the Hub does not know who you are: run `hf auth login`, or set HF_TOKEN",
@@ -35,17 +44,25 @@ FINAL = (400, 401, 402, 403, 404)
 
 @dataclass
 class Published:
-    """Where a checkpoint is now. `unchanged`: it was there already, and no commit was made."""
+    """Where a checkpoint is now. `unchanged`: it was there already, and no commit was made.
+
+    In a dry run there is no commit. `files` has the sizes in bytes by name.
+    """
 
     repo: str
-    url: str
-    commit: str
-    private: bool
-    unchanged: bool
-    load: list[str]
+    files: dict[str, int]
+    stays_here: list[str]
+    notes: list[str]
+    url: str | None = None
+    commit: str | None = None
+    private: bool | None = None
+    unchanged: bool = False
+    load: list[str] = field(default_factory=list)
 
     def as_text(self) -> str:
-        """For a terminal: the commit, and how to load it."""
+        """For a terminal: the commit, and how to load it; of a dry run, what it would send."""
+        if self.commit is None:
+            return f"{list_files(self.files, self.stays_here, self.notes)}\nnothing was sent"
         what = "holds it already" if self.unchanged else "published"
         seen = "private" if self.private else "public"
         lines = [f"{what}: {self.url} ({seen})", "load this revision:"]
@@ -53,6 +70,81 @@ class Published:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def push(
+    thing: str | Path | Publishable,
+    repo_id: str,
+    *,
+    form: str | None = None,
+    backbone: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "",
+    dry_run: bool = False,
+) -> Published:
+    """Check a checkpoint, say on stderr what would be sent, and send it in one commit.
+
+    A folder, a ranker and a pipeline hold both model and processor: they are loaded and scored in a
+    process of their own. A model or a processor alone is scanned, and leaves the other's files in
+    the repository as they are.
+
+    Args:
+        thing: checkpoint folder, or what to save as one.
+        repo_id: `org/name`.
+        form: `slim` or `full`; default the checkpoint's own.
+        backbone: for the check of a slim checkpoint, what to attach instead of the recorded one.
+        private, revision, token: see [`publish`].
+        commit_message: the commit's title.
+        dry_run: check everything, send nothing.
+
+    Raises:
+        InputError: see [`publish`]; or something is damaged, or must not be published.
+    """
+    check_repo_id(repo_id)
+    check_branch(revision)
+    print(f"checking what is to be sent to {repo_id}", file=sys.stderr)
+    with _stage(thing, repo_id, form, backbone) as staged:
+        if dry_run:
+            return Published(repo_id, staged.files, staged.left, staged.notes)
+        print(list_files(staged.files, staged.left, staged.notes), file=sys.stderr)
+        kind = "checkpoint" if isinstance(thing, str | Path) else type(thing).__name__
+        return publish(
+            staged,
+            repo_id,
+            private=private,
+            revision=revision,
+            token=token,
+            message=commit_message or f"Upload {kind}",
+        )
+
+
+@contextmanager
+def _stage(
+    thing: str | Path | Publishable, repo_id: str, form: str | None, backbone: str | None
+) -> Iterator[Staged]:
+    """What is pushed as files that are checked; an object is saved first."""
+    if isinstance(thing, str | Path):
+        with stage_checkpoint(thing, repo_id, form=form, backbone=backbone) as staged:
+            yield staged
+        return
+    whole = isinstance(thing, CTRRanker | CTRRankingPipeline)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "saved"
+        for part in (thing.model, thing.processor) if whole else (thing,):
+            options = {"form": form} if isinstance(part, CCFLLMForCTR) else {}
+            try:
+                part.save_pretrained(folder, **options)
+            except ValueError as error:
+                raise InputError(f"it cannot be saved: {error}") from error
+        if whole:
+            record_example(folder, thing.model, thing.processor)
+            staging = stage_checkpoint(folder, repo_id, backbone=backbone)
+        else:
+            staging = stage_part(folder, repo_id)
+        with staging as staged:
+            yield staged
 
 
 def publish(
@@ -88,7 +180,7 @@ def publish(
         # Not upload_folder: over Xet that one may split a folder into several commits.
         commit: CommitInfo = api.create_commit(
             repo_id,
-            _operations(staged, head),
+            _list_operations(staged, head),
             commit_message=message,
             revision=revision,
             parent_commit=head.sha,
@@ -98,12 +190,15 @@ def publish(
     except Exception as error:  # of httpx, of upload threads and of the Hub: they share no class
         raise InputError(explain(error, repo_id)) from error
     return Published(
-        repo=repo_id,
+        repo_id,
+        staged.files,
+        staged.left,
+        staged.notes,
         url=f"{api.endpoint}/{repo_id}/tree/{commit.oid}",
         commit=commit.oid,
         private=bool(head.private),
         unchanged=commit.oid == head.sha,
-        load=load_lines(staged, repo_id, commit.oid),
+        load=write_load_lines(staged, repo_id, commit.oid),
     )
 
 
@@ -113,59 +208,7 @@ def check_branch(revision: str | None) -> None:
         raise InputError(f"revision {revision} is a commit: name a branch to push to")
 
 
-def push_object(
-    thing: Any,
-    repo_id: str,
-    *,
-    form: str | None = None,
-    backbone: str | None = None,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    commit_message: str = "",
-) -> Published:
-    """`push_to_hub` of a model, a processor, or a ranker, which holds both.
-
-    A ranker is checked as `ccf-llm push` does it; of a model or a processor alone, what would be
-    sent is scanned. Either leaves the other's files in the repository as they are.
-
-    Args:
-        thing: has `save_pretrained`; and `model` and `processor`, if it holds both.
-        repo_id: `org/name`.
-        form: `slim` or `full`; default the model's own.
-        backbone: for the check of a slim ranker, a folder to attach instead of the recorded one.
-        private, revision, token: see [`publish`].
-        commit_message: the commit's title.
-
-    Raises:
-        InputError: see [`publish`]; or something must not be published.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        saved = Path(temporary) / "saved"
-        try:
-            thing.save_pretrained(saved, **({"form": form} if form else {}))
-        except ValueError as error:
-            raise InputError(f"it cannot be saved: {error}") from error
-        whole = hasattr(thing, "model") and hasattr(thing, "processor")
-        if whole:
-            record_example(saved, thing.model, thing.processor)
-        staging = (
-            staged_checkpoint(saved, repo_id, backbone=backbone)
-            if whole
-            else staged_part(saved, repo_id)
-        )
-        with staging as staged:
-            return publish(
-                staged,
-                repo_id,
-                private=private,
-                revision=revision,
-                token=token,
-                message=commit_message or f"Upload {type(thing).__name__}",
-            )
-
-
-def load_lines(staged: Staged, repo_id: str, commit: str) -> list[str]:
+def write_load_lines(staged: Staged, repo_id: str, commit: str) -> list[str]:
     """Python that loads what was published, pinned to its commit."""
     place = f'"{repo_id}", revision="{commit}"'
     supply = ', backbone="FOLDER"' if staged.needs_backbone else ""
@@ -197,14 +240,14 @@ def open_repo(
     return head
 
 
-def _operations(
+def _list_operations(
     staged: Staged, head: ModelInfo
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """The files to add, and weights of the other form to delete."""
     present = {sibling.rfilename for sibling in head.siblings or []}
     names = set(staged.files)
     if staged.generic_card and CARD_FILE in present:
-        names.discard(CARD_FILE)
+        names -= {CARD_FILE, FACTS_FILE}
     has_weights = any(map(is_weights, names))  # a processor alone replaces none
     stale = {name for name in present - names if is_weights(name)} if has_weights else set()
     return [

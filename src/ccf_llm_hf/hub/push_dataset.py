@@ -1,6 +1,5 @@
 """Publish a prepared folder as a data set of the Hub: one commit, whole or not at all."""
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,11 +23,12 @@ from ccf_llm_hf.data.prepared import (
 )
 from ccf_llm_hf.data.protocol import SPLITS
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.hub.checkpoint_files import CARD_FILE
 from ccf_llm_hf.hub.push import explain, open_repo
 from ccf_llm_hf.hub.scan import scan_folder
 from ccf_llm_hf.hub.staging import check_repo_id
+from ccf_llm_hf.io import write_json, write_text
 
-CARD_FILE = "README.md"
 # Files of each config by split, as the card's YAML names them.
 CONFIGS = {
     "default": {split: split_file(split) for split in SPLITS},
@@ -37,16 +37,30 @@ CONFIGS = {
 }
 COLUMNS = {
     "default": [
-        *("user_id", "item_id", "label", "timestamp"),
-        *("history", "split_position", "not_cold"),
+        "user_id",
+        "item_id",
+        "label",
+        "timestamp",
+        "history",
+        "split_position",
+        "not_cold",
     ],
     "items": ["item_id", "title"],
     "interactions": ["user_id", "item_id", "rating", "label", "timestamp", "split"],
 }
 # What the card states, and what decides whether it may be sent.
 PROTOCOL_KEYS = (
-    *("name", "source", "license", "redistributable", "label_rule", "split_rule", "history_rule"),
-    *("splits", "accepted_rows", "catalog_items", "rejected"),
+    "name",
+    "source",
+    "license",
+    "redistributable",
+    "label_rule",
+    "split_rule",
+    "history_rule",
+    "splits",
+    "accepted_rows",
+    "catalog_items",
+    "rejected",
 )
 # Titles spelled as MovieLens alone spells them, popular enough to be in every one of its releases.
 MOVIELENS_TITLES = {
@@ -122,9 +136,9 @@ def push_dataset(
     """
     folder = Path(folder)
     check_repo_id(repo_id)
-    protocol = _complete_protocol(folder)
-    tables = _schemas(folder, protocol)
-    if reason := restriction(folder, protocol):
+    protocol = _read_protocol(folder)
+    tables = _read_schemas(folder, protocol)
+    if reason := find_restriction(folder, protocol):
         if not permission:
             raise InputError(
                 f"{folder} was not published: {reason}; with the rights holder's permission "
@@ -139,11 +153,11 @@ def push_dataset(
         card = render_dataset_card(
             shared,
             repo_id=repo_id,
-            dataset_info=_dataset_info(folder, tables),
+            dataset_info=_describe_dataset(folder, tables),
             permission=bool(reason),
         )
-        (texts / CARD_FILE).write_text(card, encoding="utf-8")
-        _write_protocol(texts, shared)
+        write_text(texts / CARD_FILE, card)
+        write_json(texts / PROTOCOL_FILE, shared)
         if findings := scan_folder(texts, [folder.resolve().parent, Path.home()]):
             raise InputError(f"{findings[0]} must not be published: prepare the data without it")
         files = {name: texts / name for name in (CARD_FILE, PROTOCOL_FILE)}
@@ -151,17 +165,17 @@ def push_dataset(
         result = PushedDataset(
             repo_id,
             {name: path.stat().st_size for name, path in files.items()},
-            _notes(protocol, bool(reason)),
+            _write_notes(protocol, bool(reason)),
             private,
         )
         if not dry_run:
             _send(result, files, HfApi(token=token, library_name="ccf-llm-hf"))
     if result.commit and not result.private and protocol.get("hub_id") != repo_id:
-        _write_protocol(folder, {**load_protocol(folder), "hub_id": repo_id})
+        write_json(folder / PROTOCOL_FILE, {**load_protocol(folder), "hub_id": repo_id})
     return result
 
 
-def restriction(folder: Path, protocol: Mapping[str, Any]) -> str:
+def find_restriction(folder: Path, protocol: Mapping[str, Any]) -> str:
     """Why the license of the ratings forbids sharing them; empty when nothing says so.
 
     Ratings of MovieLens are recognized by their titles too: a copy of them that was prepared as a
@@ -178,7 +192,7 @@ def restriction(folder: Path, protocol: Mapping[str, Any]) -> str:
     return ""
 
 
-def _complete_protocol(folder: Path) -> dict[str, Any]:
+def _read_protocol(folder: Path) -> dict[str, Any]:
     protocol = load_protocol(folder)
     missing = [key for key in PROTOCOL_KEYS if key not in protocol]
     if missing:
@@ -188,7 +202,7 @@ def _complete_protocol(folder: Path) -> dict[str, Any]:
     return protocol
 
 
-def _schemas(folder: Path, protocol: Mapping[str, Any]) -> dict[str, pa.Schema]:
+def _read_schemas(folder: Path, protocol: Mapping[str, Any]) -> dict[str, pa.Schema]:
     """Schemas of the parquet files by name, each with the columns that `prepare` writes."""
     found = {}
     for config, files in CONFIGS.items():
@@ -210,7 +224,7 @@ def _schemas(folder: Path, protocol: Mapping[str, Any]) -> dict[str, pa.Schema]:
     return found
 
 
-def _dataset_info(folder: Path, schemas: Mapping[str, pa.Schema]) -> Any:
+def _describe_dataset(folder: Path, schemas: Mapping[str, pa.Schema]) -> Any:
     """Features and split sizes of every config, in the form of a card's metadata."""
     infos = DatasetInfosDict()
     for config, files in CONFIGS.items():
@@ -230,14 +244,7 @@ def _dataset_info(folder: Path, schemas: Mapping[str, pa.Schema]) -> Any:
     return data["dataset_info"]
 
 
-def _write_protocol(folder: Path, protocol: Mapping[str, Any]) -> None:
-    """As `prepare` writes it, but under a temporary name first."""
-    partial = folder / f"{PROTOCOL_FILE}.partial"
-    partial.write_text(json.dumps(protocol, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(folder / PROTOCOL_FILE)
-
-
-def _notes(protocol: Mapping[str, Any], permission: bool) -> list[str]:
+def _write_notes(protocol: Mapping[str, Any], permission: bool) -> list[str]:
     notes = []
     if permission:
         notes.append("note: its license forbids sharing it; your permission is stated in the card")

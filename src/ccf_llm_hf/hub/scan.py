@@ -8,7 +8,12 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
-from ccf_llm_hf.hub.checkpoint_files import CARD_FILE, SETTINGS_FILES, VOCABULARY_FILES
+from ccf_llm_hf.hub.checkpoint_files import (
+    CARD_FILE,
+    FACTS_FILE,
+    SETTINGS_FILES,
+    VOCABULARY_FILES,
+)
 
 SECRETS = {
     "a Hugging Face token": r"\b(?:hf|api_org|hf_oauth|hf_jwt)_[A-Za-z0-9]{20,}",
@@ -64,7 +69,7 @@ def scan_folder(folder: Path, private_paths: Sequence[Path] = ()) -> list[Findin
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         rules = everywhere | ({} if name in VOCABULARY_FILES else PATHS)
-        if name in (*SETTINGS_FILES, CARD_FILE):
+        if name in (*SETTINGS_FILES, CARD_FILE, FACTS_FILE):
             rules |= SETTINGS_PATH
         for finding in _search(path, name, rules):
             findings.setdefault((name, finding.line), finding)
@@ -73,7 +78,7 @@ def scan_folder(folder: Path, private_paths: Sequence[Path] = ()) -> list[Findin
 
 def _search(path: Path, name: str, rules: dict[str, str]) -> list[Finding]:
     weights = path.suffix == ".safetensors"
-    text = safetensors_header(path) if weights else path.read_text("utf-8", errors="replace")
+    text = read_safetensors_header(path) if weights else path.read_text("utf-8", errors="replace")
     return [
         Finding(
             name,
@@ -87,7 +92,7 @@ def _search(path: Path, name: str, rules: dict[str, str]) -> list[Finding]:
     ]
 
 
-def safetensors_header(path: Path) -> str:
+def read_safetensors_header(path: Path) -> str:
     """The JSON at the start of a safetensors file: names, shapes and metadata."""
     with path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))

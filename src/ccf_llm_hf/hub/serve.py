@@ -3,9 +3,13 @@
 import importlib.util
 import socket
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ccf_llm_hf.errors import InputError
+
+if TYPE_CHECKING:
+    from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+    from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 
 PORTS = range(1, 65536)
 
@@ -35,12 +39,12 @@ def check_can_serve(host: str, port: int) -> None:
             ) from error
 
 
-def serve(model: Any, processor: Any, *, host: str, port: int) -> None:
+def serve(model: "CCFLLMForCTR", processor: "CCFLLMProcessor", *, host: str, port: int) -> None:
     """Serve the page until interrupted (Ctrl-C).
 
     Args:
-        model: a `CCFLLMForCTR`.
-        processor: its `CCFLLMProcessor`.
+        model: a model in evaluation mode.
+        processor: its processor.
         host: address to listen on; `0.0.0.0` lets other machines in.
         port: port to listen on.
     """

@@ -1,6 +1,5 @@
 """`ccf-llm push-space`: the Space's page over a published checkpoint, in one commit."""
 
-import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import ccf_llm_hf.hub_cards
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.push import explain
 from ccf_llm_hf.hub.staging import check_repo_id
+from ccf_llm_hf.io import write_json
 
 SPACE = Path(ccf_llm_hf.hub_cards.__file__).with_name("space")
 
@@ -81,11 +81,11 @@ def push_space(
     api = HfApi(library_name="ccf-llm-hf")
     with tempfile.TemporaryDirectory() as folder:
         if dry_run:
-            commit, unchecked = _looked_up(api, checkpoint, revision)
+            commit, unchecked = _try_commit(api, checkpoint, revision)
             files = write_space(Path(folder), checkpoint, commit)
             return SpacePush(repo, checkpoint, commit, files, None, unchecked)
         try:
-            commit = _commit_of(api, checkpoint, revision)
+            commit = _find_commit(api, checkpoint, revision)
             files = write_space(Path(folder), checkpoint, commit)
             _upload(api, Path(folder), repo, private, f"Show {checkpoint}")
         except InputError:
@@ -95,10 +95,10 @@ def push_space(
         return SpacePush(repo, checkpoint, commit, files, f"{api.endpoint}/spaces/{repo}")
 
 
-def _looked_up(api: HfApi, checkpoint: str, revision: str | None) -> tuple[str | None, str | None]:
+def _try_commit(api: HfApi, checkpoint: str, revision: str | None) -> tuple[str | None, str | None]:
     """The commit to show; or the revision as given, and why the Hub could not tell."""
     try:
-        return _commit_of(api, checkpoint, revision), None
+        return _find_commit(api, checkpoint, revision), None
     except InputError:
         raise
     except OfflineModeIsEnabled:
@@ -126,7 +126,7 @@ def write_space(folder: Path, checkpoint: str, revision: str | None) -> dict[str
         SPACE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "*.pyc")
     )
     settings = {"checkpoint": checkpoint, "revision": revision}
-    (folder / "checkpoint.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    write_json(folder / "checkpoint.json", settings)
     card = RepoCard.load(folder / "README.md", repo_type="space")
     card.data.models = [checkpoint]
     card.save(folder / "README.md")
@@ -134,7 +134,7 @@ def write_space(folder: Path, checkpoint: str, revision: str | None) -> dict[str
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
-def _commit_of(api: HfApi, checkpoint: str, revision: str | None) -> str:
+def _find_commit(api: HfApi, checkpoint: str, revision: str | None) -> str:
     """The commit that a revision of the checkpoint stands for now."""
     try:
         commit = api.model_info(checkpoint, revision=revision).sha

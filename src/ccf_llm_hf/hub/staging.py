@@ -1,48 +1,45 @@
 """A checked copy of a checkpoint, as it will stand in its repository."""
 
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ccf_llm_hf import __version__
 from ccf_llm_hf.data.assets import asset_source, cached_backbone
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.hub.card_metadata import hub_backbone
 from ccf_llm_hf.hub.checkpoint_files import (
     CARD_FILE,
+    FACTS_FILE,
     copy_published,
     cut_local_names,
     is_weights,
 )
 from ccf_llm_hf.hub.example import (
     TOLERANCE,
-    card_call,
     check_in_clean_process,
     read_calls,
     record_example,
 )
-from ccf_llm_hf.hub.merge import FORM_ROW, merge_checkpoint
-from ccf_llm_hf.hub.model_card import address_card, write_model_card
+from ccf_llm_hf.hub.merge import merge_checkpoint
+from ccf_llm_hf.hub.model_card import (
+    has_own_words,
+    name_source_to_supply,
+    read_facts,
+    write_card,
+)
 from ccf_llm_hf.hub.scan import scan_folder
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CATALOG_FILE, USERS_FILE
 from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
 
-# What of a card depends on the form.
-FORM_PARTS = (
-    FORM_ROW,
-    re.compile(r"^base_model_relation: .*$", re.MULTILINE),
-    re.compile(r"^## Use\n.*?(?=^## )", re.MULTILINE | re.DOTALL),
-)
 NEEDED = ("config.json", "processor_config.json", "modeling_ccf_llm.py", CATALOG_FILE, USERS_FILE)
 
 
@@ -70,19 +67,14 @@ class Staged:
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
         return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
 
-    def as_text(self) -> str:
-        """The files with their sizes, and the notes, for a terminal."""
-        width = max(map(len, self.files))
-        lines = [f"  {name:<{width}}  {_size(size):>9}" for name, size in self.files.items()]
-        lines.append(
-            f"  {f'{len(self.files)} files':<{width}}  {_size(sum(self.files.values())):>9}"
-        )
-        lines += [f"stays here: {', '.join(self.left)}"] if self.left else []
-        return "\n".join([*lines, *self.notes])
 
-    def as_dict(self) -> dict[str, Any]:
-        """The same, for machines."""
-        return {"files": self.files, "stays_here": self.left, "notes": self.notes}
+def list_files(files: Mapping[str, int], left: Sequence[str], notes: Sequence[str]) -> str:
+    """What goes up with its sizes, what stays here, and the notes, for a terminal."""
+    sizes = {**files, f"{len(files)} files": sum(files.values())}
+    width = max(map(len, sizes))
+    lines = [f"  {name:<{width}}  {_format_size(size):>9}" for name, size in sizes.items()]
+    lines += [f"stays here: {', '.join(left)}"] if left else []
+    return "\n".join([*lines, *notes])
 
 
 def check_repo_id(repo_id: str) -> str:
@@ -102,13 +94,14 @@ def check_repo_id(repo_id: str) -> str:
 
 
 @contextmanager
-def staged_checkpoint(
+def stage_checkpoint(
     checkpoint: str | Path, repo_id: str, *, form: str | None = None, backbone: str | None = None
 ) -> Iterator[Staged]:
     """Copy a checkpoint's published files, bring them into `form`, and check them.
 
     The copy lies beside the checkpoint, where large files can be linked, until the context ends.
-    It is scanned for secrets and absolute paths, loaded in a process without this package, and its
+    Its card is rendered for the repository, unless the README.md has words of somebody's own. It is
+    scanned for secrets and absolute paths, loaded in a process without this package, and its
     recorded example is scored there.
 
     Args:
@@ -122,41 +115,41 @@ def staged_checkpoint(
     """
     folder, config = Path(checkpoint), _read_config(Path(checkpoint))
     name = check_repo_id(repo_id).split("/")[1]
-    attach = _local_backbone(config, backbone)
+    attach = _find_backbone(config, backbone)
     above = folder.resolve().parent
     with tempfile.TemporaryDirectory(
         prefix=".push-", dir=above if os.access(above, os.W_OK) else None
     ) as work:
         copy = Path(work) / "copy" / name
         copy.mkdir(parents=True)
-        left = copy_published(folder, copy)
-        source = asset_source(attach) if attach else None
-        generic_card = _ensure_card(copy, config, source)
+        staged = Staged(copy, copy_published(folder, copy))
         _complete_example(copy, attach)
         if form and form != config.checkpoint_form:
-            copy = _converted(copy, Path(work) / "converted" / name, form, attach)
-            config = CCFLLMConfig.from_pretrained(copy)
-            attach = _local_backbone(config, backbone)  # a slim one needs one, a full one does not
-            source = asset_source(attach) if attach else None
-            _mend_card(copy, config, source)
-        slim = config.checkpoint_form == "slim"
-        staged = Staged(copy, left, generic_card=generic_card)
-        _finish(staged, repo_id, [above, Path.home()])
+            staged.folder = _convert(copy, Path(work) / "converted" / name, form, attach)
+            config = CCFLLMConfig.from_pretrained(staged.folder)
+            attach = _find_backbone(config, backbone)  # a slim one needs one, a full one does not
+        source = _describe(staged, config, repo_id, attach)
+        _finish(staged, [above, Path.home()])
         local = attach is not None and Path(attach).is_dir()
-        difference = check_in_clean_process(copy, attach, offline=local or not slim)
+        offline = local or config.checkpoint_form == "full"
+        difference = check_in_clean_process(staged.folder, attach, offline=offline)
         staged.notes.append(
             f"check: loads in a process without this package; the example's logits differ by at "
             f"most {difference:.1e} from the recorded ones (limit {TOLERANCE:.0e})"
         )
-        if slim and (note := backbone_note(config.backbone_name, source)):
-            staged.notes.append(note)
+        if source:
             staged.needs_backbone = True
+            staged.notes.append(
+                f"note: the Hub has no such backbone as this one, which came from {source}. "
+                "Whoever loads this slim checkpoint must have the same copy and give it as "
+                "backbone=FOLDER; a checkpoint pushed with --full loads by itself"
+            )
         yield staged
 
 
 @contextmanager
-def staged_part(saved: Path, repo_id: str) -> Iterator[Staged]:
-    """As `staged_checkpoint`, for a folder that holds a model or a processor alone: there is
+def stage_part(saved: Path, repo_id: str) -> Iterator[Staged]:
+    """As `stage_checkpoint`, for a folder that holds a model or a processor alone: there is
     nothing to score, so it is scanned only."""
     with tempfile.TemporaryDirectory() as work:
         copy = Path(work) / check_repo_id(repo_id).split("/")[1]
@@ -164,31 +157,9 @@ def staged_part(saved: Path, repo_id: str) -> Iterator[Staged]:
         staged = Staged(copy, copy_published(saved, copy))
         if (copy / "config.json").is_file():
             config = CCFLLMConfig.from_pretrained(copy)
-            source = asset_source(cached_backbone(config.backbone_name))
-            staged.generic_card = _ensure_card(copy, config, source)
-        _finish(staged, repo_id, [Path.home()])
+            _describe(staged, config, repo_id, cached_backbone(config.backbone_name))
+        _finish(staged, [Path.home()])
         yield staged
-
-
-def backbone_note(name: str, source: str | None) -> str:
-    """What to say when nobody else can fetch a slim checkpoint's backbone by its name; empty when
-    the Hub has it.
-
-    Args:
-        name: as the config records it.
-        source: where the copy that is used here was obtained, if that was recorded.
-    """
-    if hub_backbone(name) is None:
-        reason = "is known by that name on this machine only"
-    elif source and not source.endswith(name):
-        reason = f"is here a copy from {source}, whose weights are not those of the Hub"
-    else:
-        return ""
-    return (
-        f"note: the backbone {Path(name).name if Path(name).is_absolute() else name} {reason}. "
-        "Whoever loads this slim checkpoint must have the same copy and give it as "
-        "backbone=FOLDER; a checkpoint pushed with --full loads by itself"
-    )
 
 
 def _read_config(folder: Path) -> CCFLLMConfig:
@@ -205,7 +176,7 @@ def _read_config(folder: Path) -> CCFLLMConfig:
         raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from error
 
 
-def _local_backbone(config: CCFLLMConfig, backbone: str | None) -> str | None:
+def _find_backbone(config: CCFLLMConfig, backbone: str | None) -> str | None:
     """What to attach to a slim checkpoint: as given, or a copy on this machine, or None."""
     if config.checkpoint_form == "full":
         return None
@@ -213,35 +184,40 @@ def _local_backbone(config: CCFLLMConfig, backbone: str | None) -> str | None:
     return str(Path(name).resolve()) if Path(name).is_dir() else backbone
 
 
-def _ensure_card(folder: Path, config: CCFLLMConfig, source: str | None) -> bool:
-    """Write a card if there is none, and check that its header can be read; whether it was."""
-    card = folder / CARD_FILE
-    missing = not card.is_file()
-    if missing:
-        _write_card(folder, config, source)
+def _describe(staged: Staged, config: CCFLLMConfig, repo_id: str, backbone: str | None) -> str:
+    """Render the card for the repository, or check the header of one with words of its own.
+
+    Returns:
+        Where whoever loads the checkpoint must get its backbone; empty if it is fetched by name.
+    """
+    folder = staged.folder
+    facts, card = read_facts(folder), folder / CARD_FILE
+    staged.generic_card = not (folder / FACTS_FILE).is_file() and not card.is_file()
+    facts.backbone_source = facts.backbone_source or (backbone and asset_source(backbone)) or ""
+    if has_own_words(folder):
+        staged.notes.append(
+            f"note: {CARD_FILE} was written by hand and is sent as it stands; without it, a push "
+            "renders one that names this repository"
+        )
+    else:
+        write_card(folder, facts, repo=repo_id)
     try:
         ModelCard.load(card)
     except Exception as error:  # of YAML, and of several checks of its fields
         reason = " ".join(str(error).split())
         raise InputError(f"the header of {CARD_FILE} is not valid metadata: {reason}") from error
-    return missing
-
-
-def _write_card(folder: Path, config: CCFLLMConfig, source: str | None) -> Path:
-    """A card from what the folder itself tells, and where its backbone was obtained."""
-    return write_model_card(folder, config=config, training={"backbone": {"source": source}})
+    return name_source_to_supply(config, facts.backbone_source)
 
 
 def _complete_example(folder: Path, backbone: str | None) -> None:
     """Record the example of a checkpoint that has none, or another than its card shows."""
-    recorded, shown = [call["inputs"] for call in read_calls(folder)], card_call(folder / CARD_FILE)
-    if recorded and (shown is None or shown in recorded):
+    if read_facts(folder).example in [call["inputs"] for call in read_calls(folder)]:
         return
     model, processor = load_checkpoint(str(folder), backbone=backbone)
     record_example(folder, model, processor)
 
 
-def _converted(copy: Path, target: Path, form: str, backbone: str | None) -> Path:
+def _convert(copy: Path, target: Path, form: str, backbone: str | None) -> Path:
     """The same checkpoint in its other form, the record of its example unchanged."""
     if form == "full":
         return merge_checkpoint(str(copy), target, backbone)
@@ -253,27 +229,16 @@ def _converted(copy: Path, target: Path, form: str, backbone: str | None) -> Pat
     for path in copy.iterdir():
         if path.is_file() and not is_weights(path.name) and not (target / path.name).exists():
             shutil.copyfile(path, target / path.name)
+    if (target / FACTS_FILE).is_file():  # save_pretrained put this version's code there
+        write_card(target, replace(read_facts(target), version=__version__))
     return target
 
 
-def _mend_card(folder: Path, config: CCFLLMConfig, source: str | None) -> None:
-    """Let a card speak of the form that the checkpoint has now, and keep the rest of it."""
-    card = folder / CARD_FILE
-    old = card.read_text(encoding="utf-8")
-    fresh = _write_card(folder, config, source).read_text(encoding="utf-8")
-    for part in FORM_PARTS:
-        if new := part.search(fresh):
-            old = part.sub(lambda _, new=new: new[0], old, count=1)  # type: ignore[misc]
-    card.write_text(old, encoding="utf-8")
-
-
-def _finish(staged: Staged, repo_id: str, private_paths: list[Path]) -> None:
-    """Name the repository in the card, cut local names, and scan."""
-    card = staged.folder / CARD_FILE
-    if card.is_file():
-        card.write_text(address_card(card.read_text(encoding="utf-8"), repo_id), encoding="utf-8")
+def _finish(staged: Staged, private_paths: list[Path]) -> None:
+    """Cut local names, and scan."""
     cut_local_names(staged.folder)
     findings = scan_folder(staged.folder, private_paths)
+    findings.sort(key=lambda finding: finding.file == CARD_FILE)  # it repeats what others say
     if findings:
         more = f"; also {', '.join(map(str, findings[1:4]))}" if len(findings) > 1 else ""
         raise InputError(
@@ -286,7 +251,7 @@ def _finish(staged: Staged, repo_id: str, private_paths: list[Path]) -> None:
     )
 
 
-def _size(count: float) -> str:
+def _format_size(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
