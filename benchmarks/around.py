@@ -81,12 +81,9 @@ def training_memory(data: str, cf: str, folder: Path) -> float:
     """Peak MB of training LoRA and fusion in fp32 on title candidates, validation included."""
     stage = {
         "name": "joint",
-        "fusion": "gate",
-        "train": ["fusion", "lora"],
-        "candidate_format": "title_slot",
-        "max_train_labels": 400,
-        "labels_per_step": 128,
-        "eval_max_labels": 200,
+        "prompt": {"candidate_format": "title_slot"},
+        "lora": {},
+        "training": {"max_train_labels": 400, "labels_per_step": 128, "max_eval_labels": 200},
     }
     recipe = {
         "data_dir": str(Path(data).resolve()),

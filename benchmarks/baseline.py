@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ccf_llm_hf.data.grouping import Group
+from ccf_llm_hf.training.cross_fit import encode_rows
 
 
 @dataclass
@@ -52,7 +53,7 @@ def write_samples(processor: Any, groups: Sequence[Group]) -> list[Sample]:
         for item, length, label in zip(
             group.candidates, group.history_lengths, group.labels, strict=True
         ):
-            row = processor(user=group.user_id, history=group.history[:length], candidates=[item])
+            row = processor(user=group.user, history=group.history[:length], candidates=[item])
             columns = (row[name][0].tolist() for name in ("input_ids", "item_slots", "user_slots"))
             samples.append(Sample(*columns, snapshot=group.snapshot, label=label))
     return samples
@@ -108,11 +109,12 @@ class Baseline:
         items, users = padded("items", -1), padded("users", -1)
         ids = padded("ids", 0).masked_fill((items >= 0) | (users >= 0), 0)
         mask = torch.tensor([[0] * (length - len(s.ids)) + [1] * len(s.ids) for s in batch])
-        snapshots = torch.tensor([sample.snapshot for sample in batch])
+        fits = torch.tensor([[sample.snapshot + 1] for sample in batch])
+        items = torch.where(items >= 0, encode_rows(items, fits), items)
+        users = torch.where(users >= 0, encode_rows(users, fits), users)
         fusion = self.model.model
-        when = (snapshots % len(fusion.cf.offset))[:, None].expand_as(ids)
         embeddings = self.causal.get_input_embeddings()(ids)
-        embeddings = fusion.fill_slots(embeddings, items, users, when, None)
+        embeddings = fusion.fill_slots(embeddings, items, users, None)
         hidden = self.causal.get_decoder()(
             inputs_embeds=embeddings.to(self.dtype),
             attention_mask=mask,
@@ -128,7 +130,7 @@ class Baseline:
         if config.cf_logit:
             if ((items >= 0).sum(1) != 1).any():
                 raise ValueError("the CF logit needs prompts whose only item slot is the candidate")
-            own = fusion.cf.logits(users.amax(1), items.amax(1), when[:, 0])
+            own = fusion.cf.logits(users.amax(1), items.amax(1))
             logits = logits + self.model.cf_logit_scale * own
         return logits
 

@@ -19,7 +19,9 @@ from summary import collect as collect_summary
 from summary import table
 
 from ccf_llm_hf.hub.card_tables import differences_table, methods_table
-from ccf_llm_hf.training.recipe import Recipe, StageConfig
+from ccf_llm_hf.training.arguments import CTRTrainingArguments
+from ccf_llm_hf.training.lora import RECORDED
+from ccf_llm_hf.training.recipe import DECIDED, SECTIONS, Recipe, Stage, fields_of
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -211,18 +213,36 @@ def render_results() -> str:
 def render_recipe() -> str:
     """docs/recipe.md with the keys of a recipe as the code has them."""
     text = RECIPE_PAGE.read_text(encoding="utf-8")
-    for name, config in (("run", Recipe), ("stage", StageConfig)):
-        text = between(text, name, keys_table(config))
-    return text
+    text = between(text, "run", keys_table(Recipe))
+    text = between(text, "stage", keys_table(Stage))
+    text = between(text, "sections", sections_table())
+    return between(text, "training", keys_table(CTRTrainingArguments))
+
+
+def sections_table() -> list[str]:
+    """The sections of a stage: their classes, and the keys that a recipe may set."""
+    lines = ["| section | class | keys |", "| --- | --- | --- |"]
+    for section, kind in SECTIONS.items():
+        names = [name for name in fields_of(section) if name not in DECIDED[section]]
+        keys = ", ".join(f"`{name}`" for name in names)
+        if section == "lora":
+            keys = ", ".join(f"`{name}`" for name in RECORDED)
+        if section == "training":
+            keys = "those below, and every other of transformers' `TrainingArguments`"
+        lines.append(f"| `{section}` | `{kind.__name__}` | {keys} |")
+    return lines
 
 
 def keys_table(config: type) -> list[str]:
-    """Key, default and help of every field of a dataclass, as a Markdown table."""
+    """Key, default and help of the fields that a dataclass adds or changes, as a Markdown table."""
     lines = ["| key | default | what it is |", "| --- | --- | --- |"]
-    for key in dataclasses.fields(config):
+    own = [key for key in dataclasses.fields(config) if key.name in config.__annotations__]
+    for key in own:
+        if key.name == "use_cpu" or (key.name in DECIDED["training"] and config is not Recipe):
+            continue  # the machine's, or the run's
         made = key.default_factory
         default = key.default if made is dataclasses.MISSING else made()
-        shown = "" if default in ("", []) else f"`{json.dumps(default)}`"
+        shown = "" if default in ("", [], {}, None) else f"`{json.dumps(default)}`"
         lines.append(f"| `{key.name}` | {shown} | {key.metadata['help']} |")
     return lines
 

@@ -24,7 +24,8 @@ from ccf_llm_hf.evaluation.bootstrap import UserBootstrap, interval
 from ccf_llm_hf.evaluation.metrics import auc, uauc
 from ccf_llm_hf.inference.scoring import score_groups
 from ccf_llm_hf.training.collator import PackingCollator
-from ccf_llm_hf.training.stage import freeze_in_bf16, sample_users, uses_bf16
+from ccf_llm_hf.training.stage import freeze_in_bf16, uses_bf16
+from ccf_llm_hf.training.trainer import sample_users
 
 RATES = {"fusion": 1e-2, "gate": 2e-4, "lora": 1e-3}
 LABELS_PER_STEP = 64

@@ -23,6 +23,9 @@ from ccf_llm_hf.data.grouping import Group, group_rows
 from ccf_llm_hf.data.prepared import PreparedData, load_prepared
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
+from ccf_llm_hf.training.cross_fit import choose_fits, install_cross_fit
+from ccf_llm_hf.training.lora import inject_lora
+from ccf_llm_hf.training.trainer import choose_trained
 
 BACKBONE = "smollm2-135m-instruct"
 WINDOW = (20, 16)
@@ -87,21 +90,16 @@ class Workload:
             user_slot_token_id=processor.user_slot_token_id,
         )
         if lora:
-            model.config.lora = dict(LORA)
-            peft.inject_adapter_in_model(peft.LoraConfig(**LORA), model.language_model)
-        model.requires_grad_(False)
-        for _, parameter in [
-            *(model.fusion_parameters() + model.lora_parameters() + model.head_parameters())
-        ]:
-            parameter.requires_grad_(True)
+            inject_lora(model, peft.LoraConfig(**LORA))
+        choose_trained(model, fusion=True, lora=lora)
+        install_cross_fit(model, self.cf)
         return model
 
     def train_groups(self, window: tuple[int, int] = WINDOW, alone: bool = False) -> list[Group]:
         """Training groups with their CF snapshots, as a recipe packs them."""
         split = self.data.splits["train"]
-        columns = (np.asarray(split[name]) for name in ("user_id", "item_id", "timestamp"))
-        snapshots = self.cf.training_snapshots(*columns).tolist()
-        return group_rows(split, window, snapshots, **({"max_candidates": 1} if alone else {}))
+        fits = choose_fits(split, self.cf)
+        return group_rows(split, window, fits, **({"max_candidates": 1} if alone else {}))
 
 
 def whole_groups(groups: list[Group], labels: int) -> list[Group]:

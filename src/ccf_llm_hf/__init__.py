@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
     from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
     from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
+    from ccf_llm_hf.training.arguments import CTRTrainingArguments
+    from ccf_llm_hf.training.trainer import CTRTrainer
 
 __version__ = "0.1.0"
 LAZY = {
@@ -23,6 +25,8 @@ LAZY = {
     "CCFLLMProcessor": "ccf_llm_hf.modeling.processing_ccf_llm",
     "CFVectors": "ccf_llm_hf.cf.vectors",
     "CTRRanker": "ccf_llm_hf.inference.ranker",
+    "CTRTrainer": "ccf_llm_hf.training.trainer",
+    "CTRTrainingArguments": "ccf_llm_hf.training.arguments",
 }
 
 
@@ -32,4 +36,12 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["CCFLLMConfig", "CCFLLMForCTR", "CCFLLMProcessor", "CFVectors", "CTRRanker"]
+__all__ = [
+    "CCFLLMConfig",
+    "CCFLLMForCTR",
+    "CCFLLMProcessor",
+    "CFVectors",
+    "CTRRanker",
+    "CTRTrainer",
+    "CTRTrainingArguments",
+]

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.prepare import PrepareConfig, prepare
 from ccf_llm_hf.data.prepared import load_prepared
-from ccf_llm_hf.training.recipe import Recipe, StageConfig
+from ccf_llm_hf.training.recipe import Recipe, Stage
 from ccf_llm_hf.training.stage import RunInputs, StageRun
 
 StageRunMaker = Callable[..., StageRun]
@@ -113,31 +113,29 @@ def settings(backbone: Path, data_dir: Path, cf_dir: Path) -> dict[str, Any]:
         "data_dir": str(data_dir),
         "cf_dir": str(cf_dir),
         "backbone": str(backbone),
-        "tokens_per_batch": 512,
     }
 
 
 @pytest.fixture(scope="session")
 def inputs(settings: dict[str, Any]) -> RunInputs:
     """The tiny world, loaded."""
-    stages = [StageConfig(name="any")]
-    return RunInputs.load(Recipe(**settings, output_dir="unused", stages=stages))
+    return RunInputs.load(Recipe(**settings, output_dir="unused", stages=[Stage(name="any")]))
 
 
 @pytest.fixture
 def stage_run(settings: dict[str, Any], inputs: RunInputs, tmp_path: Path) -> StageRunMaker:
-    """Makes a `StageRun` in a folder of its own; keyword arguments are stage settings."""
+    """Makes a `StageRun` in a folder of its own; keyword arguments are sections of the stage."""
 
     def make(
         folder: str = "run",
-        init_folder: Path | None = None,
+        start: Path | None = None,
         top: dict[str, Any] | None = None,
-        **stage: Any,
+        training: dict[str, Any] | None = None,
+        **sections: Any,
     ) -> StageRun:
-        config = StageConfig(**{"name": "stage", "labels_per_step": 32, **stage})
-        recipe = Recipe(
-            **{**settings, **(top or {})}, output_dir=str(tmp_path / folder), stages=[config]
-        )
-        return StageRun(recipe, config, inputs, tmp_path / folder, init_folder)
+        training = {"labels_per_step": 32, "tokens_per_batch": 512, **(training or {})}
+        stage = Stage(**{"name": "stage", "training": training, **sections})
+        recipe = Recipe(**settings | (top or {}), output_dir=str(tmp_path / folder), stages=[stage])
+        return StageRun(recipe, stage, inputs, tmp_path / folder, start)
 
     return make

@@ -28,9 +28,9 @@ NUM_USERS, NUM_ITEMS = 8, 10
 @pytest.fixture
 def source(stage_run: Any, tmp_path: Path) -> Path:
     """A slim checkpoint of the films that the other tests train on, as if trained."""
-    run = stage_run(train=["fusion", "lora"], cf_logit=True)
-    processor = run.processor()
-    model = run.model(processor)
+    run = stage_run(lora={}, model={"cf_logit": True})
+    processor = run.build_processor()
+    model = run.build_trainer().model
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for _, weight in model.lora_parameters() + model.fusion_parameters():
@@ -78,7 +78,9 @@ def stage_of(settings: dict[str, Any], books: Path, cf: Path, source: Path) -> S
     recipe = Recipe(
         **settings | {"data_dir": str(books), "cf_dir": str(cf)},
         output_dir="unused",
-        stages=[{"name": "fusion", "cf_logit": True, "init_from": str(source)}],  # type: ignore[list-item]
+        stages=[  # type: ignore[list-item]
+            {"name": "fusion", "model": {"cf_logit": True}, "init_from": str(source)}
+        ],
     )
     return StageRun(recipe, recipe.stages[0], RunInputs.load(recipe), cf, source)
 
@@ -93,8 +95,8 @@ def test_gate_cold_vectors_and_lora_carry_over(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = stage_of(settings, books, table_of(books, dim, tmp_path / "cf"), source)
-    processor = run.processor()
-    model = run.model(processor)
+    processor = run.build_processor()
+    model = run.build_model(processor)
     old = CCFLLMForCTR.from_pretrained(source)
     found, expected = dict(model.fusion_parameters()), dict(old.fusion_parameters())
     for name, value in expected.items():
@@ -126,9 +128,9 @@ def test_a_recipe_trains_on_from_a_checkpoint_of_another_catalog(
             {
                 "name": "books",
                 "init_from": str(source),
-                "cf_logit": True,
-                "train": ["fusion", "lora"],
-                "labels_per_step": 16,
+                "model": {"cf_logit": True},
+                "lora": {},
+                "training": {"labels_per_step": 16},
             }
         ],
     }
@@ -163,7 +165,7 @@ def test_another_backbone_is_pointed_out(
     changed = settings | {"backbone": str(tmp_path / "other")}
     run = stage_of(changed, books, table_of(books, 4, tmp_path / "cf"), source)
     with pytest.warns(UserWarning, match="are not those of this recipe's `backbone`"):
-        run.model(run.processor())
+        run.build_model(run.build_processor())
 
 
 def test_weights_of_another_shape_are_named(
@@ -173,7 +175,7 @@ def test_weights_of_another_shape_are_named(
     save_file(weights | {"model.cold_item": torch.zeros(3)}, source / "fusion.safetensors")
     run = stage_of(settings, books, table_of(books, 4, tmp_path / "cf"), source)
     with pytest.raises(InputError, match=r"stage 'fusion': .*'model\.cold_item' for another"):
-        run.model(run.processor())
+        run.build_model(run.build_processor())
 
 
 def test_a_full_checkpoint_is_refused_with_the_mend(

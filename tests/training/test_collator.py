@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ccf_llm_hf.data.grouping import cut_by_budget
 from ccf_llm_hf.training.collator import (
     GroupDataset,
     PackingCollator,
@@ -18,14 +17,6 @@ SIZES = st.lists(st.tuples(st.integers(5, 300), st.integers(1, 32)), min_size=1,
 
 def size(batch: list[int], lengths: list[int]) -> int:
     return sum(lengths[i] for i in batch)
-
-
-@given(SIZES, st.integers(50, 1000))
-def test_cut_by_budget_keeps_every_group_and_the_budget(sizes, budget):
-    lengths = [length for length, _ in sizes]
-    batches = cut_by_budget(range(len(lengths)), lengths, budget)
-    assert sorted(itertools.chain(*batches)) == list(range(len(lengths)))
-    assert all(size(batch, lengths) <= budget or len(batch) == 1 for batch in batches)
 
 
 @given(SIZES, st.integers(1, 12))
@@ -116,22 +107,20 @@ def test_order_depends_on_seed_and_epoch_only():
 
 @pytest.mark.parametrize("form", ["slot", "title_slot", "title"])
 def test_token_counts_are_those_of_the_built_rows(stage_run, form):
-    run = stage_run(history_format=form, candidate_format=form)
-    processor = run.processor()
-    collator = PackingCollator(processor)
-    for group in run.train_groups(processor)[:10]:
-        row = len(processor.instruction()) + processor.count_tokens(group)
-        assert collator([group])["input_ids"].shape == (1, row)
+    trainer = stage_run(prompt={"history_format": form, "candidate_format": form}).build_trainer()
+    processor = trainer.processing_class
+    for group in trainer.train_groups[:10]:
+        row = len(processor.prompt.instruction()) + processor.count_tokens(group)
+        assert trainer.data_collator([group])["input_ids"].shape == (1, row)
 
 
 def test_a_masked_group_has_no_labels_and_no_loss(stage_run):
-    run = stage_run()
-    processor = run.processor()
-    dataset = GroupDataset(run.train_groups(processor))
-    model = run.model(processor)
-    batch = PackingCollator(processor)([dataset[~0], dataset[0]])
+    trainer = stage_run().build_trainer()
+    dataset, model, collate = GroupDataset(trainer.train_groups), trainer.model, PackingCollator
+    collator = collate(trainer.processing_class)
+    batch = collator([dataset[~0], dataset[0]])
     count = len(dataset[0].labels)
     assert (batch["labels"] != -100).sum() == count
-    alone = PackingCollator(processor)([dataset[0]])
     both = model(**batch, num_items_in_batch=count).loss
+    alone = collator([dataset[0]])
     torch.testing.assert_close(both, model(**alone, num_items_in_batch=count).loss)

@@ -5,9 +5,10 @@ import pytest
 import yaml
 
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.training.recipe import Recipe, StageConfig, parse_recipe
+from ccf_llm_hf.training.arguments import CTRTrainingArguments
+from ccf_llm_hf.training.recipe import Recipe, Stage, fields_of, parse_recipe
 
-TEXT = {"name": "text", "fusion": "text_only", "train": ["lora"]}
+TEXT = {"name": "text", "preset": "text_only", "lora": {}}
 FUSION = {"name": "fusion", "init_from": "text"}
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -25,15 +26,30 @@ def content(settings: dict, tmp_path: Path) -> dict:
 
 def test_yaml_becomes_typed_stages(content, tmp_path):
     # PyYAML reads 1e-3 (no dot) as a string; the recipe means a number.
-    content["stages"][1] = {**FUSION, "fusion_learning_rate": "1e-3", "history_window": [10, 1]}
-    recipe = parse_recipe(write(tmp_path, content))
-    assert [stage.name for stage in recipe.stages] == ["text", "fusion"]
-    assert recipe.stages[1].fusion_learning_rate == 1e-3
-    assert recipe.stages[1].prompt_settings() == {"history_window": (10, 1)}
-    assert recipe.stages[0].prompt_settings() == {
-        "history_format": "title",
-        "candidate_format": "title",
+    content["stages"][1] = {
+        **FUSION,
+        "prompt": {"history_window": [10, 1]},
+        "lora": {"lora_dropout": "1e-1"},
+        "training": {"learning_rate": "1e-3", "learning_rate_mapping": {"gate": "2e-4"}},
     }
+    text, fusion = parse_recipe(write(tmp_path, content)).stages
+    assert fusion.prompt == {"history_window": (10, 1)}
+    assert fusion.lora_config().lora_dropout == 0.1
+    assert fusion.lora_config().target_modules == {"q_proj", "v_proj"}
+    arguments = CTRTrainingArguments(output_dir=str(tmp_path), **fusion.training)
+    assert arguments.learning_rate == 1e-3
+    assert arguments.learning_rate_mapping == {"gate": 2e-4}
+    assert text.prompt == {"history_format": "title", "candidate_format": "title"}
+    assert (text.trains(), fusion.trains()) == (["lora"], ["fusion", "lora"])
+
+
+def test_a_preset_is_where_settings_start(content, tmp_path):
+    prompt = {"history_format": "slot"}
+    content["stages"] = [{"name": "concat", "preset": "concat", "prompt": prompt}]
+    stage = parse_recipe(write(tmp_path, content)).stages[0]
+    assert stage.model == {"fusion": "cf_only"}
+    assert stage.prompt == {"history_format": "slot", "candidate_format": "title_slot"}
+    assert stage.trains() == ["fusion"]
 
 
 def test_flags_override_the_file(content, tmp_path):
@@ -48,35 +64,60 @@ def test_flags_override_the_file(content, tmp_path):
         ({"data_dir": "nowhere"}, "data_dir"),
         ({"cf_dir": ""}, "cf_dir"),
         ({"output_dir": ""}, "output_dir"),
-        ({"score_head": "no_only"}, "score_head"),
         ({"seed": "many"}, "seed"),
         ({"stages": []}, "stages"),
         ({"stages": ["text"]}, "stage 1"),
-        ({"stages": [{**TEXT, "fusion": "gates"}]}, "gates"),
-        ({"stages": [{**TEXT, "epoch": 2}]}, "epoch"),
-        ({"stages": [{**TEXT, "epochs": "two"}]}, "epochs"),
-        ({"stages": [{**TEXT, "epochs": 0}]}, "epochs"),
-        ({"stages": [{**TEXT, "labels_per_step": 1.5}]}, "labels_per_step"),
-        ({"stages": [{**TEXT, "train": []}]}, "train"),
-        ({"stages": [{**TEXT, "train": "lora"}]}, "train"),
-        ({"stages": [{**TEXT, "train": ["fusion"]}]}, "text_only"),
+        ({"stages": [{**TEXT, "model": {"fusion": "gates"}}]}, "gates"),
+        ({"stages": [{**TEXT, "preset": "text"}]}, "preset"),
+        ({"stages": [{**TEXT, "epoch": 2}]}, "the unknown key 'epoch'"),
+        (
+            {"stages": [{**TEXT, "fusion": "gate"}]},
+            "has no 'fusion': it belongs into the section `model`",
+        ),
+        ({"stages": [{**TEXT, "training": {"wording": "x"}}]}, "section `prompt`"),
+        (
+            {"stages": [{**TEXT, "model": {"r": 8}}]},
+            "`model` has no 'r': it belongs into the section `lora`",
+        ),
+        ({"stages": [{**TEXT, "prompt": {"learning_rat": 8}}]}, "the unknown key 'learning_rat'"),
+        (
+            {"stages": [{**TEXT, "model": {"num_users": 8}}]},
+            "`num_users` of `model` is decided by the run",
+        ),
+        ({"stages": [{**TEXT, "prompt": {"item_ids": []}}]}, "decided by the run"),
+        ({"stages": [{**TEXT, "training": {"output_dir": "x"}}]}, "decided by the run"),
+        ({"stages": [{**TEXT, "training": {"gradient_accumulation_steps": 4}}]}, "sampler"),
+        ({"stages": [{**TEXT, "training": {"num_train_epochs": "two"}}]}, "num_train_epochs"),
+        ({"stages": [{**TEXT, "training": {"num_train_epochs": 0}}]}, "num_train_epochs"),
+        ({"stages": [{**TEXT, "training": {"labels_per_step": 1.5}}]}, "labels_per_step"),
+        ({"stages": [{**TEXT, "training": {"labels_per_step": 0}}]}, "labels_per_step"),
+        ({"stages": [{**TEXT, "training": []}]}, "`training` must be a mapping"),
+        ({"stages": [{**TEXT, "lora": None}]}, "write lora: {} for its defaults"),
+        ({"stages": [{**TEXT, "lora": {"use_dora": True}}]}, "use_dora"),
+        ({"stages": [{**TEXT, "lora": {"r": 0}}]}, "lora: r=0 must be above 0"),
         ({"stages": [{**TEXT, "name": "a/b"}]}, "name"),
         ({"stages": [TEXT, TEXT]}, "two stages"),
         ({"stages": [FUSION, TEXT]}, "init_from"),
-        ({"stages": [{**TEXT, "history_window": [10]}]}, "history_window"),
-        ({"stages": [{**TEXT, "history_window": [-1, 1]}]}, "history_window"),
-        ({"stages": [{**TEXT, "history_window": [10, 0]}]}, "history_window"),
-        ({"stages": [{**TEXT, "max_train_labels": -5}]}, "max_train_labels"),
-        ({"stages": [{**TEXT, "eval_max_labels": -3}]}, "eval_max_labels"),
-        ({"stages": [{**TEXT, "lora_learning_rate": -1e-3}]}, "lora_learning_rate"),
-        ({"stages": [{**TEXT, "lora_learning_rate": float("nan")}]}, "lora_learning_rate"),
-        ({"stages": [{**TEXT, "epochs": float("inf")}]}, "epochs"),
-        ({"tokens_per_batch": 0}, "tokens_per_batch"),
-        ({"stages": [{**TEXT, "scheduler": "zigzag"}]}, "zigzag"),
-        ({"stages": [{**TEXT, "slot_dropout": 1}]}, "slot_dropout"),
-        ({"stages": [{**TEXT, "pairwise_share": 2}]}, "pairwise_share"),
-        ({"stages": [{**TEXT, "cf_target_share": -0.1}]}, "cf_target_share"),
-        ({"cf_dir": "", "stages": [{**TEXT, "cf_target_share": 0.5}]}, "cf_dir"),
+        ({"stages": [{**TEXT, "prompt": {"history_window": [10]}}]}, "history_window"),
+        ({"stages": [{**TEXT, "prompt": {"history_window": [-1, 1]}}]}, "history_window"),
+        ({"stages": [{**TEXT, "prompt": {"history_window": [10, 0]}}]}, "history_window"),
+        ({"stages": [{**TEXT, "model": {"cf_fold_in": True}}]}, "needs cf_logit"),
+        ({"stages": [{**TEXT, "training": {"max_train_labels": -5}}]}, "max_train_labels"),
+        ({"stages": [{**TEXT, "training": {"max_eval_labels": -3}}]}, "max_eval_labels"),
+        ({"stages": [{**TEXT, "training": {"learning_rate": -1e-3}}]}, "learning_rate"),
+        ({"stages": [{**TEXT, "training": {"learning_rate": float("nan")}}]}, "learning_rate"),
+        (
+            {"stages": [{**TEXT, "training": {"learning_rate_mapping": {"a": -1}}}]},
+            "learning_rate_mapping",
+        ),
+        (
+            {"stages": [{**TEXT, "training": {"num_train_epochs": float("inf")}}]},
+            "num_train_epochs",
+        ),
+        ({"stages": [{**TEXT, "training": {"tokens_per_batch": 0}}]}, "tokens_per_batch"),
+        ({"stages": [{**TEXT, "training": {"lr_scheduler_type": "zigzag"}}]}, "zigzag"),
+        ({"stages": [{**TEXT, "training": {"cf_distillation": -0.1}}]}, "cf_distillation"),
+        ({"cf_dir": "", "stages": [{**TEXT, "training": {"cf_distillation": 0.5}}]}, "cf_dir"),
     ],
 )
 def test_bad_recipes_are_refused_in_one_sentence(content, tmp_path, change, message, capsys):
@@ -88,8 +129,10 @@ def test_bad_recipes_are_refused_in_one_sentence(content, tmp_path, change, mess
 
 
 def test_a_setting_of_a_stage_is_no_flag(content, tmp_path):
-    with pytest.raises(InputError, match=r"--epochs is a setting of a stage.*under `stages`"):
-        parse_recipe([*write(tmp_path, content), "--epochs", "2"])
+    with pytest.raises(
+        InputError, match=r"--learning_rate is a setting of a stage.*under `stages`"
+    ):
+        parse_recipe([*write(tmp_path, content), "--learning_rate", "2"])
 
 
 def test_an_unknown_flag_is_named_before_any_folder(content, tmp_path):
@@ -130,9 +173,18 @@ def test_a_text_only_recipe_needs_no_cf_table(content, tmp_path):
     assert not recipe.needs_cf()
 
 
-@pytest.mark.parametrize("config", [Recipe, StageConfig])
+@pytest.mark.parametrize("config", [Recipe, Stage, CTRTrainingArguments])
 def test_every_field_has_help(config):
-    assert all(field.metadata["help"] for field in dataclasses.fields(config))
+    own = config.__annotations__
+    fields = [field for field in dataclasses.fields(config) if field.name in own]
+    assert all(field.metadata["help"] for field in fields)
+
+
+def test_a_name_means_one_section():
+    """Sections must not share names, or a misplaced key would be sent to the wrong one."""
+    names = [set(fields_of(section)) for section in ("model", "prompt", "training")]
+    assert not set.intersection(names[0], names[1]) | set.intersection(names[0], names[2])
+    assert not set.intersection(names[1], names[2])
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.name)
@@ -141,11 +193,6 @@ def test_shipped_recipes_parse_and_comment_every_key(file, settings):
     flags = [word for key, value in places.items() for word in (f"--{key}", value)]
     recipe = parse_recipe(["--config", str(file), *flags])
     assert recipe.stages
-    entries = yaml.safe_load(file.read_text())
-    commented = {
-        line.split(":")[0].strip(" -")
-        for line in file.read_text().splitlines()
-        if "#" in line and ":" in line
-    }
-    keys = set(entries) - {"stages"} | {key for stage in entries["stages"] for key in stage}
-    assert keys <= commented
+    for line in file.read_text().splitlines():
+        if ":" in line.split("#")[0] and line != "stages:":
+            assert "#" in line, line

@@ -3,14 +3,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 
 from ccf_llm_hf.cf.folds import fold_of
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.training.collator import PackingCollator
-from ccf_llm_hf.training.stage import inject_lora, sample_users, uses_bf16
+from ccf_llm_hf.training.lora import inject_lora
+from ccf_llm_hf.training.stage import uses_bf16
+from ccf_llm_hf.training.trainer import group_split, sample_users
 
-TEXT = {"fusion": "text_only", "train": ["lora"]}
+TEXT = {"preset": "text_only", "lora": {}}
 
 
 def fill_lora(model):
@@ -29,108 +32,151 @@ def save_slim(model, processor, folder):
 
 
 def test_training_rows_see_earlier_snapshots_only(stage_run, inputs):
-    run = stage_run()
     times = np.asarray(inputs.data.splits["train"]["timestamp"])
-    groups = run.train_groups(run.processor())
-    assert {group.snapshot for group in groups} == {0, 1}
-    for group in groups:
+    trainer = stage_run().build_trainer()
+    assert {group.snapshot for group in trainer.train_groups} == {0, 1}
+    for group in trainer.train_groups:
         assert (inputs.cf.snapshot_times[group.snapshot].item() <= times[group.rows]).all()
-    assert {group.snapshot for group in run.eval_groups(run.processor())} == {-1}
+    assert {group.snapshot for group in trainer.eval_groups} == {-1}
 
 
 def test_training_rows_see_the_table_that_leaves_their_fold_out(stage_run, inputs, monkeypatch):
     last = inputs.cf.snapshot_times[-1:].expand(3)
     monkeypatch.setattr(inputs, "cf", replace(inputs.cf, cross_fit="folds", snapshot_times=last))
-    run = stage_run()
+    trainer = stage_run().build_trainer()
     split = inputs.data.splits["train"].to_pandas()
     folds = fold_of(split["user_id"], split["item_id"], 2)
-    groups = run.train_groups(run.processor())
-    assert {group.snapshot for group in groups} == {0, 1}
-    for group in groups:
+    assert {group.snapshot for group in trainer.train_groups} == {0, 1}
+    for group in trainer.train_groups:
         assert (folds[group.rows] == group.snapshot).all()
-    assert {group.snapshot for group in run.eval_groups(run.processor())} == {-1}
+    assert {group.snapshot for group in trainer.eval_groups} == {-1}
 
 
-@pytest.mark.parametrize("change", [{"top": {"use_cf_snapshots": False}}, TEXT])
-def test_rows_see_the_last_snapshot_when_none_is_asked_for(stage_run, change):
-    run = stage_run(**change)
-    assert {group.snapshot for group in run.train_groups(run.processor())} == {-1}
+def test_rows_after_every_snapshot_see_the_last(stage_run, inputs, monkeypatch):
+    early = replace(inputs.cf, snapshot_times=torch.tensor([0, 1, 2]))
+    monkeypatch.setattr(inputs, "cf", early)
+    assert {group.snapshot for group in stage_run().build_trainer().train_groups} == {-1}
+
+
+def test_a_text_only_stage_sees_no_fit(stage_run):
+    assert {group.snapshot for group in stage_run(**TEXT).build_trainer().train_groups} == {-1}
+    taught = stage_run(**TEXT, training={"cf_distillation": 0.5}).build_trainer()
+    assert {group.snapshot for group in taught.train_groups} == {0, 1}
 
 
 def test_samples_of_training_and_validation(stage_run):
-    run = stage_run(max_train_labels=60, eval_max_labels=20)
-    processor = run.processor()
-    train = run.train_groups(processor)
-    assert 60 <= sum(len(group.labels) for group in train) < 60 + 32
-    assert train == run.train_groups(processor)
-    everything = stage_run().eval_groups(processor)
-    sample = run.eval_groups(processor)
-    users = {group.user_id for group in sample}
-    assert sample == [group for group in everything if group.user_id in users]
+    run = stage_run(training={"max_train_labels": 60, "max_eval_labels": 20})
+    trainer = run.build_trainer()
+    assert 60 <= sum(len(group.labels) for group in trainer.train_groups) < 60 + 32
+    assert trainer.train_groups == run.build_trainer().train_groups
+    split = run.inputs.data.splits["validation"]
+    everything = group_split(split, trainer.processing_class, 64)
+    sample = trainer.eval_groups
+    users = {group.user for group in sample}
+    assert sample == [group for group in everything if group.user in users]
     assert 20 <= sum(len(group.labels) for group in sample) < len(everything) * 32
     assert sample_users(everything, 0, seed=0) == everything
 
 
 @pytest.mark.parametrize("wording", ["shared_prefix", "question_last"])
 def test_labels_share_a_row_unless_told_otherwise(stage_run, wording):
-    run = stage_run(wording=wording, **TEXT)
-    assert max(len(group.labels) for group in run.train_groups(run.processor())) > 1
-    alone = stage_run(wording=wording, max_candidates=1, **TEXT)
-    assert {len(group.labels) for group in alone.train_groups(alone.processor())} == {1}
+    prompt = {"wording": wording}
+    trainer = stage_run(prompt=prompt, **TEXT).build_trainer()
+    assert max(len(group.labels) for group in trainer.train_groups) > 1
+    alone = stage_run(prompt=prompt, training={"max_candidates": 1}, **TEXT).build_trainer()
+    assert {len(group.labels) for group in alone.train_groups} == {1}
+
+
+def test_histories_of_another_kind_are_refused(stage_run):
+    with pytest.raises(InputError, match="prepare it with --histories signed"):
+        stage_run(prompt={"histories": "signed"}).build_processor()
+    with pytest.raises(InputError, match="`cf_fold_in` needs signed histories"):
+        stage_run(model={"cf_logit": True, "cf_fold_in": True}).build_processor()
+
+
+def validation_batch(run, processor):
+    split = run.inputs.data.splits["validation"]
+    return PackingCollator(processor)(group_split(split, processor, 64)[:4])
 
 
 def test_stage_two_starts_from_stage_ones_adapter(stage_run, tmp_path):
     first = stage_run(**TEXT)
-    processor = first.processor()
-    trained = fill_lora(first.model(processor))
+    processor = first.build_processor()
+    model = first.build_trainer().model
+    trained = fill_lora(model)
     source = save_slim(trained, processor, tmp_path / "first")
 
-    second = stage_run(init_folder=source, lora_dropout=0.3).model(processor).eval()
+    trainer = stage_run(start=source).build_trainer()
+    second = trainer.model.eval()
     assert second.config.lora["r"] == 8
-    batch = PackingCollator(processor)(first.eval_groups(processor)[:4])
+    batch = validation_batch(first, processor)
     with torch.no_grad():
         torch.testing.assert_close(second(**batch).logits, trained.eval()(**batch).logits)
     assert not any(parameter.requires_grad for _, parameter in second.lora_parameters())
 
 
-def test_a_bare_peft_folder_is_a_start_too(stage_run, tmp_path):
-    first = stage_run(lora_r=4, lora_target_modules=["q_proj", "o_proj"], **TEXT)
-    processor = first.processor()
-    trained = fill_lora(first.model(processor))
-    source = save_slim(trained, processor, tmp_path / "first") / "adapter"
-    second = stage_run(init_folder=source, train=["fusion", "lora"]).model(processor)
-    found = dict(second.lora_parameters())
-    assert found.keys() == {name for name, _ in trained.lora_parameters()}
-    assert all(torch.equal(found[name], p) for name, p in trained.lora_parameters())
+def test_lora_of_the_start_learns_on_with_a_section(stage_run, tmp_path):
+    first = stage_run(**{**TEXT, "lora": {"r": 4, "target_modules": ["q_proj", "o_proj"]}})
+    processor = first.build_processor()
+    trained = fill_lora(first.build_trainer().model)
+    slim = save_slim(trained, processor, tmp_path / "first")
+    for source in (slim, slim / "adapter"):  # a bare PEFT folder is a start too
+        second = stage_run(start=source, lora={"lora_dropout": 0.3}).build_trainer().model
+        found = dict(second.lora_parameters())
+        assert found.keys() == {name for name, _ in trained.lora_parameters()}
+        assert all(torch.equal(found[name], p) for name, p in trained.lora_parameters())
+        assert all(p.requires_grad for p in found.values())
+        assert (second.config.lora["r"], second.config.lora["lora_dropout"]) == (4, 0.3)
 
 
-def test_the_same_arm_takes_fusion_weights_along(stage_run, tmp_path):
-    run = stage_run()
-    processor = run.processor()
-    first = run.model(processor)
+def shifted(run, folder):
+    """A checkpoint of the run's model with other fusion weights than fresh ones."""
+    processor = run.build_processor()
+    model = run.build_model(processor)
     with torch.no_grad():
-        for _, parameter in first.fusion_parameters():
+        for _, parameter in [*model.fusion_parameters(), *model.head_parameters()]:
             parameter.add_(0.1)
-    source = save_slim(first, processor, tmp_path / "first")
-    same = dict(stage_run(init_folder=source, train=["lora"]).model(processor).fusion_parameters())
-    assert all(torch.equal(same[name], p) for name, p in first.fusion_parameters())
+    return model, save_slim(model, processor, folder)
+
+
+def test_the_same_fusion_takes_its_weights_along(stage_run, tmp_path):
+    first, source = shifted(stage_run(), tmp_path / "first")
+    second = stage_run(start=source, lora={})
+    model = second.build_model(second.build_processor())
+    same = dict([*model.fusion_parameters(), *model.head_parameters()])
+    named = [*first.fusion_parameters(), *first.head_parameters()]
+    assert all(torch.equal(same[name], p) for name, p in named)
     with pytest.raises(InputError, match="init_from"):
-        stage_run(init_folder=tmp_path).settings()
+        stage_run(start=tmp_path).settings()
+
+
+@pytest.mark.parametrize("sections", [{"model": {"fusion": "sum"}}, {"preset": "text_only"}])
+def test_other_slots_or_none_leave_the_fusion_fresh(stage_run, tmp_path, sections):
+    _, source = shifted(stage_run(**sections), tmp_path / "first")
+    for run in (stage_run(start=source), stage_run()):
+        torch.manual_seed(0)
+        model = run.build_model(run.build_processor())
+        named = dict([*model.fusion_parameters(), *model.head_parameters()])
+        if run.start:
+            expected = named
+    assert all(torch.equal(named[name], value) for name, value in expected.items())
 
 
 def test_lora_on_missing_modules_is_an_input_error(stage_run):
     run = stage_run()
-    model = run.model(run.processor())
+    model = run.build_model(run.build_processor())
     with pytest.raises(InputError, match="LoRA"):
-        inject_lora(model, {"r": 2, "lora_alpha": 4, "target_modules": ["nowhere"]})
+        inject_lora(model, LoraConfig(r=2, lora_alpha=4, target_modules=["nowhere"]))
 
 
 def test_a_stage_leaves_a_checkpoint_that_scores_the_same(stage_run):
     from accelerate import PartialState
 
-    run = stage_run(train=["fusion", "lora"])
+    run = stage_run(lora={})
     record = run.run(PartialState(cpu=True))
     assert record["finished"]
+    assert record["trains"] == ["fusion", "lora"]
+    assert record["settings"]["lora"]["target_modules"] == ["q_proj", "v_proj"]
     assert record["validation_labels"] == 64
     assert {file.name for file in run.folder.iterdir()} == {
         "checkpoint",
@@ -151,15 +197,35 @@ def test_auto_precision_follows_the_hardware(monkeypatch, native):
 
 
 def test_a_bf16_backbone_learns_in_fp32(stage_run):
-    run = stage_run(train=["fusion", "lora"])
-    run.recipe.precision = "bf16"
-    processor = run.processor()
-    model = run.model(processor)
+    run = stage_run(lora={}, top={"precision": "bf16"})
+    trainer = run.build_trainer()
+    model = trainer.model
     kinds = {p.requires_grad: p.dtype for p in model.language_model.parameters()}
     assert kinds == {False: torch.bfloat16, True: torch.float32}
     assert {p.dtype for _, p in model.fusion_parameters()} == {torch.float32}
-    batch = PackingCollator(processor)(run.train_groups(processor)[:2])
-    output = model(**batch)
+    output = model(**trainer.data_collator(trainer.train_groups[:2]))
     output.loss.backward()
     assert output.logits.dtype == torch.float32
     assert all(p.grad.abs().sum() > 0 for n, p in model.lora_parameters() if "lora_B" in n)
+
+
+def test_a_kill_while_a_changed_stage_is_deleted_leaves_no_weights_without_a_record(
+    stage_run, monkeypatch
+):
+    run = stage_run(top={"rerun_changed": True})
+    run.folder.mkdir()
+    (run.folder / "stage.json").write_text('{"settings": {}, "finished": true}')
+    (run.folder / "checkpoint").mkdir()
+
+    def killed(folder, ignore_errors=False):
+        if not ignore_errors:
+            (folder / "stage.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("ccf_llm_hf.training.stage.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.check_unchanged()
+    assert not run.folder.exists()
+    monkeypatch.undo()
+    run.check_unchanged()
+    assert not list(run.folder.parent.glob(".deleted-*"))

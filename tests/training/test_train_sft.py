@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, SFTConfig
 
-from ccf_llm_hf.training.starting_weights import fusion_of, lora_of
+from ccf_llm_hf.training.warm_start import fills_slots, read_lora
 
 FILE = Path(__file__).parents[2] / "examples" / "train_sft.py"
 
@@ -44,14 +44,12 @@ def test_adapter_of_the_sft_trainer_starts_a_stage(
             lora_target_modules=["q_proj", "v_proj"],
         ),
     )
-    assert fusion_of(tmp_path / "sft") is None
-    assert lora_of(tmp_path / "sft")["r"] == 4
+    assert fills_slots(tmp_path / "sft") is None
+    assert read_lora(tmp_path / "sft")["r"] == 4
 
-    run = stage_run(
-        init_folder=tmp_path / "sft", fusion="text_only", train=["lora"], wording="question_last"
-    )
-    processor = run.processor()
-    model = run.model(processor).eval()
+    run = stage_run(start=tmp_path / "sft", preset="text_only", prompt={"wording": "question_last"})
+    processor = run.build_processor()
+    model = run.build_model(processor).eval()
     up = [p for name, p in model.lora_parameters() if ".lora_B." in name]
     assert any(p.abs().max() > 0 for p in up)
 

@@ -1,22 +1,34 @@
 import copy
 import json
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
+from peft import LoraConfig
 from transformers import TrainerCallback
 
+from ccf_llm_hf import CTRTrainer, CTRTrainingArguments
+from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.training.resume import last_checkpoint, train_or_resume
 from ccf_llm_hf.training.stage import StageRun
-from ccf_llm_hf.training.trainer import CCFLLMTrainer, gate_statistics, last_checkpoint
+from ccf_llm_hf.training.trainer import gate_statistics
 
-JOINT: dict[str, Any] = {"train": ["fusion", "lora"], "eval_every_labels": 64}
+OFTEN = {"eval_strategy": "steps", "eval_steps": 2}  # validate every 64 labels
 
 
-def make_trainer(run: StageRun) -> CCFLLMTrainer:
+def joint(
+    run: Any, folder: str = "run", lora: dict[str, Any] | None = None, **training: Any
+) -> Any:
+    """A stage run that trains everything, validating often."""
+    return run(folder, lora=lora or {}, training={**OFTEN, **training})
+
+
+def make_trainer(run: StageRun) -> CTRTrainer:
     run.folder.mkdir(parents=True, exist_ok=True)
-    return run.trainer(PartialState(cpu=True))
+    return run.build_trainer()
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
@@ -39,11 +51,11 @@ class InterruptAt(TrainerCallback):
 
 def test_accumulation_gives_the_weights_of_one_large_batch(stage_run):
     # Validated once, at the end: an earlier best checkpoint would be loaded instead.
-    config = {**JOINT, "labels_per_step": 64, "eval_every_labels": 0}
-    large = make_trainer(stage_run("large", top={"tokens_per_batch": 100_000}, **config))
-    small = make_trainer(stage_run("small", top={"tokens_per_batch": 20}, **config))
-    assert large.batch_sampler.accumulation == 1
-    assert small.batch_sampler.accumulation >= 8
+    once = {"labels_per_step": 64, "eval_strategy": "epoch", "eval_steps": None}
+    large = make_trainer(joint(stage_run, "large", tokens_per_batch=100_000, **once))
+    small = make_trainer(joint(stage_run, "small", tokens_per_batch=20, **once))
+    assert large.batch_sampler.accumulation == large.args.gradient_accumulation_steps == 1
+    assert small.batch_sampler.accumulation == small.args.gradient_accumulation_steps >= 8
     before = weights(large.model)
     large.train()
     small.train()
@@ -55,7 +67,7 @@ def test_accumulation_gives_the_weights_of_one_large_batch(stage_run):
 
 
 def test_loss_of_a_step_is_the_mean_over_its_labels(stage_run):
-    trainer = make_trainer(stage_run(**JOINT))
+    trainer = make_trainer(joint(stage_run))
     loader = iter(trainer.get_train_dataloader())
     batches, count = trainer.get_batch_samples(
         loader, trainer.batch_sampler.accumulation, trainer.args.device
@@ -75,17 +87,20 @@ def test_loss_of_a_step_is_the_mean_over_its_labels(stage_run):
 @pytest.mark.parametrize("stop", [3, 6, 7])
 def test_a_resumed_run_equals_an_uninterrupted_one(stage_run, stop):
     # Dropout and early stopping carry state of their own; step 6 is the end of the first epoch.
-    config = {**JOINT, "epochs": 2, "lora_dropout": 0.2, "early_stopping_patience": 3}
-    whole = make_trainer(stage_run("whole", **config))
-    history = whole.train_or_resume()
+    def run(folder):
+        lora = {"lora_dropout": 0.2}
+        return joint(stage_run, folder, lora, num_train_epochs=2, early_stopping_patience=3)
 
-    broken = make_trainer(stage_run("broken", **config))
+    whole = make_trainer(run("whole"))
+    history = train_or_resume(whole)
+
+    broken = make_trainer(run("broken"))
     broken.add_callback(InterruptAt(stop))
     with pytest.raises(Interruption):
-        broken.train_or_resume()
-    assert last_checkpoint(stage_run("broken").folder) is not None
-    resumed = make_trainer(stage_run("broken", **config))
-    assert resumed.train_or_resume()[-1]["step"] == history[-1]["step"]
+        train_or_resume(broken)
+    assert last_checkpoint(run("broken").folder) is not None
+    resumed = make_trainer(run("broken"))
+    assert train_or_resume(resumed)[-1]["step"] == history[-1]["step"]
 
     for name, value in weights(resumed.model).items():
         assert torch.equal(value, weights(whole.model)[name]), name
@@ -95,19 +110,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stage_run, stop):
 
 
 def test_a_run_that_ended_is_not_trained_on(stage_run):
-    config = {**JOINT, "epochs": 1.5}
-    trainer = make_trainer(stage_run(**config))
-    trainer.train_or_resume()
-    again = make_trainer(stage_run(**config))
+    trainer = make_trainer(joint(stage_run, num_train_epochs=1.5))
+    train_or_resume(trainer)
+    again = make_trainer(joint(stage_run, num_train_epochs=1.5))
     again.train = lambda **_: pytest.fail("trained on")
-    history = again.train_or_resume()
+    history = train_or_resume(again)
     assert history == trainer.state.log_history[:-1]  # but for the closing speed entry
     for name, value in weights(again.model).items():
         assert torch.equal(value, weights(trainer.model)[name]), name
 
 
 def test_a_checkpoint_cut_short_is_passed_over(stage_run):
-    run = stage_run(**JOINT)
+    run = joint(stage_run)
     make_trainer(run).train()
     latest = last_checkpoint(run.folder)
     (latest / "trainer_state.json").write_text('{"epoch": ')
@@ -117,20 +131,20 @@ def test_a_checkpoint_cut_short_is_passed_over(stage_run):
 
 
 def test_the_best_validation_is_what_remains(stage_run):
-    run = stage_run(**JOINT, epochs=3, fusion_learning_rate=0.05, lora_learning_rate=0.05)
-    trainer = make_trainer(run)
-    history = trainer.train_or_resume()
+    rates = {"learning_rate": 0.05, "learning_rate_mapping": {"gate": 2e-4}}
+    trainer = make_trainer(joint(stage_run, num_train_epochs=3, **rates))
+    history = train_or_resume(trainer)
     evaluations = [entry for entry in history if "eval_auc" in entry]
     best = max(evaluations, key=lambda entry: entry["eval_auc"])
     assert best["step"] != evaluations[-1]["step"], "the case needs a best that is not the last"
     assert trainer.state.best_global_step == best["step"]
-    scores = trainer.score(trainer.eval_dataset.groups)
+    scores = trainer.score(trainer.eval_groups)
     assert scores.metrics()["auc"] == best["eval_auc"]
     assert trainer.model.config.logit_temperature == best["eval_temperature"]
 
 
 def test_trainer_checkpoints_are_slim_and_load_alone(stage_run):
-    run = stage_run(**JOINT)
+    run = joint(stage_run)
     trainer = make_trainer(run)
     trainer.train()
     checkpoint = last_checkpoint(run.folder)
@@ -138,51 +152,68 @@ def test_trainer_checkpoints_are_slim_and_load_alone(stage_run):
     assert not (checkpoint / "training_args.bin").exists()
     trainer.model.load_trained_weights(checkpoint)
     model = CCFLLMForCTR.from_pretrained(checkpoint)
-    batch = trainer.data_collator(trainer.eval_dataset.groups[:4])
+    batch = trainer.data_collator(trainer.eval_groups[:4])
     with torch.no_grad():
         expected = trainer.model.eval()(**batch).logits
         torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("answer", [0.0, 1e-3])
-def test_each_part_has_its_own_learning_rate_and_decay(stage_run, answer):
-    rates = {"fusion_learning_rate": 1e-2, "lora_learning_rate": 1e-4, "weight_decay": 0.1}
-    rates["answer_learning_rate"] = answer
-    trainer = make_trainer(stage_run(train=["fusion", "lora"], cf_logit=True, **rates))
+def test_each_part_has_its_own_learning_rate_and_decay(stage_run):
+    mapping = {"lora_": 1e-4, "gate": 2e-4, "answer_scale|cold_user": 1e-3}
+    training = {"learning_rate": 1e-2, "learning_rate_mapping": mapping, "weight_decay": 0.1}
+    lora = {"target_modules": ["q_proj", "gate_proj"]}
+    run = stage_run(training=training, lora=lora, model={"cf_logit": True})
+    trainer = make_trainer(run)
     trainer.create_optimizer()
     places = {
         id(parameter): (group["lr"], group["weight_decay"])
         for group in trainer.optimizer.param_groups
         for parameter in group["params"]
     }
-    gate = {name for name, _ in trainer.model.gate_parameters()}
-    assert gate
-    own = dict.fromkeys(gate, trainer.stage.gate_learning_rate) | {"answer_scale": answer or 1e-2}
-    for name, parameter in trainer.model.fusion_parameters() + trainer.model.head_parameters():
+    own = {
+        "model.gate.linear.weight": 2e-4,
+        "model.gate.linear.bias": 2e-4,
+        "answer_scale": 1e-3,
+        "model.cold_user": 1e-3,
+    }
+    trained = trainer.model.fusion_parameters() + trainer.model.head_parameters()
+    assert own.keys() <= {name for name, _ in trained}
+    for name, parameter in trained:
         rate = own.get(name, 1e-2)
         assert places.pop(id(parameter)) == (rate, 0.1 if parameter.ndim > 1 else 0.0), name
+    # The first pattern found holds: a gate of the language model's is no gate of the fusion.
+    assert any(".gate_proj." in name for name, _ in trainer.model.lora_parameters())
     for name, parameter in trainer.model.lora_parameters():
         assert places.pop(id(parameter)) == (1e-4, 0.1), name
     assert not places
 
 
-def test_only_the_chosen_parts_change(stage_run):
-    trainer = make_trainer(stage_run(train=["fusion"]))
+@pytest.mark.parametrize(
+    ("sections", "parts"),
+    [
+        ({}, {"fusion"}),
+        ({"lora": {}}, {"fusion", "lora"}),
+        ({"preset": "text_only", "lora": {}}, {"lora"}),
+        ({"preset": "concat"}, {"fusion"}),
+    ],
+)
+def test_only_the_chosen_parts_change(stage_run, sections, parts):
+    run = stage_run(**sections)
+    assert set(run.stage.trains()) == parts
+    trainer = make_trainer(run)
     before = copy.deepcopy(trainer.model.state_dict())
     trainer.train()
-    trained = trainer.model.fusion_parameters() + trainer.model.head_parameters()
-    fusion = {name for name, _ in trained}
-    changed = {
-        name
-        for name, value in trainer.model.state_dict().items()
-        if not torch.equal(value, before[name])
-    }
-    assert changed
-    assert changed <= fusion
+    model = trainer.model
+    of_part = {"fusion": model.fusion_parameters(), "lora": model.lora_parameters()}
+    changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+    for part, named in of_part.items():
+        assert bool(changed & {name for name, _ in named}) == (part in parts), part
+    trained = {name for part in parts for name, _ in of_part[part]}
+    assert changed <= trained | {name for name, _ in model.head_parameters()}
 
 
 def test_gate_statistics_and_speed_are_logged(stage_run):
-    trainer = make_trainer(stage_run(**JOINT))
+    trainer = make_trainer(joint(stage_run))
     trainer.train()
     evaluation = next(entry for entry in trainer.state.log_history if "eval_auc" in entry)
     assert 0 < evaluation["eval_gate_mean"] < 1
@@ -192,15 +223,159 @@ def test_gate_statistics_and_speed_are_logged(stage_run):
     assert min(speeds) > 0
 
 
-def test_arms_without_gate_have_no_gate_statistics(stage_run):
-    run = stage_run(fusion="sum")
-    assert gate_statistics(run.model(run.processor())) == {}
+def test_fusions_without_a_gate_have_no_gate_statistics(stage_run):
+    run = stage_run(model={"fusion": "sum"})
+    assert gate_statistics(run.build_model(run.build_processor())) == {}
 
 
-@pytest.mark.parametrize("fusion", ["scalar_gate", "sum", "concat", "cf_only"])
-def test_every_fusion_arm_trains(stage_run, fusion):
-    trainer = make_trainer(stage_run(fusion=fusion, cf_logit=fusion == "sum"))
+def test_a_text_only_stage_logs_no_gate(stage_run):
+    trainer = make_trainer(stage_run(preset="text_only", lora={}))
+    assert not [key for key in trainer.evaluate() if "gate" in key]
+
+
+@pytest.mark.parametrize("fusion", ["scalar_gate", "sum", "cf_only"])
+def test_every_fusion_trains(stage_run, fusion):
+    trainer = make_trainer(stage_run(model={"fusion": fusion, "cf_logit": fusion == "sum"}))
     before = weights(trainer.model)
-    history = trainer.train_or_resume()
+    history = train_or_resume(trainer)
     assert any(not torch.equal(v, before[n]) for n, v in weights(trainer.model).items())
     assert json.dumps(history)
+
+
+def test_distillation_draws_the_targets_to_the_cf_models_probabilities(stage_run):
+    trainer = make_trainer(stage_run(training={"cf_distillation": 0.9}))
+    batch = next(iter(trainer.get_train_dataloader()))
+    plain, taught = dict(batch), batch
+    valid = batch["labels"] != -100
+    logits = trainer.model.eval()(**batch).logits[valid]
+    cf = trainer.model.cf_logits(
+        *(batch[name] for name in ("candidate_users", "candidate_items", "answer_positions")),
+        batch["sequence_ids"],
+        batch["history_depths"],
+    )
+    targets = 0.1 * batch["labels"][valid] + 0.9 * torch.sigmoid(cf)[valid]
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    loss = trainer.compute_loss(trainer.model, taught)
+    torch.testing.assert_close(loss, bce(logits, targets))
+    assert torch.equal(plain["labels"], batch["labels"]), "the batch itself stays as it is"
+    trainer.args.cf_distillation = 0.0
+    assert not torch.isclose(trainer.compute_loss(trainer.model, plain), loss)
+    trainer.args.label_smoothing_factor = 0.2
+    smooth = bce(logits, 0.8 * batch["labels"][valid] + 0.1)
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, plain), smooth)
+
+
+def direct(run: StageRun, **options: Any) -> CTRTrainer:
+    """A trainer as a user builds it, without a recipe."""
+    processor = run.build_processor()
+    splits = run.inputs.data.splits
+    given = {"cf": run.inputs.cf, "peft_config": None, "args": run.training_arguments()}
+    return CTRTrainer(
+        run.build_model(processor),
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        processing_class=processor,
+        **given | options,
+    )
+
+
+def test_evaluate_and_predict_take_splits(stage_run):
+    run = stage_run()
+    trainer = direct(run)
+    test = run.inputs.data.splits["test"]
+    before = trainer.model.config.logit_temperature
+    metrics = trainer.evaluate(test, metric_key_prefix="test")
+    assert trainer.model.config.logit_temperature == before, "fitted on validation alone"
+    output = trainer.predict(test)
+    assert output.label_ids.tolist() == test["label"]
+    assert output.metrics["test_auc"] == metrics["test_auc"]
+    row = test[5]
+    batch = trainer.processing_class(
+        user=row["user_id"], history=row["history"], candidates=[row["item_id"]]
+    )
+    with torch.no_grad():
+        alone = trainer.model.eval()(**batch).logits[0, 0].item()
+    assert output.predictions[5] == pytest.approx(alone, abs=1e-4)
+
+
+def test_lora_that_cannot_be_saved_is_refused(stage_run):
+    for config, name in (
+        (LoraConfig(target_modules=["q_proj"], use_dora=True), "use_dora"),
+        (LoraConfig(target_modules=["q_proj"], rank_pattern={"0": 2}), "rank_pattern"),
+        (LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"), "init_lora_weights"),
+    ):
+        with pytest.raises(InputError, match=name):
+            direct(stage_run(), peft_config=config)
+
+
+def test_bad_combinations_are_refused_in_one_sentence(stage_run):
+    run = stage_run()
+    with pytest.raises(InputError, match="give cf=, with which each row sees"):
+        direct(run, cf=None)
+    folder = str(run.folder)
+    for change in ({"gradient_accumulation_steps": 4}, {"per_device_train_batch_size": 8}):
+        with pytest.raises(InputError, match=r"the batch sampler decides.*labels_per_step"):
+            direct(run, args=CTRTrainingArguments(output_dir=folder, **change))
+    with pytest.raises(InputError, match="needs processing_class"):
+        CTRTrainer(run.build_model(run.build_processor()))
+    with pytest.raises(InputError, match=r"eval_steps=5 counts with eval_strategy: steps only"):
+        CTRTrainingArguments(output_dir=folder, eval_steps=5)
+
+
+def test_flags_of_transformers_work(stage_run):
+    training = {"activation_checkpointing": True, "optim": "adafactor", "max_steps": 2}
+    trainer = make_trainer(joint(stage_run, **training, dataloader_num_workers=1))
+    before = weights(trainer.model)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert type(trainer.optimizer.optimizer).__name__ == "Adafactor"
+    assert any(not torch.equal(v, before[n]) for n, v in weights(trainer.model).items())
+    assert trainer.state.log_history[0]["loss"] > 0, "a short run logs its loss too"
+
+
+def test_activation_checkpointing_changes_no_gradient(stage_run):
+    gradients = []
+    for activations in (False, True):
+        trainer = make_trainer(joint(stage_run, activation_checkpointing=activations, max_steps=1))
+        trainer.train()
+        gradients.append(weights(trainer.model))
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "end"])
+def test_what_is_pushed_is_the_slim_checkpoint(stage_run, monkeypatch, strategy):
+    class Hub:
+        """What `huggingface_hub.HfApi` does for a trainer, on paper."""
+
+        def __init__(self):
+            self.sent = []
+
+        def create_repo(self, name, **_):
+            return type("Url", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, folder_path, **_):
+            files = {str(f.relative_to(folder_path)) for f in Path(folder_path).rglob("*")}
+            self.sent.append({f for f in files if not f.startswith("checkpoint-")})
+            done: Future = Future()
+            done.set_result(None)
+            return done
+
+    hub = Hub()
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
+    trainer = make_trainer(
+        joint(stage_run, push_to_hub=True, hub_model_id="films", hub_strategy=strategy)
+    )
+    trainer.train()
+    assert bool(hub.sent) == (strategy == "every_save")
+    trainer.push_to_hub()
+    needed = {
+        "config.json",
+        "fusion.safetensors",
+        "cf_embeddings.safetensors",
+        "adapter/adapter_model.safetensors",
+        "processor_config.json",
+        "modeling_ccf_llm.py",
+    }
+    assert all(needed <= files for files in hub.sent)
+    assert "README.md" in hub.sent[-1]

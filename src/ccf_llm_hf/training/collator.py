@@ -5,7 +5,7 @@ contains therefore depends on neither the token budget nor the number of ranks, 
 another budget or more ranks gives the same weights (our choice).
 """
 
-import dataclasses
+import copy
 import heapq
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ccf_llm_hf.data.grouping import Group
-
-IGNORED_LABEL = -100
+from ccf_llm_hf.modeling.configuration_ccf_llm import IGNORED_LABEL
+from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
+from ccf_llm_hf.training.cross_fit import encode_fits
 
 
 class GroupDataset(Dataset[Group]):
@@ -31,28 +32,19 @@ class GroupDataset(Dataset[Group]):
     def __getitem__(self, index: int) -> Group:
         if index >= 0:
             return self.groups[index]
-        group = self.groups[~index]
-        return dataclasses.replace(group, labels=[IGNORED_LABEL] * len(group.candidates))
+        masked = copy.copy(self.groups[~index])
+        masked.labels = [IGNORED_LABEL] * len(masked.candidates)
+        return masked
 
 
 class PackingCollator:
-    """Groups to model inputs, by a `CCFLLMProcessor`, with labels and each group's CF snapshot."""
+    """Groups to model inputs with labels, whose CF table rows carry each group's fit."""
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: CCFLLMProcessor) -> None:
         self.processor = processor
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, torch.Tensor]:
-        batch = self.processor(
-            user=[group.user_id for group in groups],
-            history=[group.history for group in groups],
-            candidates=[group.candidates for group in groups],
-            history_lengths=[group.history_lengths for group in groups],
-            labels=[group.labels for group in groups],
-            snapshot=[group.snapshot for group in groups],
-            earlier=[group.earlier for group in groups],
-            return_tensors="pt",
-        )
-        return dict(batch)
+        return dict(encode_fits(self.processor.pack(groups), groups))
 
 
 def balance(indices: Sequence[int], lengths: Sequence[int], parts: int) -> list[list[int]]:

@@ -1,6 +1,5 @@
 """Curves of a stage: loss, validation AUC and UAUC, gate."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,17 +7,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ccf_llm_hf.io import save_figure, write_json
+
 LogHistory = Sequence[dict[str, float]]
 
 
 def write_history(history: LogHistory, folder: Path, title: str) -> None:
     """Write a trainer's log history as `log.json` and its curves as `curves.png`."""
-    partial = folder / "log.json.partial"
-    partial.write_text(json.dumps(list(history), indent=1) + "\n")
-    partial.replace(folder / "log.json")
-    partial = folder / "curves.partial.png"
-    plot_curves(history, title).savefig(partial)
-    partial.replace(folder / "curves.png")
+    write_json(folder / "log.json", list(history))
+    save_figure(plot_curves(history, title), folder / "curves.png")
 
 
 def plot_curves(history: LogHistory, title: str) -> Figure:

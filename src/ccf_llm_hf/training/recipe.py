@@ -1,72 +1,100 @@
 """Recipes: what a training run does, as one YAML file.
 
-A recipe is a list of stages on one backbone, one prepared data folder and one CF table. The two
-stages of the paper, a single joint stage and every staged-training ablation are recipes, not code.
+A recipe is a list of stages on one backbone, one prepared data folder and one CF table. A stage has
+four sections, whose keys are the fields of the classes that they go to: `model` (`CCFLLMConfig`),
+`prompt` (`CCFLLMProcessor`), `lora` (`peft.LoraConfig`), `training` (`CTRTrainingArguments`). The
+two stages of the paper, a single joint stage and every staged-training ablation are recipes.
 """
 
 import dataclasses
-import math
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, get_type_hints
 
+import peft
+import torch
 import yaml
-from transformers.trainer_utils import SchedulerType
 from trl import TrlParser
 
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.modeling.configuration_ccf_llm import FUSION_ARMS, SCORE_HEADS
-from ccf_llm_hf.modeling.processing_ccf_llm import HISTORIES
+from ccf_llm_hf.modeling.configuration_ccf_llm import FUSIONS, CCFLLMConfig
+from ccf_llm_hf.modeling.processing_ccf_llm import HISTORIES, CCFLLMProcessor
 from ccf_llm_hf.modeling.prompt_ccf_llm import ITEM_FORMATS, WORDINGS
+from ccf_llm_hf.training.arguments import CTRTrainingArguments
+from ccf_llm_hf.training.lora import check_lora
+from ccf_llm_hf.training.trainer import check_left_to_sampler
+from ccf_llm_hf.training.values import read_value
 
-TRAINABLE_PARTS = ("fusion", "lora")
 PRECISIONS = ("fp32", "bf16", "auto")
+LORA_DEFAULTS = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # TALLRec's prompt (arXiv 2305.00447): written titles, no slots.
+    "text_only": {"prompt": {"history_format": "title", "candidate_format": "title"}},
+    # CoLLM's (arXiv 2310.19488): a slot of the CF vector alone behind every written title.
+    "concat": {
+        "model": {"fusion": "cf_only"},
+        "prompt": {"history_format": "title_slot", "candidate_format": "title_slot"},
+    },
+}
+SECTIONS: dict[str, type] = {
+    "model": CCFLLMConfig,
+    "prompt": CCFLLMProcessor,
+    "lora": peft.LoraConfig,
+    "training": CTRTrainingArguments,
+}
+# What the run decides itself: from the data, the CF vectors, the backbone, or the whole recipe.
+DECIDED = {
+    "model": (
+        "text_config",
+        "cf_user_precision",
+        "cf_dim",
+        "num_users",
+        "num_items",
+        "num_title_tokens",
+        "slot_scale",
+        "yes_token_id",
+        "no_token_id",
+        "item_slot_token_id",
+        "user_slot_token_id",
+        "logit_temperature",
+        "cf_model",
+        "ids_fingerprint",
+        "lora",
+        "backbone_name",
+        "backbone_revision",
+        "backbone_fingerprint",
+        "checkpoint_form",
+    ),
+    "prompt": ("tokenizer", "item_ids", "item_titles", "user_ids", "rating_scale"),
+    "lora": ("inference_mode", "base_model_name_or_path", "revision", "task_type", "peft_type"),
+    "training": ("output_dir", "seed", "resume_from_checkpoint", "remove_unused_columns"),
+}
+CHOICES = {
+    "fusion": FUSIONS,
+    "wording": WORDINGS,
+    "history_format": ITEM_FORMATS,
+    "candidate_format": ITEM_FORMATS,
+    "histories": HISTORIES,
+}
 
 
 @dataclass
-class StageConfig:
-    """One stage: which parameters learn, on which prompt, for how long. An empty prompt setting
-    means the processor's own default."""
+class Stage:
+    """One stage: how its model, prompt, LoRA and training differ from the defaults of their
+    classes. LoRA learns if there is a `lora` section, alignment networks, gate and cold vectors if
+    the prompt shows slots."""
 
     name: str = field(default="", metadata={"help": "Folder name of the stage."})
-    fusion: str = field(default="gate", metadata={"help": f"Fusion arm, one of {FUSION_ARMS}."})
-    cf_logit: bool = field(
-        default=False, metadata={"help": "Add a learned scale times the CF model's own logit."}
-    )
-    cf_fold_in: bool = field(
-        default=False,
+    preset: str = field(
+        default="",
         metadata={
-            "help": "In that logit, solve for the user's vector from the signed history shown "
-            "instead of looking it up; needs histories: signed and a CF table by fit-cf mf."
+            "help": "Settings to start from: text_only (written titles, no slots: TALLRec's form) "
+            "or concat (slots of the CF vector alone behind written titles: CoLLM's)."
         },
-    )
-    fold_in_decay: float = field(
-        default=1.0,
-        metadata={"help": "Weight of a history item in cf_fold_in over the next later one's."},
-    )
-    slot_dropout: float = field(
-        default=0.0,
-        metadata={"help": "Share of CF vectors that training replaces by the cold vectors."},
-    )
-    pairwise_share: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the loss that ranks each liked candidate of a user above each "
-            "disliked one packed with it, for UAUC; the rest is cross-entropy."
-        },
-    )
-    cf_target_share: float = field(
-        default=0.0,
-        metadata={
-            "help": "How much of a label's place in the cross-entropy the CF model's own "
-            "probability takes, so that slots are read as the CF model means them; 0: none."
-        },
-    )
-    train: list[str] = field(
-        default_factory=lambda: ["fusion"],
-        metadata={"help": "Parts that learn: fusion (alignment, gate, cold vectors), lora."},
     )
     init_from: str = field(
         default="",
@@ -74,159 +102,140 @@ class StageConfig:
             "help": "Where trained weights come from: an earlier stage's name, a slim checkpoint "
             "(folder, or Hub repository org/name or org/name@revision) or a PEFT adapter folder, "
             "whose LoRA rank and modules then hold. Its catalog may be another one than this "
-            "run's. Empty: a fresh start. From another fusion arm only the LoRA adapter is taken."
+            "run's. Empty: a fresh start. From a checkpoint without slots or of another fusion "
+            "only the LoRA adapter is taken."
         },
     )
-    wording: str = field(default="", metadata={"help": f"Prompt wording, one of {WORDINGS}."})
-    history_format: str = field(
-        default="", metadata={"help": f"Rendering of a history item, one of {ITEM_FORMATS}."}
+    model: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Fields of `CCFLLMConfig`, such as fusion."}
     )
-    candidate_format: str = field(
-        default="", metadata={"help": f"Rendering of a candidate item, one of {ITEM_FORMATS}."}
+    prompt: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Arguments of `CCFLLMProcessor`, such as history_window."},
     )
-    title_years: bool = field(
-        default=True, metadata={"help": 'Write the year of titles such as "Heat (1995)".'}
-    )
-    history_window: list[int] = field(
-        default_factory=list,
-        metadata={"help": "[H, S]: at most H + S - 1 history items, in windows S apart."},
-    )
-    histories: str = field(
-        default="",
-        metadata={"help": f"What histories hold, one of {HISTORIES}; empty: as in the data."},
-    )
-    fold_in_items: int = field(
-        default=0,
-        metadata={"help": "Signed items before the window that cf_fold_in uses too; not shown."},
-    )
-    max_candidates: int = field(
-        default=64,
+    lora: dict[str, Any] | None = field(
+        default=None,
         metadata={
-            "help": "Labels of one user packed behind one prefix, at most; with 1 a label is a row "
-            "by itself, as the papers train: the same scores, at many times the cost."
+            "help": "Fields of `peft.LoraConfig`; over r: 8, lora_alpha: 16, target_modules: "
+            "[q_proj, v_proj]. Without the section LoRA (of init_from) stays as it is."
         },
     )
-    max_train_labels: int = field(
-        default=0, metadata={"help": "Train on a seeded sample of about this many labels; 0: all."}
-    )
-    epochs: float = field(default=1.0, metadata={"help": "Passes over the training labels."})
-    labels_per_step: int = field(
-        default=192, metadata={"help": "Labels per optimizer step, over all ranks."}
-    )
-    fusion_learning_rate: float = field(
-        default=2e-3, metadata={"help": "Peak learning rate of the fusion parameters."}
-    )
-    answer_learning_rate: float = field(
-        default=0.0,
-        metadata={
-            "help": "Peak learning rate of the answer's scale; 0: the fusion's. The scale starts "
-            "at 0.1: a rate of 0.01 can take it to 0 and below within tens of steps, and at 0 the "
-            "language model learns nothing."
-        },
-    )
-    gate_learning_rate: float = field(
-        default=2e-4,
-        metadata={
-            "help": "Peak learning rate of the gate. It sums over twice the hidden size, so the "
-            "fusion's rate would drive it to 0 or 1 within a few steps."
-        },
-    )
-    lora_learning_rate: float = field(
-        default=5e-4, metadata={"help": "Peak learning rate of the LoRA parameters."}
-    )
-    warmup: float = field(
-        default=0.05, metadata={"help": "Warmup: a share of all steps below 1, else a step count."}
-    )
-    scheduler: str = field(
-        default="cosine", metadata={"help": "Learning rate schedule, a transformers name."}
-    )
-    weight_decay: float = field(
-        default=0.0, metadata={"help": "AdamW weight decay; biases and norms are spared."}
-    )
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping; 0: off."})
-    eval_every_labels: int = field(
-        default=0,
-        metadata={"help": "Validate and save after this many labels; 0: once per epoch."},
-    )
-    eval_max_labels: int = field(
-        default=0,
-        metadata={"help": "Validate during training on a seeded sample of users; 0: all labels."},
-    )
-    early_stopping_patience: int = field(
-        default=0,
-        metadata={"help": "Stop after this many validations without a better AUC; 0: off."},
-    )
-    lora_r: int = field(default=8, metadata={"help": "LoRA rank."})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA alpha (scale alpha / r)."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj"],
-        metadata={"help": "Names of the linear layers that get LoRA."},
-    )
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout before LoRA; costs a quarter of the speed on CPU."}
+    training: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Fields of `CTRTrainingArguments`, such as learning_rate."},
     )
 
     def __post_init__(self) -> None:
-        """Check types and values; raises `InputError`."""
-        place = f"stage {self.name!r}"
-        _coerce_fields(self, place)
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
+        """Check names, types and values; raises `InputError`."""
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
             raise InputError(
                 f"every stage needs a `name` of letters, digits, dots and dashes; got {self.name!r}"
             )
-        _one_of(place, "fusion", self.fusion, FUSION_ARMS)
-        _one_of(place, "wording", self.wording, ("", *WORDINGS))
-        for key in ("history_format", "candidate_format"):
-            _one_of(place, key, getattr(self, key), ("", *ITEM_FORMATS))
-        _one_of(place, "histories", self.histories, ("", *HISTORIES))
-        if self.cf_fold_in and not self.cf_logit:
-            raise InputError(f"{place}: `cf_fold_in` needs cf_logit: true")
-        if not 0 < self.fold_in_decay <= 1:
-            raise InputError(f"{place}: `fold_in_decay` must be above 0 and at most 1")
-        if not 0 <= self.slot_dropout < 1:
-            raise InputError(f"{place}: `slot_dropout` must be at least 0 and below 1")
-        if not 0 <= self.pairwise_share <= 1:
-            raise InputError(f"{place}: `pairwise_share` must be from 0 to 1")
-        if not 0 <= self.cf_target_share <= 1:
-            raise InputError(f"{place}: `cf_target_share` must be from 0 to 1")
-        _one_of(place, "scheduler", self.scheduler, [s.value for s in SchedulerType])
-        if not self.train:
-            raise InputError(f"{place}: `train` must name at least one of {TRAINABLE_PARTS}")
-        for part in self.train:
-            _one_of(place, "train", part, TRAINABLE_PARTS)
-        window = self.history_window
-        if window and not (len(window) == 2 and window[0] >= 0 and window[1] >= 1):
+        if self.preset:
+            check_choice(self._place(), "preset", self.preset, tuple(PRESETS))
+        for section in SECTIONS:
+            given = getattr(self, section)
+            if given is None and section == "lora":
+                continue
+            if not isinstance(given, Mapping):
+                raise InputError(
+                    f"{self._place()}: `{section}` must be a mapping of settings; got {given!r}"
+                )
+            setattr(self, section, self._read_section(section, given))
+        self._check_values()
+
+    def _place(self) -> str:
+        return f"stage {self.name!r}"
+
+    def _read_section(self, section: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        defaults = PRESETS.get(self.preset, {}).get(section, {})
+        if section == "lora":
+            defaults = LORA_DEFAULTS
+        kinds, settings = fields_of(section), dict(defaults)
+        for key, value in given.items():
+            if key in DECIDED[section]:
+                raise InputError(
+                    f"{self._place()}: `{key}` of `{section}` is decided by the run: leave it out"
+                )
+            if key not in kinds:
+                refuse_key(f"{self._place()}: `{section}`", str(key), section)
+            if key in CHOICES:
+                check_choice(self._place(), key, value, CHOICES[key])
+            settings[key] = read_value(f"{self._place()}: `{section}.{key}`", kinds[key], value)
+        return settings
+
+    def _check_values(self) -> None:
+        """Let the classes themselves say what cannot be."""
+        window = self.prompt.get("history_window", (0, 1))
+        if not (len(window) == 2 and window[0] >= 0 and window[1] >= 1):
             raise InputError(
-                f"{place}: `history_window` must be [H, S], H >= 0 and S >= 1; got {window}"
+                f"{self._place()}: `history_window` must be [H, S], H >= 0 and S >= 1; "
+                f"got {list(window)}"
             )
-        for key in ("epochs", "labels_per_step", "max_candidates", "lora_r"):
-            if getattr(self, key) <= 0:
-                raise InputError(f"{place}: `{key}` must be above 0; got {getattr(self, key)}")
-        for key, value in vars(self).items():
-            if isinstance(value, (int, float)) and value < 0:
-                raise InputError(f"{place}: `{key}` must not be below 0; got {value}")
+        if self.model.get("cf_fold_in") and not self.model.get("cf_logit"):
+            raise InputError(f"{self._place()}: `cf_fold_in` needs cf_logit: true")
+        try:
+            check_left_to_sampler(CTRTrainingArguments(output_dir=".", **self.training))
+            if lora := self.lora_config():
+                check_lora(lora)
+        except (ValueError, TypeError) as problem:  # InputError is a ValueError
+            reason = " ".join(str(problem).split())
+            raise InputError(f"{self._place()}: {reason}") from problem
+
+    def lora_config(self) -> peft.LoraConfig | None:
+        """The `lora` section as PEFT takes it; None without one."""
+        return None if self.lora is None else peft.LoraConfig(**self.lora)
+
+    def shows_slots(self) -> bool:
+        """Whether the prompt has slots."""
+        forms = [self.prompt.get(key, "slot") for key in ("history_format", "candidate_format")]
+        return forms != ["title", "title"]
 
     def reads_cf(self) -> bool:
         """Whether the stage reads the CF table."""
-        return self.cf_logit or self.cf_target_share > 0 or self.fusion != "text_only"
+        taught = self.training.get("cf_distillation", 0) > 0
+        return bool(self.shows_slots() or self.model.get("cf_logit") or taught)
 
-    def prompt_settings(self) -> dict[str, Any]:
-        """Settings for `CCFLLMProcessor.from_catalog`; what is left empty stays out, except that a
-        text-only prompt has titles and concat has titles followed by slots."""
-        item_format = {"text_only": "title", "concat": "title_slot"}.get(self.fusion, "")
-        chosen = {
-            "wording": self.wording,
-            "history_format": self.history_format or item_format,
-            "candidate_format": self.candidate_format or item_format,
-        }
-        settings: dict[str, Any] = {key: value for key, value in chosen.items() if value}
-        if self.history_window:
-            settings["history_window"] = tuple(self.history_window)
-        if not self.title_years:
-            settings["title_years"] = False
-        if self.cf_fold_in:
-            settings["fold_in_items"] = self.fold_in_items
-        return settings
+    def trains(self) -> list[str]:
+        """Which parts learn, besides the scales of the score: `fusion`, `lora` or both."""
+        parts = []
+        if self.shows_slots():
+            parts.append("fusion")
+        if self.lora is not None:
+            parts.append("lora")
+        return parts
+
+
+@lru_cache
+def fields_of(section: str) -> dict[str, Any]:
+    """Names that a section takes, and their types."""
+    kind: Any = SECTIONS[section]
+    if section in ("lora", "training"):  # dataclasses; the others spell out what they take
+        # PEFT names torch in hints of fields, and imports it for type checkers alone.
+        hints = get_type_hints(kind, localns={"torch": torch})
+        return {spec.name: hints[spec.name] for spec in dataclasses.fields(kind) if spec.init}
+    hints = get_type_hints(kind.__init__)
+    return {
+        name: hints.get(name, Any)
+        for name, parameter in inspect.signature(kind.__init__).parameters.items()
+        if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+
+
+def refuse_key(place: str, key: str, section: str = "") -> NoReturn:
+    """Raise `InputError` for a key that a section, or without one a stage, does not have."""
+    homes = [
+        name
+        for name in SECTIONS
+        if name != section and key in fields_of(name) and key not in DECIDED[name]
+    ]
+    if homes:
+        raise InputError(f"{place} has no {key!r}: it belongs into the section `{homes[0]}`")
+    if section:
+        known = sorted(set(fields_of(section)) - set(DECIDED[section]))
+    else:
+        known = [spec.name for spec in dataclasses.fields(Stage)]
+    raise InputError(f"{place} has the unknown key {key!r}; known keys are {', '.join(known)}")
 
 
 @dataclass
@@ -249,21 +258,6 @@ class Recipe:
         default="", metadata={"help": "Pinned revision of a Hub backbone."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of initialization, sampling and order."})
-    score_head: str = field(
-        default="yes_minus_no", metadata={"help": f"Score read-out, one of {SCORE_HEADS}."}
-    )
-    use_cf_snapshots: bool = field(
-        default=True,
-        metadata={
-            "help": "Give a training row CF vectors that were not fitted on it: on earlier rows "
-            "only, or on other folds (fit-cf --scheme fold). False repeats the in-sample leak of "
-            "the literature, for comparison."
-        },
-    )
-    tokens_per_batch: int = field(
-        default=1024,
-        metadata={"help": "Tokens of one forward pass; sets the gradient accumulation."},
-    )
     precision: str = field(
         default="fp32",
         metadata={
@@ -281,22 +275,22 @@ class Recipe:
         default=False,
         metadata={"help": "Delete and retrain stages whose settings changed since they last ran."},
     )
-    stages: list[StageConfig] = field(
+    stages: list[Stage] = field(
         default_factory=list, metadata={"help": "The stages, in order (YAML only)."}
     )
 
     def __post_init__(self) -> None:
-        """Turn stage mappings into `StageConfig` and check everything; raises `InputError`."""
-        _coerce_fields(self, "recipe")
+        """Turn stage mappings into `Stage` and check everything; raises `InputError`."""
+        for spec in dataclasses.fields(self):
+            if spec.name != "stages":
+                value = getattr(self, spec.name)
+                if value is None:
+                    value = spec.default
+                setattr(self, spec.name, read_value(f"recipe: `{spec.name}`", spec.type, value))
         if not isinstance(self.stages, list) or not self.stages:
             raise InputError("recipe: `stages` must be a list of at least one stage")
         self.stages = [_as_stage(stage, number) for number, stage in enumerate(self.stages, 1)]
-        _one_of("recipe", "score_head", self.score_head, SCORE_HEADS)
-        _one_of("recipe", "precision", self.precision, PRECISIONS)
-        if self.tokens_per_batch < 1:
-            raise InputError(
-                f"recipe: `tokens_per_batch` must be above 0; got {self.tokens_per_batch}"
-            )
+        check_choice("recipe", "precision", self.precision, PRECISIONS)
         for key, file in (("data_dir", "protocol.json"), ("cf_dir", "cf_embeddings.safetensors")):
             self._check_folder(key, file)
         if not self.output_dir:
@@ -327,10 +321,6 @@ class Recipe:
                 raise InputError(
                     f"stage {stage.name!r}: `init_from` {source!r} is neither an earlier stage, "
                     "nor a folder, nor a Hub repository (org/name or org/name@revision)"
-                )
-            if stage.fusion == "text_only" and "fusion" in stage.train:
-                raise InputError(
-                    f"stage {stage.name!r}: text_only has no fusion parameters; set train: [lora]"
                 )
             seen.add(stage.name)
 
@@ -379,7 +369,9 @@ def _check_flags(parser: TrlParser, argv: Sequence[str]) -> None:
         raise InputError(
             f"{flag} stands where a flag belongs: one recipe is taken, then --key value"
         )
-    if flag.lstrip("-") in {f.name for f in dataclasses.fields(StageConfig)}:
+    key = flag.lstrip("-")
+    of_stage = {spec.name for spec in dataclasses.fields(Stage)}
+    if key in of_stage or any(key in fields_of(section) for section in SECTIONS):
         raise InputError(
             f"{flag} is a setting of a stage, which no flag overrides: change it under `stages` in "
             "the recipe"
@@ -393,56 +385,23 @@ class _RecipeParser(TrlParser):
         raise InputError(f"recipe: {message}")
 
 
-def _as_stage(stage: Any, number: int) -> StageConfig:
-    if isinstance(stage, StageConfig):
+def _as_stage(stage: Any, number: int) -> Stage:
+    if isinstance(stage, Stage):
         return stage
     if not isinstance(stage, Mapping):
         raise InputError(f"recipe: stage {number} must be a mapping of settings; got {stage!r}")
-    known = {f.name for f in dataclasses.fields(StageConfig)}
-    unknown = sorted(str(key) for key in set(stage) - known)
-    if unknown:
+    known = {spec.name for spec in dataclasses.fields(Stage)}
+    for key in sorted(str(key) for key in set(stage) - known):
+        refuse_key(f"stage {stage.get('name', number)!r}", key)
+    if "lora" in stage and stage["lora"] is None:
         raise InputError(
-            f"recipe: stage {stage.get('name', number)!r} has the unknown key {unknown[0]!r}; "
-            f"known keys are {', '.join(sorted(known))}"
+            f"stage {stage.get('name', number)!r}: `lora` is empty; write lora: {{}} for its "
+            "defaults, or leave it out"
         )
-    return StageConfig(**stage)
+    return Stage(**stage)
 
 
-def _one_of(place: str, key: str, value: str, allowed: Sequence[str]) -> None:
+def check_choice(place: str, key: str, value: Any, allowed: Sequence[str]) -> None:
+    """Refuse a value that is none of those allowed."""
     if value not in allowed:
-        choices = ", ".join(choice for choice in allowed if choice)
-        raise InputError(f"{place}: unknown `{key}` {value!r}; choose one of {choices}")
-
-
-def _coerce_fields(config: Any, place: str) -> None:
-    """Bring YAML values to their declared type (YAML reads 1e-3 as a string)."""
-    for spec in dataclasses.fields(config):
-        if spec.name == "stages":
-            continue
-        value = getattr(config, spec.name)
-        try:
-            setattr(config, spec.name, _coerce(spec.type, value))
-        except (TypeError, ValueError):
-            wanted = getattr(spec.type, "__name__", str(spec.type))
-            raise InputError(f"{place}: `{spec.name}` must be {wanted}; got {value!r}") from None
-
-
-def _coerce(kind: Any, value: Any) -> Any:
-    if get_origin(kind) is list:
-        if not isinstance(value, (list, tuple)):
-            raise TypeError
-        return [_coerce(get_args(kind)[0], entry) for entry in value]
-    if kind is str:
-        if isinstance(value, (list, dict, bool)):
-            raise TypeError
-        return "" if value is None else str(value)
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise TypeError
-        return value
-    if isinstance(value, bool) or (kind is int and isinstance(value, float) and value % 1):
-        raise TypeError
-    value = kind(value)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
+        raise InputError(f"{place}: unknown `{key}` {value!r}; choose one of {', '.join(allowed)}")

@@ -18,27 +18,20 @@ from huggingface_hub import snapshot_download
 
 from ccf_llm_hf.data.assets import asset_source, hub_id
 from ccf_llm_hf.errors import FolderInUse, InputError
-from ccf_llm_hf.hub.example import record_example
-from ccf_llm_hf.hub.model_card import describe_run
-from ccf_llm_hf.modeling.checkpoint_ccf_llm import ADAPTER_FOLDER, FUSION_FILE
+from ccf_llm_hf.io import write_folder, write_json
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 from ccf_llm_hf.training.recipe import Recipe, parse_recipe
-from ccf_llm_hf.training.stage import (
-    CHECKPOINT,
-    RunInputs,
-    StageRun,
-    uses_bf16,
-    write_folder,
-    write_json,
-)
+from ccf_llm_hf.training.stage import CHECKPOINT, RunInputs, StageRun, uses_bf16
+from ccf_llm_hf.training.warm_start import STARTING_FILES
 
-STARTING_FILES = ["config.json", FUSION_FILE, f"{ADAPTER_FOLDER}/*", "adapter_*"]
 PACKAGES = ("ccf-llm-hf", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 
 
 def run_recipe(argv: Sequence[str]) -> dict[str, Any]:
     """Train by a recipe; run again, it skips finished stages and resumes an interrupted one.
+
+    Writes checkpoints and `training.json`; `ccf-llm train` describes them by cards afterwards.
 
     Args:
         argv: `--config recipe.yaml` and `--field value` overrides of top-level fields.
@@ -52,14 +45,15 @@ def run_recipe(argv: Sequence[str]) -> dict[str, Any]:
         FolderInUse: another process trains in the same folder.
     """
     recipe = parse_recipe(argv)
-    # As in `training_arguments`: on a machine without an accelerator ranks need this to meet.
+    # As in `CTRTrainingArguments`: on a machine without an accelerator ranks need this to meet.
     state = PartialState(cpu=not torch.accelerator.is_available())
-    with held(Path(recipe.output_dir)) if state.is_main_process else nullcontext():
-        return run_stages(recipe, state)
+    with lock_folder(Path(recipe.output_dir)) if state.is_main_process else nullcontext():
+        return train_stages(recipe, state)
 
 
-def run_stages(recipe: Recipe, state: PartialState) -> dict[str, Any]:
-    """Train the stages that are not finished and export the last one; returns `outcome`."""
+def train_stages(recipe: Recipe, state: PartialState) -> dict[str, Any]:
+    """Train the stages that are not finished and export the last one; returns
+    what `summarize_run` says."""
     with state.main_process_first():
         inputs = RunInputs.load(recipe)
     output = Path(recipe.output_dir)
@@ -72,17 +66,19 @@ def run_stages(recipe: Recipe, state: PartialState) -> dict[str, Any]:
             stage,
             inputs,
             output / "stages" / stage.name,
-            init_folder(stage.init_from, output, list(records), recipe.offline),
+            find_start(stage.init_from, output, list(records), recipe.offline),
         )
         records[stage.name] = stage_run.run(state)
     if state.is_main_process:
-        export(recipe, inputs, output / "stages" / recipe.stages[-1].name / CHECKPOINT, records)
+        export_checkpoints(
+            recipe, inputs, output / "stages" / recipe.stages[-1].name / CHECKPOINT, records
+        )
     state.wait_for_everyone()
-    return outcome(recipe, records)
+    return summarize_run(recipe, records)
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep a run's folder to this process: two would write over each other's checkpoints.
 
     Raises:
@@ -107,7 +103,7 @@ def held(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def init_folder(init_from: str, output: Path, earlier: list[str], offline: bool) -> Path | None:
+def find_start(init_from: str, output: Path, earlier: list[str], offline: bool) -> Path | None:
     """Folder of a stage's starting weights: an earlier stage's checkpoint, a folder as given, or
     the local copy of a Hub repository `org/name[@revision]`.
 
@@ -135,7 +131,7 @@ def init_folder(init_from: str, output: Path, earlier: list[str], offline: bool)
         raise InputError(f"`init_from` {init_from} cannot be fetched: {reason}") from error
 
 
-def outcome(recipe: Recipe, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summarize_run(recipe: Recipe, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a caller wants to know of a finished run."""
     output = Path(recipe.output_dir)
     full = {"checkpoint": str(output / "checkpoint")} if recipe.full_checkpoint else {}
@@ -147,10 +143,10 @@ def outcome(recipe: Recipe, records: dict[str, dict[str, Any]]) -> dict[str, Any
     }
 
 
-def export(
+def export_checkpoints(
     recipe: Recipe, inputs: RunInputs, source: Path, records: dict[str, dict[str, Any]]
 ) -> None:
-    """Write `training.json`, and the last stage's checkpoint in both forms with their cards."""
+    """Write `training.json`, and the last stage's checkpoint in both forms."""
     output = Path(recipe.output_dir)
     model = CCFLLMForCTR.from_pretrained(source, backbone=inputs.backbone)
     processor = CCFLLMProcessor.from_pretrained(source)
@@ -160,24 +156,24 @@ def export(
         processor.save_pretrained(folder)
 
     report = {
-        **outcome(recipe, records),
+        **summarize_run(recipe, records),
         "recipe": dataclasses.asdict(recipe),
         "inputs": inputs.digest,
         "backbone": {"name": hub_id(recipe.backbone), "source": asset_source(inputs.backbone)},
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "hardware": hardware(recipe.precision),
+        "hardware": describe_hardware(recipe.precision),
         "stages": records,
     }
     if recipe.full_checkpoint:
         write_folder(output / "checkpoint", write_full)
-    write_folder(output / "checkpoint-slim", lambda folder: _copy(source, folder))
+    write_folder(
+        output / "checkpoint-slim",
+        lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True),
+    )
     write_json(output / "training.json", report)
-    for name in ("checkpoint",) * recipe.full_checkpoint + ("checkpoint-slim",):
-        describe_run(output / name, recipe.data_dir)
-        record_example(output / name, model, processor)
 
 
-def hardware(precision: str) -> dict[str, Any]:
+def describe_hardware(precision: str) -> dict[str, Any]:
     """The machine that trained, and whether it did so in bfloat16."""
     accelerator = torch.accelerator.current_accelerator()
     return {
@@ -186,12 +182,12 @@ def hardware(precision: str) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "bf16_backbone": uses_bf16(precision),
-        "processor": processor_model(),
+        "processor": name_processor(),
         "python": platform.python_version(),
     }
 
 
-def processor_model(listing: Path = Path("/proc/cpuinfo")) -> str:
+def name_processor(listing: Path = Path("/proc/cpuinfo")) -> str:
     """Which processor this is, because rounding, and so a training, differs between models.
 
     Where the system does not list it, what Python knows: at least the architecture.
@@ -205,7 +201,3 @@ def processor_model(listing: Path = Path("/proc/cpuinfo")) -> str:
     # Virtual machines often hide the name; family and model tell the generation all the same.
     numbers = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
     return ", ".join([platform.machine(), found["model name"], *numbers])
-
-
-def _copy(source: Path, folder: Path) -> None:
-    shutil.copytree(source, folder)

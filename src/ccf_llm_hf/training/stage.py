@@ -1,55 +1,35 @@
-"""One stage: build its model and groups, train or resume it, leave a slim checkpoint behind."""
+"""One stage: build its model, train or resume it, leave a slim checkpoint behind."""
 
-import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from transformers import AutoTokenizer, set_seed
 
 from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.assets import hub_id, load_backbone_path
-from ccf_llm_hf.data.grouping import Group, group_rows, sample_group
 from ccf_llm_hf.data.prepared import PreparedData, interactions, load_prepared, rating_midpoint
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.io import sha256_of, write_folder, write_json
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import CF_FILE
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
+from ccf_llm_hf.training.arguments import CTRTrainingArguments
 from ccf_llm_hf.training.plots import write_history
-from ccf_llm_hf.training.recipe import Recipe, StageConfig
-from ccf_llm_hf.training.starting_weights import (
-    adapter_folder,
-    digest_folder,
-    fusion_of,
-    inject_lora,
-    lora_of,
-    sha256_of,
-    warn_of_another_backbone,
-)
-from ccf_llm_hf.training.trainer import CCFLLMTrainer, delete_trainer_checkpoints
+from ccf_llm_hf.training.recipe import Recipe, Stage
+from ccf_llm_hf.training.resume import delete_trainer_checkpoints, train_or_resume
+from ccf_llm_hf.training.trainer import CTRTrainer
+from ccf_llm_hf.training.warm_start import hash_start, warm_start
 
 CHECKPOINT = "checkpoint"
 RECORD_FILE = "stage.json"
-# Settings of a stage that the model's config holds too, under the same names.
-OF_THE_MODEL = (
-    *("fusion", "cf_logit", "cf_fold_in", "fold_in_decay"),
-    *("slot_dropout", "pairwise_share", "cf_target_share"),
-)
 STEEP = 1e3  # turns ratings into plain likes and dislikes
-SHARED_SETTINGS = (
-    "backbone",
-    "backbone_revision",
-    "seed",
-    "score_head",
-    "use_cf_snapshots",
-    "precision",
-)
+SHARED_SETTINGS = ("backbone", "backbone_revision", "seed", "precision")
+STAGE_SETTINGS = ("name", "preset", "init_from", "model", "prompt", "lora", "training")
 
 
 @dataclass
@@ -79,7 +59,7 @@ class RunInputs:
             "validation data": data.path / "data" / "validation.parquet",
         }
         if cf is not None:
-            files["CF table"] = Path(recipe.cf_dir) / "cf_embeddings.safetensors"
+            files["CF table"] = Path(recipe.cf_dir) / CF_FILE
         digest = {name: sha256_of([file]) for name, file in files.items()}
         return cls(data, cf, backbone, recipe.backbone_revision or revision, digest)
 
@@ -92,24 +72,22 @@ class RunInputs:
 
 @dataclass
 class StageRun:
-    """A stage in its folder `<output_dir>/stages/<name>`."""
+    """A stage in its folder `<output_dir>/stages/<name>`; `start` is the folder of the weights that
+    it starts from, if any."""
 
     recipe: Recipe
-    stage: StageConfig
+    stage: Stage
     inputs: RunInputs
     folder: Path
-    init_folder: Path | None
+    start: Path | None
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides what the stage learns."""
-        shared = {key: getattr(self.recipe, key) for key in SHARED_SETTINGS}
-        source = self.init_folder and digest_folder(self.init_folder)
-        return {
-            **shared,
-            **dataclasses.asdict(self.stage),
-            **self.inputs.digest,
-            "starting weights": source or "",
-        }
+        """Everything that decides what the stage learns, as JSON has it."""
+        settings = {key: getattr(self.recipe, key) for key in SHARED_SETTINGS}
+        settings |= {key: getattr(self.stage, key) for key in STAGE_SETTINGS}
+        settings |= self.inputs.digest
+        settings["starting weights"] = hash_start(self.start) if self.start else ""
+        return json.loads(json.dumps(settings))
 
     def record(self) -> dict[str, Any] | None:
         """What `stage.json` says, None when the stage was never started.
@@ -132,19 +110,21 @@ class StageRun:
     def check_unchanged(self) -> None:
         """Refuse to mix this recipe with a stage trained by another one, or delete that one when
         `rerun_changed` says so. Raises `InputError` naming the settings that differ."""
+        # What a kill in the midst of a deletion left.
+        outgoing = self.folder.with_name(f".deleted-{self.folder.name}")
+        shutil.rmtree(outgoing, ignore_errors=True)
         record, settings = self.record(), self.settings()
         if record is None or record["settings"] == settings:
             return
         if self.recipe.rerun_changed:
-            shutil.rmtree(self.folder)
+            # Moved first: a kill must not leave weights without the record of what they are.
+            self.folder.rename(outgoing)
+            shutil.rmtree(outgoing)
             return
-        old = record["settings"]
-        changed = sorted(
-            key for key in settings.keys() | old.keys() if settings.get(key) != old.get(key)
-        )
+        changed = " and ".join(name_changes(record["settings"], settings))
         raise InputError(
-            f"stage {self.stage.name!r} in {self.folder} was trained with another "
-            f"{' and '.join(changed)}; name another output_dir, or retrain it with --rerun_changed"
+            f"stage {self.stage.name!r} in {self.folder} was trained with another {changed}; name "
+            "another output_dir, or retrain it with --rerun_changed"
         )
 
     def run(self, state: PartialState) -> dict[str, Any]:
@@ -158,9 +138,14 @@ class StageRun:
         if state.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / RECORD_FILE, {"settings": self.settings(), "finished": False})
-        trainer = self.trainer(state)
-        history = trainer.train_or_resume()
-        record = {"settings": self.settings(), "finished": True, **summary(trainer, history)}
+        trainer = self.build_trainer()
+        history = train_or_resume(trainer)
+        record = {
+            "settings": self.settings(),
+            "finished": True,
+            "trains": self.stage.trains(),
+            **summarize_training(trainer, history),
+        }
         if state.is_main_process:
             write_history(history, self.folder, self.stage.name)
             write_folder(self.folder / CHECKPOINT, lambda folder: trainer._save(str(folder)))
@@ -169,36 +154,41 @@ class StageRun:
         state.wait_for_everyone()
         return record
 
-    def trainer(self, state: PartialState) -> CCFLLMTrainer:
-        """Model, groups and trainer of the stage."""
+    def build_trainer(self) -> CTRTrainer:
+        """Model, data and trainer of the stage."""
         set_seed(self.recipe.seed)
-        processor = self.processor()
-        return CCFLLMTrainer(
-            self.model(processor),
-            self.recipe,
-            self.stage,
-            self.folder.resolve(),
+        processor = self.build_processor()
+        model = self.build_model(processor)
+        lora = self.stage.lora_config()
+        if lora and model.lora_parameters():  # of init_from, whose rank and modules hold
+            lora = type(lora)(**model.config.lora)
+        return CTRTrainer(
+            model,
+            self.training_arguments(),
+            self.inputs.data.splits["train"],
+            self.inputs.data.splits["validation"],
             processor,
-            self.train_groups(processor),
-            self.eval_groups(processor),
-            rank=state.process_index,
-            world_size=state.num_processes,
+            peft_config=lora,
+            cf=self.inputs.cf,
         )
 
-    def processor(self) -> CCFLLMProcessor:
+    def training_arguments(self) -> CTRTrainingArguments:
+        """The stage's `training` section, in its folder."""
+        return CTRTrainingArguments(
+            output_dir=str(self.folder.resolve()), seed=self.recipe.seed, **self.stage.training
+        )
+
+    def build_processor(self) -> CCFLLMProcessor:
         """The stage's prompt over the run's catalog."""
         tokenizer = AutoTokenizer.from_pretrained(
             self.inputs.backbone, revision=self.inputs.revision
         )
+        settings = {**self.stage.prompt, "histories": self.choose_histories()}
         return CCFLLMProcessor.from_catalog(
-            tokenizer,
-            *self.inputs.catalog(),
-            **self.stage.prompt_settings(),
-            histories=self.histories(),
-            rating_scale=self.rating_scale(),
+            tokenizer, *self.inputs.catalog(), **settings, rating_scale=self.choose_rating_scale()
         )
 
-    def rating_scale(self) -> tuple[float, float] | None:
+    def choose_rating_scale(self) -> tuple[float, float] | None:
         """How ratings of the histories are read: as the CF model was fitted to them, else by the
         side of the label's threshold that they lie on."""
         data = self.inputs.data
@@ -208,128 +198,60 @@ class StageRun:
             return self.inputs.cf.rating_scale
         return rating_midpoint(interactions(data.path)), STEEP
 
-    def histories(self) -> str:
+    def choose_histories(self) -> str:
         """What histories hold, likes only or dislikes too: as the data was prepared."""
         prepared = self.inputs.data.protocol.get("histories", "likes")
-        wanted = self.stage.histories or prepared
+        wanted = self.stage.prompt.get("histories", prepared)
         if wanted != prepared:
             raise InputError(
                 f"stage {self.stage.name!r}: `histories` is {wanted}, but the data in "
                 f"{self.inputs.data.path} has {prepared}; prepare it with --histories {wanted}"
             )
-        if self.stage.cf_fold_in and wanted != "signed":
+        if self.stage.model.get("cf_fold_in") and wanted != "signed":
             raise InputError(
                 f"stage {self.stage.name!r}: `cf_fold_in` needs signed histories; prepare the data "
                 "with --histories signed"
             )
         return wanted
 
-    def model(self, processor: CCFLLMProcessor) -> CCFLLMForCTR:
-        """The stage's model with its starting weights; only trained parts need gradients."""
+    def build_model(self, processor: CCFLLMProcessor) -> CCFLLMForCTR:
+        """The stage's model with its starting weights, the frozen backbone in its precision."""
         yes, no = processor.answer_token_ids()
-        model = CCFLLMForCTR.from_backbone(
-            self.inputs.backbone,
-            backbone_name=hub_id(self.recipe.backbone),
-            revision=self.inputs.revision,
-            cf=self.inputs.cf,
-            item_title_ids=processor.item_title_ids(),
-            **{name: getattr(self.stage, name) for name in OF_THE_MODEL},
-            score_head=self.recipe.score_head,
-            yes_token_id=yes,
-            no_token_id=no,
-            item_slot_token_id=processor.item_slot_token_id,
-            user_slot_token_id=processor.user_slot_token_id,
-        )
         try:
-            self._start(model)
+            model = CCFLLMForCTR.from_backbone(
+                self.inputs.backbone,
+                backbone_name=hub_id(self.recipe.backbone),
+                revision=self.inputs.revision,
+                cf=self.inputs.cf,
+                item_title_ids=processor.item_title_ids(),
+                yes_token_id=yes,
+                no_token_id=no,
+                item_slot_token_id=processor.item_slot_token_id,
+                user_slot_token_id=processor.user_slot_token_id,
+                **self.stage.model,
+            )
+            if self.start:
+                dropout = (self.stage.lora or {}).get("lora_dropout", 0.0)
+                warm_start(model, self.start, dropout)
         except (OSError, ValueError) as problem:
             raise InputError(f"stage {self.stage.name!r}: {problem}") from problem
         if uses_bf16(self.recipe.precision):
             freeze_in_bf16(model)
-        model.requires_grad_(False)
-        for part, parameters in (
-            ("fusion", model.fusion_parameters()),
-            ("lora", model.lora_parameters()),
-        ):
-            for _, parameter in parameters:
-                parameter.requires_grad_(part in self.stage.train)
-        for _, parameter in model.head_parameters():
-            parameter.requires_grad_(True)
         return model
 
-    def _start(self, model: CCFLLMForCTR) -> None:
-        """Inject LoRA and load the starting weights."""
-        source = self.init_folder
-        adapter = source and adapter_folder(source)
-        same_fusion = source is not None and fusion_of(source) == self.stage.fusion
-        if source:
-            warn_of_another_backbone(source, model.config.backbone_fingerprint)
-        if source and same_fusion and not adapter:
-            model.load_trained_weights(source)
-        if adapter:
-            inject_lora(model, lora_of(adapter) | {"lora_dropout": self.stage.lora_dropout})
-            if same_fusion:
-                model.load_trained_weights(source)
-            else:
-                model.load_adapter_folder(adapter)
-        elif "lora" in self.stage.train:
-            inject_lora(
-                model,
-                {
-                    "r": self.stage.lora_r,
-                    "lora_alpha": self.stage.lora_alpha,
-                    "target_modules": self.stage.lora_target_modules,
-                    "use_rslora": False,
-                    "lora_dropout": self.stage.lora_dropout,
-                },
-            )
 
-    def train_groups(self, processor: CCFLLMProcessor) -> list[Group]:
-        """Training groups; rows see a CF snapshot that was not fitted on them."""
-        split = self.inputs.data.splits["train"]
-        snapshots = None
-        if self.inputs.cf is not None and self.recipe.use_cf_snapshots and self.stage.reads_cf():
-            columns = (np.asarray(split[name]) for name in ("user_id", "item_id", "timestamp"))
-            snapshots = self.inputs.cf.training_snapshots(*columns).tolist()
-        groups = self._groups(split, processor, snapshots)
-        order = torch.randperm(
-            len(groups), generator=torch.Generator().manual_seed(self.recipe.seed)
-        )
-        return sample_group(groups, self.stage.max_train_labels, order.tolist())
-
-    def eval_groups(self, processor: CCFLLMProcessor) -> list[Group]:
-        """Validation groups, all or those of a seeded sample of users, on the last CF snapshot."""
-        groups = self._groups(self.inputs.data.splits["validation"], processor, None)
-        return sample_users(groups, self.stage.eval_max_labels, self.recipe.seed)
-
-    def _groups(
-        self, split: Dataset, processor: CCFLLMProcessor, snapshots: list[int] | None
-    ) -> list[Group]:
-        return group_rows(
-            split,
-            history_window=processor.history_window,
-            cf_snapshots=snapshots,
-            max_candidates=self.stage.max_candidates,
-            fold_in_items=processor.fold_in_items,
-        )
-
-
-def sample_users(groups: list[Group], max_labels: int, seed: int) -> list[Group]:
-    """All groups of users in seeded order until `max_labels` labels are reached; 0 keeps all.
-
-    Whole users, because UAUC needs all labels of a user.
-    """
-    if not max_labels:
-        return groups
-    users = sorted({group.user_id for group in groups})
-    chosen: set[str] = set()
-    labels = 0
-    for position in np.random.default_rng(seed).permutation(len(users)):
-        if labels >= max_labels:
-            break
-        chosen.add(users[position])
-        labels += sum(len(g.labels) for g in groups if g.user_id == users[position])
-    return [group for group in groups if group.user_id in chosen]
+def name_changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names of the settings that differ, those of sections as `section.key`."""
+    changed = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            changed += name_changes(before, after, f"{prefix}{key}.")
+        else:
+            changed.append(prefix + key)
+    return changed
 
 
 def uses_bf16(precision: str) -> bool:
@@ -353,7 +275,7 @@ def freeze_in_bf16(model: CCFLLMForCTR) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def summary(trainer: CCFLLMTrainer, history: list[dict[str, float]]) -> dict[str, Any]:
+def summarize_training(trainer: CTRTrainer, history: list[dict[str, float]]) -> dict[str, Any]:
     """Best validation metrics, size, time and speed of a trained stage."""
     evaluations = [entry for entry in history if "eval_auc" in entry]
     best = next(e for e in evaluations if e["step"] == trainer.state.best_global_step)
@@ -367,31 +289,10 @@ def summary(trainer: CCFLLMTrainer, history: list[dict[str, float]]) -> dict[str
         "best_step": int(best["step"]),
         "steps": trainer.state.global_step,
         "train_labels": sum(trainer.batch_sampler.labels),
-        "validation_labels": sum(len(g.labels) for g in trainer.eval_dataset.groups),
+        "validation_labels": sum(len(group.rows) for group in trainer.eval_groups),
         "trainable_parameters": sum(
             p.numel() for p in trainer.model.parameters() if p.requires_grad
         ),
         "minutes": round((seconds + sum(e["eval_runtime"] for e in evaluations)) / 60, 2),
         "labels_per_second": round(labels / seconds, 2) if seconds else 0.0,
     }
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write JSON under a temporary name, then move it into place."""
-    write_text(file, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write under a temporary name, then move it into place."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder, then put it in the place of `folder`."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    write(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)

@@ -1,36 +1,54 @@
-"""The trainer: transformers' own, with packed batches, two learning rates and AUC validation."""
+"""The trainer: transformers' own, on packed batches, with rates by name and AUC validation."""
 
+import dataclasses
 import json
 import math
-import shutil
+import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import EarlyStoppingCallback, Trainer, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, PredictionOutput
 from transformers.utils import CONFIG_NAME
 
-from ccf_llm_hf.data.grouping import Group, cut_by_budget
+from ccf_llm_hf.cf.vectors import CFVectors
+from ccf_llm_hf.data.grouping import Group, group_rows, sample_group
+from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import auc, fit_temperature, uauc
+from ccf_llm_hf.modeling.configuration_ccf_llm import IGNORED_LABEL
+from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
+from ccf_llm_hf.modeling.ranking_ccf_llm import score
+from ccf_llm_hf.training.arguments import CTRTrainingArguments
 from ccf_llm_hf.training.collator import (
-    IGNORED_LABEL,
     GroupDataLoader,
     GroupDataset,
     PackingCollator,
     TokenBudgetBatchSampler,
 )
-from ccf_llm_hf.training.recipe import Recipe, StageConfig
+from ccf_llm_hf.training.cross_fit import choose_fits, install_cross_fit
+from ccf_llm_hf.training.lora import inject_lora, record_of
 
 GATES_SHOWN = 2048
+CF_INPUTS = (
+    "candidate_users",
+    "candidate_items",
+    "answer_positions",
+    "sequence_ids",
+    "history_depths",
+    "history_items",
+    "history_targets",
+    "history_unshown",
+)
 
 
 @dataclass
@@ -54,158 +72,153 @@ class Scores:
         }
 
 
-def warmup_steps(warmup: float, steps: int) -> int:
-    """Steps of warmup, rounded down: the first warmup step has a learning rate of 0, so a run of a
-    few steps would learn nothing."""
-    return int(warmup if warmup >= 1 else warmup * steps)
+class CTRTrainer(Trainer):
+    """Trains a `CCFLLMForCTR` on splits of a prepared folder.
 
-
-def training_arguments(
-    recipe: Recipe, stage: StageConfig, output_dir: Path, accumulation: int, steps_per_epoch: int
-) -> TrainingArguments:
-    """The stage's settings as transformers `TrainingArguments`."""
-    every = round(stage.eval_every_labels / stage.labels_per_step) or steps_per_epoch
-    every = max(1, min(every, math.ceil(steps_per_epoch * stage.epochs)))
-    return TrainingArguments(
-        output_dir=str(output_dir),
-        num_train_epochs=stage.epochs,
-        # Counts nothing here: the batch sampler decides what a batch is.
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=accumulation,
-        average_tokens_across_devices=True,
-        learning_rate=stage.fusion_learning_rate,
-        warmup_steps=warmup_steps(stage.warmup, math.ceil(steps_per_epoch * stage.epochs)),
-        lr_scheduler_type=stage.scheduler,
-        weight_decay=stage.weight_decay,
-        max_grad_norm=stage.max_grad_norm,
-        logging_steps=max(1, min(10, every)),
-        eval_strategy="steps",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_auc",
-        greater_is_better=True,
-        restore_callback_states_from_checkpoint=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        seed=recipe.seed,
-        # Without this, torchrun on a machine with no accelerator ends up as unrelated processes.
-        use_cpu=not torch.accelerator.is_available(),
-        # Cold vectors take part only in batches that have a cold user or item.
-        ddp_find_unused_parameters=True,
-        ddp_broadcast_buffers=False,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        report_to="none",
-    )
-
-
-class CCFLLMTrainer(Trainer):
-    """Trains a `CCFLLMForCTR` on groups.
+    Alignment networks, gate and cold vectors learn if the processor's prompt shows slots, LoRA if
+    `peft_config` is given, the scales of the score always; the backbone is frozen. Trainer
+    checkpoints hold the slim form of the model, so they take megabytes. When training ends, the
+    model carries the weights of the best validation AUC.
 
     Args:
-        model: the model; what has `requires_grad` is trained.
-        recipe, stage: settings; see `ccf_llm_hf.training.recipe`.
-        output_dir: folder of the trainer checkpoints.
-        processor: the model's `CCFLLMProcessor`.
-        train_groups: training groups.
-        eval_groups: validation groups; their AUC chooses the checkpoint.
-        rank, world_size: this process among all that train together.
+        model: by `CCFLLMForCTR.from_backbone` or `from_pretrained`.
+        args: default `CTRTrainingArguments()`.
+        train_dataset: rows as `load_prepared(folder).splits["train"]` has them.
+        eval_dataset: rows of the validation split; their AUC chooses the checkpoint.
+        processing_class: the model's processor; its window groups the rows.
+        peft_config: LoRA to inject into the backbone, or the settings of the LoRA that is in it
+            already, which then learns on.
+        cf: the CF vectors with all their fits; a training row sees one that was not fitted on it.
+            Without, only a model that reads no CF vectors can be trained.
+        callbacks, optimizers: as in `Trainer`.
 
-    Trainer checkpoints hold the slim form of the model, so they take megabytes. When training ends,
-    the model carries the weights of the best validation AUC.
+    Raises:
+        InputError: arguments that do not go together; the message names the mend.
     """
 
-    model: Any
-    processing_class: Any
-    data_collator: Any
-    train_dataset: Any
-    eval_dataset: Any
+    model: CCFLLMForCTR
+    args: CTRTrainingArguments
+    processing_class: CCFLLMProcessor
+    data_collator: PackingCollator
 
     def __init__(
         self,
-        model: nn.Module,
-        recipe: Recipe,
-        stage: StageConfig,
-        output_dir: Path,
-        processor: Any,
-        train_groups: Sequence[Group],
-        eval_groups: Sequence[Group],
-        rank: int = 0,
-        world_size: int = 1,
+        model: CCFLLMForCTR,
+        args: CTRTrainingArguments | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: CCFLLMProcessor | None = None,
+        peft_config: peft.LoraConfig | None = None,
+        cf: CFVectors | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        self.stage = stage
-        self.tokens_per_batch = recipe.tokens_per_batch
-        self.batch_sampler = TokenBudgetBatchSampler(
-            [processor.count_tokens(group) for group in train_groups],
-            [len(group.labels) for group in train_groups],
-            labels_per_step=stage.labels_per_step,
-            tokens_per_batch=recipe.tokens_per_batch,
-            epochs=math.ceil(stage.epochs),
-            seed=recipe.seed,
-            rank=rank,
-            world_size=world_size,
-        )
-        patience = stage.early_stopping_patience
+        if processing_class is None:
+            raise InputError("CTRTrainer needs processing_class, the processor of the model")
+        args = args or CTRTrainingArguments()
+        check_left_to_sampler(args)
+        taught = args.cf_distillation > 0
+        reads_cf = processing_class.uses_slots or model.config.cf_logit or taught
+        fitted = model.config.num_users > 0 or taught
+        if reads_cf and fitted and cf is None and train_dataset is not None:
+            raise InputError(
+                "the model reads CF vectors that were fitted on the training rows: give cf=, with "
+                "which each row sees vectors that were not"
+            )
+        self.cf = cf if reads_cf else None
+        # Before anything else draws random numbers: a run's seed decides how LoRA starts.
+        _prepare_lora(model, peft_config)
+        choose_trained(model, fusion=processing_class.uses_slots, lora=peft_config is not None)
+        if self.cf is not None:
+            install_cross_fit(model, self.cf)
+        self.train_groups: list[Group] = []
+        self.eval_groups: list[Group] = []
+        if train_dataset is not None:
+            groups = group_split(train_dataset, processing_class, args.max_candidates, self.cf)
+            self.train_groups = sample_groups(groups, args.max_train_labels, args.seed)
+            self.batch_sampler = plan_batches(self.train_groups, processing_class, args)
+            args = _with_plan(args, self.batch_sampler)
+        if eval_dataset is not None:
+            groups = group_split(eval_dataset, processing_class, args.max_candidates)
+            self.eval_groups = sample_users(groups, args.max_eval_labels, args.seed)
+        if args.early_stopping_patience:
+            stopping = EarlyStoppingCallback(args.early_stopping_patience)
+            callbacks = [*(callbacks or []), stopping]
         super().__init__(
             model=model,
-            args=training_arguments(
-                recipe,
-                stage,
-                output_dir,
-                self.batch_sampler.accumulation,
-                self.batch_sampler.steps_per_epoch,
-            ),
-            data_collator=PackingCollator(processor),
-            train_dataset=GroupDataset(train_groups),
-            eval_dataset=GroupDataset(eval_groups),
-            processing_class=processor,
-            callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+            args=args,
+            data_collator=PackingCollator(processing_class),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
         )
-        if self.args.world_size != world_size:
-            raise RuntimeError(f"planned for {world_size} ranks, got {self.args.world_size}")
-        # Several GPUs without a launcher would mean DataParallel, which cannot split packed rows.
-        self.args._n_gpu = min(1, self.args.n_gpu)
+        self.label_smoother = None  # theirs is for tokens; see compute_loss
         self._labels_seen = 0
         self._train_seconds = 0.0
 
     def get_train_dataloader(self) -> GroupDataLoader:
         """This rank's batches; not prepared by accelerate, see `GroupDataLoader`."""
+        workers = self.args.dataloader_num_workers
         return GroupDataLoader(
-            self.train_dataset,
+            GroupDataset(self.train_groups),
             batch_sampler=self.batch_sampler,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
+            num_workers=workers,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
             # Drawing worker seeds from a generator of its own leaves dropout's random state alone.
             generator=torch.Generator().manual_seed(self.args.seed),
         )
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices; biases, norms, cold vectors and scales do not decay."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with a learning rate for each of fusion, answer scale, gate and LoRA; biases and
-        norms do not decay."""
-        if self.optimizer is None:
-            groups = []
-            gate = self.model.gate_parameters()
-            apart = {"answer_scale", *(name for name, _ in gate)}
-            every = self.model.fusion_parameters() + self.model.head_parameters()
-            fusion = [part for part in every if part[0] not in apart]
-            answer = [part for part in every if part[0] == "answer_scale"]
-            fusion_rate = self.stage.fusion_learning_rate
-            for named, rate in (
-                (fusion, fusion_rate),
-                (answer, self.stage.answer_learning_rate or fusion_rate),
-                (gate, self.stage.gate_learning_rate),
-                (self.model.lora_parameters(), self.stage.lora_learning_rate),
-            ):
-                trained = [(name, p) for name, p in named if p.requires_grad]
-                for decays in (True, False):
-                    chosen = [p for _, p in trained if (p.ndim > 1) == decays]
-                    decay = self.stage.weight_decay if decays else 0.0
-                    if chosen:
-                        groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
-            self.optimizer = torch.optim.AdamW(groups)
-        return self.optimizer
+        """transformers' optimizer, with the learning rates of `learning_rate_mapping`."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        named = (self.model if model is None else model).named_parameters()
+        rates = {id(parameter): self._rate_of(name) for name, parameter in named}
+        groups = []
+        for group in optimizer.param_groups:
+            for rate in sorted({rates[id(p)] for p in group["params"]}):
+                chosen = [p for p in group["params"] if rates[id(p)] == rate]
+                groups.append({**group, "params": chosen, "lr": rate})
+        optimizer.param_groups[:] = groups
+        return optimizer
+
+    def _rate_of(self, name: str) -> float:
+        for pattern, rate in self.args.rates().items():
+            if re.search(pattern, name):
+                return rate
+        return self.args.learning_rate
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The model's loss, on labels that `cf_distillation` draws to the CF model's own
+        probabilities and `label_smoothing_factor` to one half."""
+        labels = inputs["labels"].float()
+        targets = labels
+        if share := self.args.cf_distillation:
+            given = {name: inputs[name] for name in CF_INPUTS if name in inputs}
+            with torch.no_grad():
+                taught = torch.sigmoid(self.model.cf_logits(**given).float())
+            targets = torch.lerp(targets, taught, share)
+        if share := self.args.label_smoothing_factor:
+            targets = torch.lerp(targets, torch.full_like(targets, 0.5), share)
+        targets = torch.where(labels == IGNORED_LABEL, labels, targets)
+        inputs = {**inputs, "labels": targets}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         """As transformers', keeping count of labels and of the time spent on them."""
@@ -225,55 +238,48 @@ class CCFLLMTrainer(Trainer):
             self._labels_seen, self._train_seconds = 0, 0.0
         super().log(logs, start_time)
 
-    @torch.no_grad()
-    def score(self, groups: Sequence[Group], progress: str = "validating") -> Scores:
-        """Score groups, each rank its share; every rank returns all scores.
-
-        Args:
-            groups: labeled groups of one split.
-            progress: caption of the bar on rank 0.
-        """
-        processor = self.processing_class
-        lengths = [processor.count_tokens(group) for group in groups]
-        batches = cut_by_budget(range(len(groups)), lengths, self.tokens_per_batch)
-        mine = batches[self.args.process_index :: self.args.world_size]
-        was_training = self.model.training
-        self.model.eval()
-        scored: list[tuple[int, str, int, float]] = []
-        for batch in tqdm(mine, desc=progress, disable=self.args.process_index > 0, leave=False):
-            scored += self._score_batch([groups[index] for index in batch])
-        self.model.train(was_training)
+    def score(self, groups: Sequence[Group]) -> Scores:
+        """Score labeled groups, each rank its share; every rank returns all scores."""
+        lengths = [self.processing_class.count_tokens(group) for group in groups]
+        # Neighbors are alike in length, so that the ranks have about the same to do.
+        order = sorted(range(len(groups)), key=lambda index: (-lengths[index], index))
+        mine = [groups[index] for index in order[self.args.process_index :: self.args.world_size]]
+        logits = score(
+            self.model,
+            self.processing_class,
+            mine,
+            max_tokens=self.args.tokens_per_batch,
+            progress=self.args.process_index == 0 and not self.args.disable_tqdm,
+        )
+        scored = [
+            (row, group.user, label, logit)
+            for group, values in zip(mine, logits, strict=True)
+            for row, label, logit in zip(group.rows, group.labels, values.tolist(), strict=True)
+        ]
         if self.args.world_size > 1:
             scored = gather_object(scored)
-        rows, users, labels, logits = zip(*sorted(scored), strict=True)
-        return Scores(np.array(rows), np.array(users), np.array(labels), np.array(logits))
-
-    def _score_batch(self, groups: Sequence[Group]) -> list[tuple[int, str, int, float]]:
-        inputs = self._prepare_inputs(self.data_collator(groups))
-        logits = self.model(**inputs).logits.cpu().tolist()
-        return [
-            (row, group.user_id, label, logit)
-            for group, scores in zip(groups, logits, strict=True)
-            # Scores are padded to the longest group; zip stops at the group's own rows.
-            for row, label, logit in zip(group.rows, group.labels, scores, strict=False)
-        ]
+        rows, users, labels, values = zip(*sorted(scored), strict=True)
+        return Scores(np.array(rows), np.array(users), np.array(labels), np.array(values))
 
     def evaluate(
         self,
-        eval_dataset: Any = None,
+        eval_dataset: Dataset | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Validation metrics: `eval_auc`, `eval_uauc`, `eval_loss`, gate statistics, seconds.
 
-        Fits the temperature on the same logits, so that every checkpoint carries its own.
+        Without `eval_dataset` fits the temperature on the same logits, so that every checkpoint
+        carries its own.
         """
         started = time.monotonic()
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        scores = self.score(dataset.groups)
-        metrics = scores.metrics() | gate_statistics(self.model)
-        metrics["temperature"] = float(fit_temperature(scores.logits, scores.labels))
-        self.model.config.logit_temperature = metrics["temperature"]
+        scores = self.score(self._groups_of(eval_dataset))
+        metrics = scores.metrics()
+        if self.processing_class.uses_slots:
+            metrics |= gate_statistics(self.model)
+        if eval_dataset is None:
+            metrics["temperature"] = float(fit_temperature(scores.logits, scores.labels))
+            self.model.config.logit_temperature = metrics["temperature"]
         metrics["runtime"] = round(time.monotonic() - started, 2)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
         self.log(metrics)
@@ -282,11 +288,33 @@ class CCFLLMTrainer(Trainer):
         )
         return metrics
 
+    def predict(
+        self,
+        test_dataset: Dataset,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """Logits (float64) and labels of a split's rows, in row order, and their metrics."""
+        scores = self.score(self._groups_of(test_dataset))
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in scores.metrics().items()}
+        return PredictionOutput(scores.logits, scores.labels, metrics)
+
+    def _groups_of(self, dataset: Dataset | None) -> list[Group]:
+        if dataset is None:
+            return self.eval_groups
+        return group_split(dataset, self.processing_class, self.args.max_candidates)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
             self.model.save_pretrained(folder, form="slim")
             self.processing_class.save_pretrained(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # transformers copies the weight files that it knows; the slim form has others.
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            self._save()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -296,63 +324,149 @@ class CCFLLMTrainer(Trainer):
         saved = json.loads((folder / CONFIG_NAME).read_text())
         self.model.config.logit_temperature = saved["logit_temperature"]
 
-    def _load_best_model(self) -> None:
-        # By step: the path that the state records is stale once the run's folder has been moved.
+    def load_best(self) -> None:
+        """Load the weights of the best validation, found by step: the path that the state records
+        is stale once the run's folder has been moved."""
         best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         self._load_from_checkpoint(str(Path(str(self.args.output_dir)) / best))
 
-    def train_or_resume(self) -> list[dict[str, float]]:
-        """Train, going on from the last whole trainer checkpoint if there is one.
+    def _load_best_model(self) -> None:
+        self.load_best()
 
-        Returns:
-            The log history of the whole run. The model carries the best weights.
-        """
-        checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
-        if checkpoint is None:
-            self.train()
-            return self.state.log_history
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        control = state.stateful_callbacks["TrainerControl"]["args"]
-        if state.global_step < state.max_steps and not control["should_training_stop"]:
-            self.train(resume_from_checkpoint=str(checkpoint))
-        else:
-            self.state = state
-            self._load_best_model()
-        return self.state.log_history
+
+def check_left_to_sampler(args: CTRTrainingArguments) -> None:
+    """Refuse sizes of batches in rows, which `labels_per_step` and `tokens_per_batch` decide."""
+    for name, kept in (
+        ("per_device_train_batch_size", 1),
+        ("gradient_accumulation_steps", 1),
+        ("auto_find_batch_size", False),
+    ):
+        if getattr(args, name) != kept:
+            raise InputError(
+                f"{name}={getattr(args, name)}: the batch sampler decides that; set "
+                "labels_per_step and tokens_per_batch"
+            )
+
+
+def _prepare_lora(model: CCFLLMForCTR, lora: peft.LoraConfig | None) -> None:
+    if lora is None:
+        return
+    if not model.lora_parameters():
+        inject_lora(model, lora)
+    elif record_of(lora) != model.config.lora:
+        raise InputError(
+            f"peft_config asks for {record_of(lora)}, but the model has LoRA of "
+            f"{model.config.lora}: give the same"
+        )
+
+
+def choose_trained(model: CCFLLMForCTR, *, fusion: bool, lora: bool) -> None:
+    """Let only these parts, and the scales of the score, learn."""
+    model.requires_grad_(False)
+    trained = list(model.head_parameters())
+    if fusion:
+        trained += model.fusion_parameters()
+    if lora:
+        trained += model.lora_parameters()
+    for _, parameter in trained:
+        parameter.requires_grad_(True)
+
+
+def group_split(
+    split: Dataset,
+    processor: CCFLLMProcessor,
+    max_candidates: int,
+    cf: CFVectors | None = None,
+) -> list[Group]:
+    """A split's rows as groups of the processor's window; with `cf`, as training rows, each of the
+    fit that was not fitted on it.
+
+    Raises:
+        InputError: the split holds other histories than the processor reads.
+    """
+    stored = "signed" if "history_labels" in split.column_names else "likes"
+    if processor.histories != stored:
+        raise InputError(
+            f"the processor reads histories of {processor.histories}, but the data was prepared "
+            f"with {stored}: give the processor histories={stored!r}, or prepare again"
+        )
+    return group_rows(
+        split,
+        history_window=processor.history_window,
+        cf_snapshots=None if cf is None else choose_fits(split, cf),
+        max_candidates=max_candidates,
+        fold_in_items=processor.fold_in_items,
+    )
+
+
+def sample_groups(groups: list[Group], max_labels: int, seed: int) -> list[Group]:
+    """Groups in seeded order until `max_labels` labels are reached; 0 keeps all."""
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
+    return sample_group(groups, max_labels, order.tolist())
+
+
+def sample_users(groups: list[Group], max_labels: int, seed: int) -> list[Group]:
+    """All groups of users in seeded order until `max_labels` labels are reached; 0 keeps all.
+
+    Whole users, because UAUC needs all labels of a user.
+    """
+    if not max_labels:
+        return groups
+    users = sorted({str(group.user) for group in groups})
+    chosen: set[str] = set()
+    labels = 0
+    for position in np.random.default_rng(seed).permutation(len(users)):
+        if labels >= max_labels:
+            break
+        chosen.add(users[position])
+        labels += sum(len(group.rows) for group in groups if group.user == users[position])
+    return [group for group in groups if group.user in chosen]
+
+
+def plan_batches(
+    groups: Sequence[Group], processor: CCFLLMProcessor, args: CTRTrainingArguments
+) -> TokenBudgetBatchSampler:
+    """This rank's batches of every epoch."""
+    labels = [len(group.rows) for group in groups]
+    epochs = math.ceil(args.num_train_epochs)
+    if args.max_steps > 0:
+        epochs = math.ceil(args.max_steps * args.labels_per_step / max(1, sum(labels))) + 1
+    return TokenBudgetBatchSampler(
+        [processor.count_tokens(group) for group in groups],
+        labels,
+        labels_per_step=args.labels_per_step,
+        tokens_per_batch=args.tokens_per_batch,
+        epochs=epochs,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        rank=args.process_index,
+        world_size=args.world_size,
+    )
+
+
+def _with_plan(
+    args: CTRTrainingArguments, sampler: TokenBudgetBatchSampler
+) -> CTRTrainingArguments:
+    """A copy of the arguments that accumulates what the sampler planned, and logs at least once."""
+    steps = args.max_steps
+    if steps <= 0:
+        steps = math.ceil(sampler.steps_per_epoch * args.num_train_epochs)
+    planned = dataclasses.replace(
+        args,
+        gradient_accumulation_steps=sampler.accumulation,
+        logging_steps=min(args.logging_steps, steps),
+    )
+    # Several GPUs without a launcher would mean DataParallel, which cannot split packed rows.
+    planned._n_gpu = min(1, planned.n_gpu)
+    return planned
 
 
 @torch.no_grad()
-def gate_statistics(model: Any) -> dict[str, float]:
+def gate_statistics(model: CCFLLMForCTR) -> dict[str, float]:
     """Mean and standard deviation of the gate (share of text) over items and dimensions; empty for
-    arms without a gate. At most 2048 items, evenly spread over the catalog."""
-    if model.config.fusion not in ("gate", "scalar_gate"):
+    models without a gate. At most 2048 items, evenly spread over the catalog."""
+    if model.model.gate is None or not model.config.num_items:
         return {}
     count = model.config.num_items
     items = torch.linspace(0, count - 1, min(count, GATES_SHOWN)).round().long()
     gates = model.item_gates(items.to(model.device)).float()
     return {"gate_mean": gates.mean().item(), "gate_std": gates.std().item()}
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The latest trainer checkpoint that was written to its end; None when there is none."""
-    for checkpoint in sorted(_checkpoints(folder), key=_step, reverse=True):
-        try:
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-            return checkpoint
-        except (OSError, ValueError):
-            continue
-    return None
-
-
-def delete_trainer_checkpoints(folder: Path) -> None:
-    """Delete the trainer's checkpoints: optimizer states, of no use once a stage is finished."""
-    for checkpoint in _checkpoints(folder):
-        shutil.rmtree(checkpoint)
-
-
-def _checkpoints(folder: Path) -> Iterable[Path]:
-    return list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*"))
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])

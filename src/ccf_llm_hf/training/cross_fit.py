@@ -1,0 +1,161 @@
+"""CF vectors that were not fitted on a training row: one table of all fits, for training alone.
+
+A model holds the last fit, two-dimensional. While it trains, each row sees the fit that left it out
+(a fold) or came before it (a snapshot): the collator adds a multiple of `STRIDE` to the row's CF
+table rows, and the modules below take it apart again. Rows without it, as evaluation has them, mean
+the last fit.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import BatchFeature
+
+from ccf_llm_hf.cf.vectors import CFVectors
+from ccf_llm_hf.data.grouping import Group
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import CF_TENSORS
+from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
+from ccf_llm_hf.modeling.modeling_ccf_llm import (
+    CCFLLMForCTR,
+    CFTable,
+    ItemText,
+    fold_in,
+    rms_of_known,
+)
+
+STRIDE = 1 << 32  # past every table, and past the rows of titles outside the catalog
+
+
+def encode_rows(rows: Tensor, fits: Tensor) -> Tensor:
+    """CF table rows that carry their fit, of shapes that broadcast; where padded, -1 - fit."""
+    return torch.where(rows >= 0, rows + fits * STRIDE, rows - fits)
+
+
+def decode_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Fits and plain rows behind `encode_rows`; the fit of padding too, which stays -1."""
+    padded = rows < 0
+    fits = torch.where(padded, -1 - rows, rows // STRIDE)
+    return fits, torch.where(padded, -1, rows % STRIDE)
+
+
+class CrossFitTable(CFTable):
+    """The last fit as a [`CFTable`], which is what is saved, and all fits behind it.
+
+    `fits_*` are buffers with the fits as their first dimension, the last fit first.
+    """
+
+    fits_offset: Tensor
+    fits_default_user: Tensor
+
+    def __init__(self, config: CCFLLMConfig, cf: CFVectors) -> None:
+        super().__init__(config)
+        self.fill(cf)
+        for name in CF_TENSORS:
+            self._keep(name, getattr(cf, name).roll(1, dims=0))
+        for side in ("user", "item"):
+            every = zip(
+                getattr(self, f"fits_{side}_vectors"),
+                getattr(self, f"fits_{side}_known"),
+                strict=True,
+            )
+            scales = [rms_of_known(vectors, known) for vectors, known in every]
+            self._keep(f"{side}_scale", torch.stack(scales))
+
+    def _keep(self, name: str, fits: Tensor) -> None:
+        self.register_buffer(f"fits_{name}", fits, persistent=False)
+
+    def lookup(self, side: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As `CFTable.lookup`, each row by its own fit."""
+        fits, rows = decode_rows(rows)
+        vectors = getattr(self, f"fits_{side}_vectors")  # (fits, rows, cf_dim)
+        known = getattr(self, f"fits_{side}_known")
+        default = getattr(self, f"fits_default_{side}")[fits]
+        count = vectors.shape[1]
+        if count == 0:
+            return default, torch.zeros_like(rows, dtype=torch.bool)
+        inside = rows.clamp(min=0, max=count - 1)
+        seen = known[fits, inside] & (rows >= 0) & (rows < count)
+        return torch.where(seen.unsqueeze(-1), vectors[fits, inside], default), seen
+
+    def scaled(self, side: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As `lookup`, at the scale that ALG takes, which differs from fit to fit."""
+        vectors, seen = self.lookup(side, rows)
+        fits, _ = decode_rows(rows)
+        return vectors / getattr(self, f"fits_{side}_scale")[fits], seen
+
+    def folded_logits(self, users: Tensor, items: Tensor) -> Tensor:
+        """As `CFTable.folded_logits`, at the global bias of the items' fits."""
+        fits, _ = decode_rows(items)
+        return (users * self.lookup("item", items)[0]).sum(-1) + self.fits_offset[fits]
+
+    @torch.no_grad()
+    def folded_users(self, items: Tensor, targets: Tensor, depths: Tensor) -> Tensor:
+        """As `CFTable.folded_users`, each history by its own fit."""
+        vectors, seen = self.lookup("item", items)
+        place = torch.arange(items.shape[1], device=items.device)
+        fits = decode_rows(items)[0][:, 0]  # padding carries it too: a history may be empty
+        return fold_in(
+            vectors,
+            targets,
+            seen & (place < depths[:, None]),
+            self.user_precision,
+            self.fits_default_user[fits],
+            self.fits_offset[fits],
+        )
+
+
+class CrossFitText(ItemText):
+    """[`ItemText`] of rows that carry their fit, of which an item's words know nothing."""
+
+    def forward(
+        self, items: Tensor, words: nn.Module, new_titles: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """As `ItemText`."""
+        return super().forward(decode_rows(items)[1], words, new_titles)
+
+
+def install_cross_fit(model: CCFLLMForCTR, cf: CFVectors) -> None:
+    """Let a model read rows that carry their fit. Its plain rows, and what it saves, stay the same.
+
+    Raises:
+        InputError: the vectors are not those of the model's catalog.
+    """
+    if model.config.ids_fingerprint != cf.fingerprint:
+        raise InputError(
+            "the CF vectors are of other users or items than the model: build it with "
+            "from_backbone(cf=...) from the same ones"
+        )
+    text = CrossFitText(model.config)
+    text.load_state_dict(model.model.item_text.state_dict())
+    model.model.cf = CrossFitTable(model.config, cf).to(model.device)
+    model.model.item_text = text.to(model.device)
+
+
+def choose_fits(split: Dataset, cf: CFVectors) -> list[int]:
+    """For each training row of a split, the snapshot that was not fitted on it; -1 is the last."""
+    columns = (np.asarray(split[name]) for name in ("user_id", "item_id", "timestamp"))
+    snapshots = cf.training_snapshots(*columns)
+    return torch.where(snapshots == cf.num_snapshots - 1, -1, snapshots).tolist()
+
+
+def encode_fits(batch: BatchFeature, groups: Sequence[Group]) -> BatchFeature:
+    """Let every row of a packed batch carry the fit of its group's `snapshot`; -1 is the last.
+
+    Sequence i of the batch is that of group i. Snapshot s is the fit at place s + 1 of
+    [`CrossFitTable`], the last one at place 0.
+    """
+    fits = torch.tensor([group.snapshot + 1 for group in groups])
+    # Tokens of the shared instruction belong to no sequence, and have no slots.
+    of_tokens = fits[batch["sequence_ids"].clamp(min=0, max=len(groups) - 1)]
+    for name in ("item_slots", "user_slots"):
+        slots = batch[name]
+        batch[name] = torch.where(slots >= 0, encode_rows(slots, of_tokens), slots)
+    batch["candidate_users"] = encode_rows(batch["candidate_users"], fits)
+    for name in ("candidate_items", "history_items"):
+        if name in batch:
+            batch[name] = encode_rows(batch[name], fits[:, None])
+    return batch

@@ -1,0 +1,57 @@
+"""Trainer checkpoints in a folder: the last whole one, going on from it, taking them away."""
+
+import json
+import shutil
+from pathlib import Path
+
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ccf_llm_hf.training.trainer import CTRTrainer
+
+
+def train_or_resume(trainer: CTRTrainer) -> list[dict[str, float]]:
+    """Train, going on from the last whole trainer checkpoint if there is one.
+
+    Returns:
+        The log history of the whole run. The model carries the best weights.
+    """
+    checkpoint = last_checkpoint(Path(str(trainer.args.output_dir)))
+    if checkpoint is None:
+        trainer.train()
+        return trainer.state.log_history
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    control = state.stateful_callbacks["TrainerControl"]["args"]
+    if state.global_step < state.max_steps and not control["should_training_stop"]:
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    else:
+        trainer.state = state
+        trainer.load_best()
+    return trainer.state.log_history
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest trainer checkpoint that was written to its end; None when there is none."""
+    for checkpoint in sorted(trainer_checkpoints(folder), key=_step, reverse=True):
+        try:
+            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+            return checkpoint
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def delete_trainer_checkpoints(folder: Path) -> None:
+    """Delete the trainer's checkpoints: optimizer states, of no use once a stage is finished."""
+    for checkpoint in trainer_checkpoints(folder):
+        shutil.rmtree(checkpoint)
+
+
+def trainer_checkpoints(folder: Path) -> list[Path]:
+    """Folders that a trainer saved in `folder`, whole or not, in no order."""
+    return list(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*"))
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])

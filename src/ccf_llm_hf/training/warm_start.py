@@ -1,0 +1,105 @@
+"""What a stage starts from: the slim checkpoint or PEFT adapter that `init_from` names."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.io import sha256_of
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    ADAPTER_FOLDER,
+    FUSION_FILE,
+)
+from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.modeling.processing_ccf_llm import PROCESSOR_FILE
+from ccf_llm_hf.training.lora import inject_lora
+
+# What `warm_start` reads, as patterns of a Hub repository's files.
+STARTING_FILES = ["config.json", PROCESSOR_FILE, FUSION_FILE, f"{ADAPTER_FOLDER}/*", "adapter_*"]
+
+
+def warm_start(model: CCFLLMForCTR, source: Path, dropout: float = 0.0) -> None:
+    """Load the weights that a folder holds for this model: LoRA, injected with its own rank and
+    modules, and those of fusion and score if they filled slots in the same way.
+
+    Args:
+        model: fresh, without LoRA.
+        source: a slim checkpoint or a PEFT adapter folder.
+        dropout: of the LoRA modules.
+
+    Raises:
+        InputError: LoRA does not fit the backbone.
+        ValueError, OSError: weights of another shape, or damaged files.
+    """
+    warn_of_another_backbone(source, model.config.backbone_fingerprint)
+    adapter = find_adapter(source)
+    if adapter:
+        inject_lora(model, peft.LoraConfig(**read_lora(adapter), lora_dropout=dropout))
+    if fills_slots(source) == model.config.fusion:
+        model.load_trained_weights(source)
+    elif adapter:
+        model.load_adapter_folder(adapter)
+
+
+def find_adapter(source: Path) -> Path | None:
+    """Where a starting point holds its PEFT adapter; None when it has none."""
+    for folder in (source / ADAPTER_FOLDER, source):
+        if (folder / ADAPTER_CONFIG).is_file():
+            return folder
+    return None
+
+
+def read_lora(adapter: Path) -> dict[str, Any]:
+    """The LoRA settings of a PEFT adapter folder."""
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    settings = {key: config[key] for key in ("r", "lora_alpha", "target_modules")}
+    return settings | {"use_rslora": bool(config.get("use_rslora"))}
+
+
+def fills_slots(source: Path) -> str | None:
+    """How a slim checkpoint fills slots, its `fusion`; None where its prompt shows none, or for a
+    bare adapter folder."""
+    if not (source / FUSION_FILE).is_file():
+        return None
+    prompt = json.loads((source / PROCESSOR_FILE).read_text(encoding="utf-8"))
+    if prompt["history_format"] == prompt["candidate_format"] == "title":
+        return None
+    return json.loads((source / "config.json").read_text(encoding="utf-8"))["fusion"]
+
+
+def warn_of_another_backbone(source: Path, fingerprint: str) -> None:
+    """Say so when a slim checkpoint was trained on other backbone weights than the run's."""
+    if not (source / FUSION_FILE).is_file():
+        return
+    trained_on = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    if trained_on["backbone_fingerprint"] not in ("", fingerprint):
+        warnings.warn(
+            f"`init_from` {source} was trained on {trained_on['backbone_name']!r}, whose weights "
+            "are not those of this recipe's `backbone`; its LoRA may not fit them",
+            stacklevel=2,
+        )
+
+
+def hash_start(source: Path) -> str:
+    """Sha256 over the weight files that a stage would start from.
+
+    Raises:
+        InputError: when the folder holds no weights.
+    """
+    adapter = find_adapter(source)
+    files = []
+    if (source / FUSION_FILE).is_file():
+        files.append(source / FUSION_FILE)
+    if adapter:
+        files.append(adapter / ADAPTER_FILE)
+    if not files or not all(file.is_file() for file in files):
+        raise InputError(
+            f"`init_from` {source} is neither a slim checkpoint nor a PEFT adapter folder (a full "
+            "checkpoint has its LoRA merged: name its slim form)"
+        )
+    return sha256_of(files)

@@ -1,0 +1,135 @@
+"""A training row reads the CF vectors of its own fit, in every place where the model reads any."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import TITLES, BuildModel
+
+from ccf_llm_hf.cf.vectors import CFVectors
+from ccf_llm_hf.data.grouping import Group
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import CF_TENSORS
+from ccf_llm_hf.training.collator import PackingCollator
+from ccf_llm_hf.training.cross_fit import (
+    STRIDE,
+    decode_rows,
+    encode_rows,
+    install_cross_fit,
+)
+
+PRECISION = {"user_precision": "[2.0, 1.0, 3.0, 1.0, 1.0, 0.0]"}
+FOLD_IN = {"cf_logit": True, "cf_fold_in": True}
+
+
+@pytest.fixture
+def cf(cf: CFVectors) -> CFVectors:
+    """Four fits that differ in every tensor, with a prior over users."""
+    draw = torch.Generator().manual_seed(4)
+
+    def four(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.bool:
+            known = torch.rand(4, *tensor.shape[1:], generator=draw) > 0.3
+            known[:, 0] = True
+            return known
+        return torch.randn(4, *tensor.shape[1:], generator=draw) * 2
+
+    tensors = {name: four(getattr(cf, name)) for name in CF_TENSORS}
+    times = torch.tensor([0, 100, 200, 300])
+    return replace(cf, **tensors, snapshot_times=times, metadata=PRECISION)
+
+
+def of_fit(cf: CFVectors, snapshot: int) -> CFVectors:
+    """The vectors of one fit alone."""
+    at = range(4)[snapshot]
+    tensors = {name: getattr(cf, name)[at : at + 1] for name in CF_TENSORS}
+    return replace(cf, **tensors, snapshot_times=cf.snapshot_times[at : at + 1])
+
+
+def groups(signed: bool) -> list[Group]:
+    """Users known and unknown, histories empty and long, of all fits."""
+
+    def history(*items: int) -> list:
+        ids = [f"i{item}" for item in items]
+        return [{"id": i, "liked": i != "i1"} for i in ids] if signed else ids
+
+    return [
+        Group("u0", history(0, 1, 2), ["i3", "i4"], [2, 3], [0, 1], snapshot=0),
+        Group("u1", history(), ["i5", "i6", "i7"], [0, 0, 0], [1, 1, 0], snapshot=1),
+        Group("u0", history(2, 5), ["i3"], [2], [1], snapshot=2),
+        Group("a stranger", history(3), ["i0", "i2"], [1, 0], [1, 0], snapshot=-1),
+        Group("u4", history(1, 6, 0, 4), ["i2"], [4], [0], history(7), snapshot=1),
+    ]
+
+
+def test_rows_and_padding_carry_their_fit() -> None:
+    rows = torch.tensor([[0, 7, -1], [STRIDE - 1, 3, -1]])
+    fits, plain = decode_rows(encode_rows(rows, torch.tensor([[0], [3]])))
+    assert fits.tolist() == [[0] * 3, [3] * 3]
+    assert torch.equal(plain, rows)
+    assert torch.equal(encode_rows(rows, torch.tensor(0)), rows), "plain rows mean the last fit"
+
+
+@pytest.mark.parametrize(
+    ("fusion", "settings"),
+    [
+        ("gate", {"cf_logit": True}),
+        ("gate", FOLD_IN),
+        ("scalar_gate", {}),
+        ("sum", {"cf_logit": True}),
+        ("cf_only", {}),
+    ],
+)
+def test_a_packed_batch_equals_plain_models_of_each_fit(
+    build: BuildModel, cf: CFVectors, fusion: str, settings: dict
+) -> None:
+    signed = settings == FOLD_IN
+    prompt = {"histories": "signed", "fold_in_items": 4} if signed else {}
+    model, processor = build(fusion, prompt=prompt, **settings)
+    plain = {}
+    for snapshot in (-1, 0, 1, 2):
+        model.cf.fill(of_fit(cf, snapshot))
+        plain[snapshot] = []
+        for group in groups(signed):
+            alone = processor.pack([group])
+            with torch.no_grad():
+                plain[snapshot].append(model(**alone).logits[0])
+    model.cf.fill(cf)
+    install_cross_fit(model, cf)
+    batch = PackingCollator(processor)(groups(signed))
+    with torch.no_grad():
+        packed = model(**batch).logits
+    for row, group in enumerate(groups(signed)):
+        expected = plain[group.snapshot][row]
+        count = len(group.candidates)
+        torch.testing.assert_close(packed[row, :count], expected, rtol=0, atol=1e-4)
+        others = [plain[s][row] for s in plain if s != group.snapshot]
+        assert not any(torch.allclose(other, expected, atol=1e-3) for other in others)
+
+
+def test_evaluation_and_the_checkpoint_hold_the_last_fit(
+    build: BuildModel, cf: CFVectors, tmp_path
+) -> None:
+    model, processor = build("gate", cf_logit=True)
+    model.cf.fill(cf)
+    names = model.state_dict().keys()
+    request = {"user": "u1", "history": ["i2"], "candidates": ["i3", "A new film", "Another"]}
+    batch = processor(**request)
+    items = torch.arange(len(TITLES))
+    with torch.no_grad():
+        expected, gates = model(**batch).logits, model.item_gates(items)
+        install_cross_fit(model, cf)
+        assert torch.equal(model(**batch).logits, expected)
+        assert torch.equal(model.item_gates(items), gates)
+        assert model.state_dict().keys() == names
+        model.save_pretrained(tmp_path / "saved", form="full")
+        loaded = type(model).from_pretrained(tmp_path / "saved")
+        torch.testing.assert_close(loaded(**batch).logits, expected)
+    assert loaded.cf.item_vectors.shape == cf.item_vectors.shape[1:]
+
+
+def test_vectors_of_another_catalog_are_refused(build: BuildModel, cf: CFVectors) -> None:
+    model, _ = build("gate")
+    other = replace(cf, user_ids=[f"v{row}" for row in range(len(cf.user_ids))])
+    with pytest.raises(InputError, match="other users or items than the model"):
+        install_cross_fit(model, other)
