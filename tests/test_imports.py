@@ -30,9 +30,19 @@ MODULES = modules()
 
 
 def statements(path: Path) -> Iterator[ast.Import | ast.ImportFrom]:
-    """Every import of a file, those inside functions too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import | ast.ImportFrom):
+    """Every import that a file does, those inside functions too; not those of Hub code that only
+    type checkers and transformers' list of files to fetch read."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    unread = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for statement in branch.body
+        for node in ast.walk(statement)
+        if isinstance(node, ast.ImportFrom) and node.level
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in unread:
             yield node
 
 

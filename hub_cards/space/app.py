@@ -27,7 +27,8 @@ def checkpoint() -> tuple[str, dict[str, Any]]:
 
 def main() -> None:
     repo, options = checkpoint()
-    ranker = pipeline("ctr-ranking", model=repo, trust_remote_code=True, **options)
+    task: Any = "ctr-ranking"  # of the checkpoint, not one of those that transformers lists
+    ranker = pipeline(task, model=repo, trust_remote_code=True, **options)
     launch_page(build_page(Recommender(ranker)))
 
 
