@@ -406,6 +406,14 @@ def test_describe_run_finds_recipe_and_protocol(tmp_path, config):
     assert "# demo\n" in card
     assert "seed: 5" in card
     assert "by month" in card
+    folder = tmp_path / "demo" / "checkpoint-slim"
+    facts = read_facts(folder)
+    assert facts.training == {"recipe": {"seed": 5}} and facts.protocol == PROTOCOL
+    example = {"history": ["Up (2009)"], "candidates": ["Coco (2017)"]}
+    write_card(folder, replace(facts, example=example))
+    card = describe_run(folder, tmp_path / "data", REPORT).read_text()
+    assert 'history=["Up (2009)"]' in card, "an example that somebody chose stays"
+    assert "| CCF-LLM | 0.7412" in card
     with pytest.raises(InputError, match=r"no config\.json"):
         describe_run(tmp_path / "data", tmp_path / "data")
 

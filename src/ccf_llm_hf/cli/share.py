@@ -99,7 +99,7 @@ def _push(arguments: argparse.Namespace, _: list[str]) -> Output:
         revision=arguments.revision,
         dry_run=arguments.dry_run,
     )
-    return Output(published.as_text(), published.as_dict())
+    return Output(published.as_text(), asdict(published))
 
 
 def _push_dataset_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -67,9 +67,6 @@ class Published:
         seen = "private" if self.private else "public"
         lines = [f"{what}: {self.url} ({seen})", "load this revision:"]
         return "\n".join([*lines, *(f"  {line}" for line in self.load)])
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def push(
