@@ -23,18 +23,23 @@ from rows import (
     row_of,
 )
 
-from ccf_llm_hf.cf.fit import fit_cf
-from ccf_llm_hf.cf.scoring import load_scores
+from ccf_llm_hf.cf.config import CFConfig, LightGCNConfig, MFConfig, SASRecConfig
+from ccf_llm_hf.cf.fit import fit_cf, score_cf
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.configs import CFConfig, LightGCNConfig, MFConfig, PrepareConfig, SASRecConfig
 from ccf_llm_hf.data.assets import load_backbone_path
+from ccf_llm_hf.data.config import PrepareConfig
 from ccf_llm_hf.data.prepare import prepare
-from ccf_llm_hf.data.prepared import PROTOCOL_FILE, interactions, load_prepared, load_protocol
+from ccf_llm_hf.data.prepared import (
+    PROTOCOL_FILE,
+    interactions,
+    load_prepared,
+    load_protocol,
+    read_rows,
+)
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import evaluate_scores, fit_temperature, item_mean, item_user_mean
 from ccf_llm_hf.evaluation.controls import as_logits, score_average
 from ccf_llm_hf.evaluation.metrics import auc, uauc
-from ccf_llm_hf.evaluation.rows import read_rows
 from ccf_llm_hf.evaluation.scores import read_scores
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.inference.score_table import sample_users, score_table, write_scores
@@ -205,7 +210,7 @@ class Bench:
         table = self.cf(cell.track, cell.cf)
         if cell.arm == "CF, folded in":
             return keys.join(folded_scores(table, load_prepared(data).splits[split]))
-        return load_scores(table, data, split)
+        return score_cf(table, data, split)
 
     def model_scores(self, cell: Cell, split: str) -> pd.DataFrame:
         """A split's scores by the cell's checkpoint, in full precision; of validation a quick cell

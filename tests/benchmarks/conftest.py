@@ -12,12 +12,12 @@ import rows
 import run
 from prepared_folder import make_rows, write_prepared
 
-from ccf_llm_hf.configs import MFConfig
-from ccf_llm_hf.evaluation.rows import read_rows
+from ccf_llm_hf.cf.config import MFConfig
+from ccf_llm_hf.data.prepared import read_rows
 from ccf_llm_hf.io import write_text
 
 STRENGTHS: dict[str, Any] = {"l2_factors": 2.0, "l2_user_bias": 1.0, "l2_item_bias": 1.0}
-FAST = MFConfig(dim=2, snapshots=1, **STRENGTHS)
+FAST = MFConfig(dim=2, cross_fit="snapshots", snapshots=1, **STRENGTHS)
 
 
 def rated_once() -> pd.DataFrame:
@@ -70,7 +70,10 @@ def world(tmp_path, monkeypatch):
     here = World(tmp_path)
     tables = {
         "mf": ("mf", FAST),
-        "mf_nobias": ("mf", MFConfig(dim=2, use_biases=False, l2_factors=2.0, snapshots=1)),
+        "mf_nobias": (
+            "mf",
+            MFConfig(dim=2, use_biases=False, l2_factors=2.0, cross_fit="snapshots", snapshots=1),
+        ),
     }
     monkeypatch.setattr(measure, "TABLES", {"protocol": tables})
     monkeypatch.setattr(run, "DATASETS", ("synthetic",))

@@ -10,9 +10,9 @@ import pytest
 from prepared_folder import make_rows, write_prepared
 from rows import plan
 
-from ccf_llm_hf.cf.scoring import load_scores
+from ccf_llm_hf.cf.config import MFConfig
+from ccf_llm_hf.cf.fit import score_cf
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.configs import MFConfig
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import auc, fit_temperature
 
@@ -45,7 +45,7 @@ def test_a_difference_is_of_the_same_rows_as_the_control(world):
     result = bench.run(cell_of(bench, GATE))
     assert list(result["differences"]) == ["item + user mean", "MF"]
     test = pd.read_parquet(world.work / "cells" / GATE / "test.parquet")
-    mf = load_scores(world.work / "cf-protocol-mf", world.work / "data-protocol", "test")
+    mf = score_cf(world.work / "cf-protocol-mf", world.work / "data-protocol", "test")
     away = auc(test["label"], test["score"]) - auc(mf["label"], mf["score"])
     assert result["differences"]["MF"]["auc"] == pytest.approx(away, abs=1e-5)
     assert set(bench.run(cell_of(bench, TEXT))["differences"]) == {"item + user mean", "MF", "gate"}
