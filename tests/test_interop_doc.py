@@ -15,7 +15,7 @@ from tiny import BuildModel
 
 from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.data.asset_list import ASSETS
-from ccf_llm_hf.training.recipe import StageConfig, is_hub_repo
+from ccf_llm_hf.training.recipe import Stage, is_hub_repo
 
 TEXT = (Path(__file__).parents[1] / "docs" / "interop.md").read_text(encoding="utf-8")
 CHECKS = """
@@ -99,5 +99,5 @@ def test_commands_run(trained: Path) -> None:
 
 
 def test_recipe_entries_are_valid() -> None:
-    (stage,) = [StageConfig(**yaml.safe_load(block)) for block in blocks("yaml")]
+    (stage,) = [Stage(**yaml.safe_load(block)) for block in blocks("yaml")]
     assert is_hub_repo(stage.init_from)

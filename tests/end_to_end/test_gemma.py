@@ -12,7 +12,7 @@ from ccf_llm_hf.cf import MFConfig, fit_mf
 from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data import PrepareConfig, get_asset, load_prepared, prepare
 from ccf_llm_hf.data.prepared import PreparedData
-from ccf_llm_hf.inference.scoring import score_split
+from ccf_llm_hf.inference.score_table import score_table
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def test_the_tokenizer_keeps_titles_and_answers(
     tokenizer = PreTrainedTokenizerFast.from_pretrained(gemma)
     processor = CCFLLMProcessor.from_catalog(tokenizer, ["1"], ["Heat (1995)"], [])
     assert tokenizer.convert_ids_to_tokens(processor.answer_token_ids()) == ["▁Yes", "▁No"]
-    assert processor.instruction()[0] == tokenizer.bos_token_id == 2
+    assert processor.prompt.instruction()[0] == tokenizer.bos_token_id == 2
     for title in ratings[1].item_titles:
         assert tokenizer.decode(processor.prompt.tokens(f" {title}")) == f" {title}"
 
@@ -78,9 +78,7 @@ def test_packed_scores_of_real_rows_equal_their_scores_alone(
     users = data.splits["test"]["user_id"]
     owner = max(set(users), key=users.count)
     part = data.splits["test"].select([row for row, user in enumerate(users) if user == owner][:20])
-    packed = score_split(model, processor, part, history_window=(20, 16), progress=False)
-    alone = score_split(
-        model, processor, part, history_window=(20, 16), max_candidates=1, progress=False
-    )
+    packed = score_table(model, processor, part, progress=False)["score"]
+    alone = score_table(model, processor, part, max_candidates=1, progress=False)["score"]
     assert packed.std() > 1e-3
     np.testing.assert_allclose(packed, alone, atol=1e-4)

@@ -56,14 +56,8 @@ def test_fit_and_a_few_steps_of_training(
     assert 0.55 < float(fitted["validation_uauc"]) < 0.9
     stage = {
         "name": "fusion",
-        "fusion": "gate",
-        "train": ["fusion"],
-        "history_format": "slot",
-        "candidate_format": "title_slot",
-        "history_window": [20, 16],
-        "labels_per_step": 32,
-        "max_train_labels": 96,
-        "eval_max_labels": 60,
+        "prompt": {"candidate_format": "title_slot", "history_window": [20, 16]},
+        "training": {"labels_per_step": 32, "max_train_labels": 96, "max_eval_labels": 60},
     }
     recipe = {
         "data_dir": str(folder / "data"),

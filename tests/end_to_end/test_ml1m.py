@@ -13,22 +13,25 @@ from transformers import AutoModel, AutoProcessor
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor, CTRRanker
 from ccf_llm_hf.cf import MFConfig, fit_mf
 from ccf_llm_hf.data import PrepareConfig, load_prepared, prepare
-from ccf_llm_hf.inference.scoring import score_split
+from ccf_llm_hf.inference.score_table import score_table
 from ccf_llm_hf.training.run import run_recipe
 
 pytestmark = pytest.mark.slow
 
+SHARED = {"labels_per_step": 32, "max_eval_labels": 60}
 STAGES: list[dict[str, Any]] = [
-    {"name": "text", "fusion": "text_only", "train": ["lora"], "max_train_labels": 32},
+    {
+        "name": "text",
+        "preset": "text_only",
+        "lora": {},
+        "training": {**SHARED, "max_train_labels": 32},
+    },
     {
         "name": "fusion",
-        "fusion": "gate",
         "init_from": "text",
-        "train": ["fusion", "lora"],
-        "history_format": "slot",
-        "candidate_format": "title_slot",
-        "history_window": [20, 16],
-        "max_train_labels": 96,
+        "prompt": {"candidate_format": "title_slot", "history_window": [20, 16]},
+        "lora": {},
+        "training": {**SHARED, "max_train_labels": 96},
     },
 ]
 
@@ -41,13 +44,12 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fit_mf(folder / "data", MFConfig(cross_fit="snapshots", snapshots=4, **strengths)).save(
         folder / "cf"
     )
-    shared = {"labels_per_step": 32, "eval_max_labels": 60}
     recipe = {
         "data_dir": str(folder / "data"),
         "cf_dir": str(folder / "cf"),
         "output_dir": str(folder / "run"),
         "backbone": "smollm2-135m-instruct",
-        "stages": [{**shared, **stage} for stage in STAGES],
+        "stages": STAGES,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run_recipe(["--config", str(folder / "recipe.yaml")])
@@ -68,10 +70,8 @@ def test_packed_scores_of_real_rows_equal_their_scores_alone(
     user = max(set(test["user_id"]), key=test["user_id"].count)
     rows = [row for row, owner in enumerate(test["user_id"]) if owner == user][:40]
     part = test.select(rows)
-    packed = score_split(model, processor, part, history_window=(20, 16), progress=False)
-    alone = score_split(
-        model, processor, part, history_window=(20, 16), max_candidates=1, progress=False
-    )
+    packed = score_table(model, processor, part, progress=False)["score"]
+    alone = score_table(model, processor, part, max_candidates=1, progress=False)["score"]
     assert packed.std() > 1e-3
     np.testing.assert_allclose(packed, alone, atol=1e-4)
 

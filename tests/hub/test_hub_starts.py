@@ -20,8 +20,8 @@ from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.merge import merge_checkpoint
 from ccf_llm_hf.hub.push import push
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CODE_FILES
-from ccf_llm_hf.training.run import init_folder
-from ccf_llm_hf.training.starting_weights import digest_folder
+from ccf_llm_hf.training.run import find_start
+from ccf_llm_hf.training.warm_start import hash_start
 
 REPO = "acme/films"
 INPUTS = [
@@ -149,16 +149,19 @@ def test_a_repository_can_be_merged(revision: str, slim: Path, cache: Path, tmp_
 def test_a_stage_may_start_from_a_repository(
     revision: str, slim: Path, cache: Path, tmp_path: Path
 ) -> None:
-    folder = init_folder(f"{REPO}@{revision}", tmp_path, [], offline=False)
-    assert folder is not None and digest_folder(folder) == digest_folder(slim)
+    folder = find_start(f"{REPO}@{revision}", tmp_path, [], offline=False)
+    assert folder is not None and hash_start(folder) == hash_start(slim)
     names = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert names == {
-        *("config.json", "fusion.safetensors", "adapter/adapter_config.json"),
+        "config.json",
+        "processor_config.json",
+        "fusion.safetensors",
+        "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
     }
-    assert init_folder(f"{REPO}@{revision}", tmp_path, [], offline=True) == folder
-    assert init_folder("first", tmp_path, ["first"], False) == tmp_path / "stages/first/checkpoint"
-    assert init_folder(str(slim), tmp_path, [], offline=True) == slim
+    assert find_start(f"{REPO}@{revision}", tmp_path, [], offline=True) == folder
+    assert find_start("first", tmp_path, ["first"], False) == tmp_path / "stages/first/checkpoint"
+    assert find_start(str(slim), tmp_path, [], offline=True) == slim
     for source, offline in (("acme/nowhere", False), (f"{REPO}@nowhere", False), ("a/b", True)):
         with pytest.raises(InputError, match=f"`init_from` {source} cannot be fetched"):
-            init_folder(source, tmp_path, [], offline)
+            find_start(source, tmp_path, [], offline)
