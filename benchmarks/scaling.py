@@ -58,7 +58,7 @@ def pack(folder: str, backbone: str) -> None:
 
     data = load_prepared(folder)
     groups = group_rows(data.splits["train"], (20, 16))
-    processor = CCFLLMProcessor.from_catalog(
+    processor = CCFLLMProcessor(
         AutoTokenizer.from_pretrained(backbone),
         list(data.items["item_id"]),
         list(data.items["title"]),

@@ -66,7 +66,7 @@ class Workload:
     def processor(self, **prompt: Any) -> CCFLLMProcessor:
         """A processor over the catalog."""
         cf = self.cf
-        return CCFLLMProcessor.from_catalog(
+        return CCFLLMProcessor(
             AutoTokenizer.from_pretrained(self.backbone),
             *(cf.item_ids, cf.item_titles, cf.user_ids),
             **prompt,

@@ -63,7 +63,7 @@ def build(table: Path, out: Path, backbone: str = "smollm2-135m-instruct") -> CT
 
     folder, revision = load_backbone_path(backbone)
     tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
-    processor = CCFLLMProcessor.from_catalog(tokenizer, cf.item_ids, cf.item_titles, cf.user_ids)
+    processor = CCFLLMProcessor(tokenizer, cf.item_ids, cf.item_titles, cf.user_ids)
     yes, no = processor.answer_token_ids()
     set_seed(0)
     model = CCFLLMForCTR.from_backbone(

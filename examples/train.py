@@ -50,7 +50,7 @@ def train(inputs: Inputs, args: CTRTrainingArguments) -> dict[str, float]:
     # The processor writes the hybrid prompt; the CF vectors decide which users and items there are.
     tokenizer = AutoTokenizer.from_pretrained(backbone, revision=revision)
     histories = data.protocol.get("histories", "likes")
-    processor = CCFLLMProcessor.from_catalog(
+    processor = CCFLLMProcessor(
         tokenizer, cf.item_ids, cf.item_titles, cf.user_ids, histories=histories
     )
     yes, no = processor.answer_token_ids()

@@ -60,7 +60,7 @@ def train(prompts: PromptArguments, config: SFTConfig, model_config: ModelConfig
     """Write the adapter of a text-only LoRA fine-tuning to `config.output_dir`."""
     data = load_prepared(prompts.data_dir)
     folder, revision = load_backbone_path(str(model_config.model_name_or_path))
-    processor = CCFLLMProcessor.from_catalog(
+    processor = CCFLLMProcessor(
         AutoTokenizer.from_pretrained(folder, revision=revision),
         list(data.items["item_id"]),
         list(data.items["title"]),

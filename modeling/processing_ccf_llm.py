@@ -252,18 +252,6 @@ class CCFLLMProcessor(ProcessorMixin):
         self._set_catalog(item_ids or [], item_titles or [], user_ids or [])
         self._warned: set[str] = set()
 
-    @classmethod
-    def from_catalog(
-        cls,
-        tokenizer: PreTrainedTokenizerBase,
-        item_ids: list[str],
-        item_titles: list[str],
-        user_ids: list[str],
-        **prompt: Any,
-    ) -> "CCFLLMProcessor":
-        """A processor for a catalog; `prompt` are the other arguments of the class."""
-        return cls(tokenizer, item_ids, item_titles, user_ids, **prompt)
-
     def with_catalog(
         self, item_ids: list[str], item_titles: list[str], user_ids: list[str]
     ) -> "CCFLLMProcessor":

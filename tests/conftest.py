@@ -108,7 +108,7 @@ def build(
         **settings: object,
     ) -> tuple[CCFLLMForCTR, CCFLLMProcessor]:
         fusion, form = ARMS[arm]
-        processor = CCFLLMProcessor.from_catalog(
+        processor = CCFLLMProcessor(
             tokenizer,
             cf.item_ids,
             cf.item_titles,

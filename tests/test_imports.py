@@ -95,7 +95,7 @@ def test_the_diagram_runs_one_way() -> None:
     assert not below_all & parts and TOP in parts
 
 
-@pytest.mark.parametrize("name", ["io", "errors"])
+@pytest.mark.parametrize("name", ["io", "errors", "version"])
 def test_what_lies_below_all_imports_nothing_above(name: str) -> None:
     assert name in diagram()[1]
     assert {part(source) for source in imported(f"{PACKAGE}.{name}")} <= diagram()[1]

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ccf_llm_hf import registration  # noqa: F401
+from ccf_llm_hf.version import __version__
 
 if TYPE_CHECKING:
     from ccf_llm_hf.cf.vectors import CFVectors
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from ccf_llm_hf.training.arguments import CTRTrainingArguments
     from ccf_llm_hf.training.trainer import CTRTrainer
 
-__version__ = "0.1.0"
 LAZY = {
     "CCFLLMConfig": "ccf_llm_hf.modeling.configuration_ccf_llm",
     "CCFLLMForCTR": "ccf_llm_hf.modeling.modeling_ccf_llm",
@@ -44,4 +44,5 @@ __all__ = [
     "CTRRanker",
     "CTRTrainer",
     "CTRTrainingArguments",
+    "__version__",
 ]

@@ -109,9 +109,9 @@ def test_ids_of_another_fit_are_refused(saved: Path, change: str) -> None:
 def test_another_format_version_is_refused(
     cf: CFVectors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ccf_llm_hf.cf.vectors.FORMAT_VERSION", "2")
+    monkeypatch.setattr("ccf_llm_hf.cf.vectors.FORMAT_VERSION", "3")
     cf.save(tmp_path)
-    with pytest.raises(InputError, match="format version 2"):
+    with pytest.raises(InputError, match="format version 3"):
         CFVectors.load(tmp_path)
 
 

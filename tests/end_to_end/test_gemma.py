@@ -46,7 +46,7 @@ def test_the_tokenizer_keeps_titles_and_answers(
     gemma: Path, ratings: tuple[PreparedData, CFVectors]
 ) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(gemma)
-    processor = CCFLLMProcessor.from_catalog(tokenizer, ["1"], ["Heat (1995)"], [])
+    processor = CCFLLMProcessor(tokenizer, ["1"], ["Heat (1995)"], [])
     assert tokenizer.convert_ids_to_tokens(processor.answer_token_ids()) == ["▁Yes", "▁No"]
     assert processor.prompt.instruction()[0] == tokenizer.bos_token_id == 2
     for title in ratings[1].item_titles:
@@ -58,7 +58,7 @@ def test_packed_scores_of_real_rows_equal_their_scores_alone(
     gemma: Path, ratings: tuple[PreparedData, CFVectors], attn: str
 ) -> None:
     data, cf = ratings
-    processor = CCFLLMProcessor.from_catalog(
+    processor = CCFLLMProcessor(
         AutoTokenizer.from_pretrained(gemma), cf.item_ids, cf.item_titles, cf.user_ids
     )
     yes, no = processor.answer_token_ids()

@@ -94,7 +94,7 @@ def build_space_checkpoint(folder: Path, *, text_only: bool = False) -> Path:
     backbone.save_pretrained(folder / "backbone")
     table = None if text_only else titles_table()
     form = "title" if text_only else "slot"
-    processor = CCFLLMProcessor.from_catalog(
+    processor = CCFLLMProcessor(
         tokenizer,
         [f"t{row}" for row in range(len(TITLES))],
         list(TITLES),

@@ -49,7 +49,7 @@ def film_table() -> CFVectors:
 
 def build_checkpoint(folder: Path, tokenizer_folder: Path, backbone: Path, text_only: bool) -> Path:
     table = None if text_only else film_table()
-    processor = CCFLLMProcessor.from_catalog(
+    processor = CCFLLMProcessor(
         PreTrainedTokenizerFast.from_pretrained(tokenizer_folder),
         list(TITLES),
         list(TITLES.values()),

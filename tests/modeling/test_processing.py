@@ -22,7 +22,7 @@ items = st.one_of(st.sampled_from(ITEMS), st.text(max_size=12).map(lambda t: {"t
 
 
 def make(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> CCFLLMProcessor:
-    return CCFLLMProcessor.from_catalog(tokenizer, ITEMS, list(TITLES), ["u0", "u1"], **settings)
+    return CCFLLMProcessor(tokenizer, ITEMS, list(TITLES), ["u0", "u1"], **settings)
 
 
 @pytest.mark.parametrize("wording", WORDINGS)
@@ -139,7 +139,7 @@ def test_items_by_id_title_or_both(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_an_unknown_id_is_told_what_ids_look_like(
     tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
 ) -> None:
-    processor = CCFLLMProcessor.from_catalog(tokenizer, TITLES[:2], TITLES[:2], [])
+    processor = CCFLLMProcessor(tokenizer, TITLES[:2], TITLES[:2], [])
     assert processor.resolve_item("1") == processor.resolve_item(1) == (None, "1")
     CCFLLMProcessor(tokenizer).resolve_item("2")
     first, second = (record.getMessage() for record in caplog.records)
@@ -163,7 +163,7 @@ def test_new_titles_share_one_slot_and_carry_their_tokens(
 
 
 def test_integer_ids_are_ids(tokenizer: PreTrainedTokenizerFast) -> None:
-    processor = CCFLLMProcessor.from_catalog(tokenizer, ["10", "11"], ["A", "B"], ["7"])
+    processor = CCFLLMProcessor(tokenizer, ["10", "11"], ["A", "B"], ["7"])
     batch = processor(user=7, history=[10], candidates=[11])
     assert batch["candidate_items"].tolist() == [[1]] and batch["candidate_users"].tolist() == [0]
 
@@ -214,7 +214,7 @@ def test_bad_settings_name_the_mistake(
 
 def test_duplicate_ids_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="an id twice"):
-        CCFLLMProcessor.from_catalog(tokenizer, ["a", "a"], ["x", "y"], [])
+        CCFLLMProcessor(tokenizer, ["a", "a"], ["x", "y"], [])
 
 
 def test_saved_equals_loaded(tokenizer: PreTrainedTokenizerFast, tmp_path: Any) -> None:

@@ -4,10 +4,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import CF_TENSORS
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import FORMAT_VERSION as CHECKPOINT_VERSION
 
 FORMAT_VERSION = "1"
 TENSOR_FILE = "cf_embeddings.safetensors"
@@ -54,10 +57,16 @@ def read_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 def read_tensors(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The named tensors and the metadata. Raises InputError that names the file."""
+    """The named tensors, fits first, and the metadata. Raises InputError that names the file.
+
+    The table of a checkpoint holds one fit and no dimension for it; it is read as a file of one.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            if metadata.get("format_version") == CHECKPOINT_VERSION:
+                tensors = {name: file.get_tensor(name)[None] for name in CF_TENSORS}
+                return tensors | {"snapshot_times": torch.zeros(1, dtype=torch.long)}, metadata
             missing = [key for key in RESERVED if key not in metadata]
             missing += [name for name in names if name not in file.keys()]  # noqa: SIM118
             tensors = {} if missing else {name: file.get_tensor(name) for name in names}

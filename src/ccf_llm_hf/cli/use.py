@@ -83,9 +83,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
         split = sample_users(split, arguments.sample_rows)
     compare = {name: _load_scores(path, data, arguments.split) for name, path in paths.items()}
     model, processor = load_checkpoint(arguments.checkpoint, backbone=arguments.backbone)
-    scores = score_table(
-        model, processor, split, max_tokens=arguments.max_tokens_per_batch
-    )
+    scores = score_table(model, processor, split, max_tokens=arguments.max_tokens_per_batch)
     write_scores(scores, arguments.out)
     report = evaluate_scores(
         scores,

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ccf_llm_hf import __version__
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.checkpoint_files import FACTS_FILE
 from ccf_llm_hf.hub.model_card import read_facts, write_card
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.io import write_folder
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import ADAPTER_FOLDER, CF_FILE, FUSION_FILE
+from ccf_llm_hf.version import __version__
 
 SLIM_ONLY = (CF_FILE, FUSION_FILE, ADAPTER_FOLDER)
 

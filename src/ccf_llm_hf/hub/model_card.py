@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from ccf_llm_hf import __version__
 from ccf_llm_hf.data.asset_list import ASSETS
 from ccf_llm_hf.data.prepared import load_protocol
 from ccf_llm_hf.errors import InputError
@@ -27,6 +26,7 @@ from ccf_llm_hf.hub.checkpoint_files import CARD_FILE, FACTS_FILE, cut_paths
 from ccf_llm_hf.io import sha256_of, write_json, write_text
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CATALOG_FILE, read_ids
 from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
+from ccf_llm_hf.version import __version__
 
 TEMPLATE = "model_card.md.jinja"
 TRAINING_FILE = "training.json"

@@ -12,7 +12,6 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ccf_llm_hf import __version__
 from ccf_llm_hf.data.assets import asset_source, cached_backbone
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.checkpoint_files import (
@@ -39,6 +38,7 @@ from ccf_llm_hf.hub.scan import scan_folder
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CATALOG_FILE, USERS_FILE
 from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
+from ccf_llm_hf.version import __version__
 
 NEEDED = ("config.json", "processor_config.json", "modeling_ccf_llm.py", CATALOG_FILE, USERS_FILE)
 

@@ -184,7 +184,7 @@ class StageRun:
             self.inputs.backbone, revision=self.inputs.revision
         )
         settings = {**self.stage.prompt, "histories": self.choose_histories()}
-        return CCFLLMProcessor.from_catalog(
+        return CCFLLMProcessor(
             tokenizer, *self.inputs.catalog(), **settings, rating_scale=self.choose_rating_scale()
         )
 
