@@ -20,7 +20,14 @@ from ccf_llm_hf.modeling.processing_ccf_llm import PROCESSOR_FILE
 from ccf_llm_hf.training.lora import inject_lora
 
 # What `warm_start` reads, as patterns of a Hub repository's files.
-STARTING_FILES = ["config.json", PROCESSOR_FILE, FUSION_FILE, f"{ADAPTER_FOLDER}/*", "adapter_*"]
+STARTING_FILES = [
+    "config.json",
+    PROCESSOR_FILE,
+    FUSION_FILE,
+    f"{ADAPTER_FOLDER}/*",
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+]
 
 
 def warm_start(model: CCFLLMForCTR, source: Path, dropout: float = 0.0) -> None:
