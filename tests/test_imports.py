@@ -13,7 +13,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ccf_llm_hf"
 TOP = "__init__"  # as the diagram calls the package's own file
-HUB_CODE = {"torch", "transformers", "safetensors"}
 
 
 def modules() -> dict[str, Path]:
@@ -107,28 +106,6 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "modeling").glob("*.py")), ids=lambda p: p.stem)
-def test_hub_code_imports_what_every_loader_has(path: Path) -> None:
-    """transformers copies these files flat, and checks the names of their imports as text."""
-    assert path.stem == "__init__" or path.stem.endswith("_ccf_llm")
-    at_top = ast.parse(path.read_text(encoding="utf-8")).body
-    lines_at_top = {node.lineno for node in at_top if isinstance(node, ast.ImportFrom)}
-    for node in statements(path):
-        where = f"{path.name}:{node.lineno}"
-        if isinstance(node, ast.ImportFrom) and node.level:
-            assert node.level == 1 and node.module and "." not in node.module, where
-            assert node.lineno in lines_at_top, f"{where} is not at the top"
-            assert not any(f"{alias.name}.py" in CODE for alias in node.names), where
-            continue
-        names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-        for name in names:
-            top = str(name).split(".")[0]
-            assert top in HUB_CODE or top in sys.stdlib_module_names, f"{where} imports {name}"
-
-
-CODE = {path.name for path in (ROOT / "modeling").glob("*.py")}
 
 
 def test_importing_registers_whatever_the_command_is_called(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
-from ccf_llm_hf import CCFLLMConfig
+from ccf_llm_hf import CCFLLMConfig, __version__
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.model_card import (
     describe_run,
@@ -237,7 +237,7 @@ def test_body_shows_results_controls_recipe_and_limits(tmp_path, config):
         "language `en`",
         "## Intended use",
         "The data: Harper and Konstan 2015",
-        "version = {0.1.0},\n",
+        f"version = {{{__version__}}},\n",
         "Popularity bias",
         "may not be redistributed",
         "rank 8, alpha 16, on q_proj, v_proj",
