@@ -77,17 +77,12 @@ class Workload:
     ) -> CCFLLMForCTR:
         """A fresh gate model; with `lora` it and the fusion learn, as in the demo."""
         torch.manual_seed(SEED)
-        yes, no = processor.answer_token_ids()
         model = CCFLLMForCTR.from_backbone(
             self.backbone,
+            processor,
             cf=self.cf,
-            item_title_ids=processor.item_title_ids(),
             fusion="gate",
             cf_logit=cf_logit,
-            yes_token_id=yes,
-            no_token_id=no,
-            item_slot_token_id=processor.item_slot_token_id,
-            user_slot_token_id=processor.user_slot_token_id,
         )
         if lora:
             inject_lora(model, peft.LoraConfig(**LORA))

@@ -64,18 +64,13 @@ def build(table: Path, out: Path, backbone: str = "smollm2-135m-instruct") -> CT
     folder, revision = load_backbone_path(backbone)
     tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
     processor = CCFLLMProcessor(tokenizer, cf.item_ids, cf.item_titles, cf.user_ids)
-    yes, no = processor.answer_token_ids()
     set_seed(0)
     model = CCFLLMForCTR.from_backbone(
         folder,
+        processor,
         revision=revision,
         backbone_name=backbone,
         cf=cf,
-        item_title_ids=processor.item_title_ids(),
-        yes_token_id=yes,
-        no_token_id=no,
-        item_slot_token_id=processor.item_slot_token_id,
-        user_slot_token_id=processor.user_slot_token_id,
         cf_logit=True,
     )
     args = CTRTrainingArguments(

@@ -53,18 +53,13 @@ def train(inputs: Inputs, args: CTRTrainingArguments) -> dict[str, float]:
     processor = CCFLLMProcessor(
         tokenizer, cf.item_ids, cf.item_titles, cf.user_ids, histories=histories
     )
-    yes, no = processor.answer_token_ids()
     set_seed(args.seed)
     model = CCFLLMForCTR.from_backbone(
         backbone,
+        processor,
         revision=revision,
         backbone_name=inputs.backbone,
         cf=cf,
-        item_title_ids=processor.item_title_ids(),
-        yes_token_id=yes,
-        no_token_id=no,
-        item_slot_token_id=processor.item_slot_token_id,
-        user_slot_token_id=processor.user_slot_token_id,
         fusion="gate",
         cf_logit=True,
     )

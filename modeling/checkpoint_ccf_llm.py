@@ -11,7 +11,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,6 +44,9 @@ from .configuration_ccf_llm import (
     CCFLLMConfig,
     ids_fingerprint,
 )
+
+if TYPE_CHECKING:
+    from .processing_ccf_llm import CCFLLMProcessor
 
 logger = logging.get_logger(__name__)
 
@@ -269,11 +272,11 @@ class CheckpointMixin(PreTrainedModel):
     def from_backbone(
         cls,
         backbone: str,
+        processor: "CCFLLMProcessor",
         *,
         backbone_name: str | None = None,
         revision: str | None = None,
         cf: Any = None,
-        item_title_ids: list[list[int]] | None = None,
         dtype: torch.dtype = torch.float32,
         attn_implementation: str | None = None,
         **settings: Any,
@@ -282,16 +285,22 @@ class CheckpointMixin(PreTrainedModel):
 
         Args:
             backbone: folder or Hub id of a causal language model.
+            processor: over the catalog, with the backbone's tokenizer.
             backbone_name: name to record when `backbone` is a local copy.
-            cf: a `CFVectors`, of which the last fit is taken; None: no CF vectors.
-            item_title_ids: title tokens of every catalog item, in table order.
+            cf: a `CFVectors` of the processor's ids, of which the last fit is taken; None: no CF
+                vectors.
             settings: other arguments of [`CCFLLMConfig`], such as `fusion`.
+
+        Raises:
+            ValueError: the tokenizer has no " Yes" and " No", or `cf` has other ids.
         """
+        yes, no = processor.answer_token_ids()
+        check_same_ids(processor, cf)
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
         causal = AutoModelForCausalLM.from_pretrained(
             backbone, revision=revision, dtype=dtype, **options
         )
-        titles = item_title_ids or []
+        titles = processor.item_title_ids()
         text_config = copy.deepcopy(causal.get_decoder().config)
         if cf is not None:
             settings |= cf_settings(cf)
@@ -305,6 +314,10 @@ class CheckpointMixin(PreTrainedModel):
             text_config=text_config,
             num_title_tokens=sum(map(len, titles)),
             slot_scale=float(words.float().pow(2).mean().sqrt()),
+            yes_token_id=yes,
+            no_token_id=no,
+            item_slot_token_id=processor.item_slot_token_id,
+            user_slot_token_id=processor.user_slot_token_id,
             backbone_name=backbone_name or backbone,
             backbone_revision=revision,
             checkpoint_form="slim",
@@ -316,8 +329,7 @@ class CheckpointMixin(PreTrainedModel):
         config.checkpoint_form = "full"
         if cf is not None:
             model.model.cf.fill(cf)
-        if titles:
-            model.set_titles(titles)
+        model.set_titles(titles)
         return model
 
     def attach_backbone(self, causal: PreTrainedModel) -> None:
@@ -577,7 +589,7 @@ class CheckpointMixin(PreTrainedModel):
             new = torch.tensor(value, dtype=old.dtype, device=old.device)
             setattr(self.model.item_text, name, new)
 
-    def replace_catalog(self, processor: Any, cf: Any = None) -> Self:
+    def replace_catalog(self, processor: "CCFLLMProcessor", cf: Any = None) -> Self:
         """Put another catalog of items and users under the trained weights, in place.
 
         Backbone, LoRA, gate, cold vectors and score stay. So do the alignment networks, when the
@@ -608,7 +620,7 @@ class CheckpointMixin(PreTrainedModel):
         config.update(without_cf if cf is None else cf_settings(cf))
         config.num_title_tokens = sum(map(len, titles))
         self.set_titles(titles)
-        self.model.cf = type(self.model.cf)(config).to(self.device)
+        self.model.renew_cf()
         if cf is not None:
             self.model.cf.fill(cf)
         if config.cf_dim != old_dim:
@@ -627,13 +639,8 @@ class CheckpointMixin(PreTrainedModel):
             )
         return self
 
-    def _check_new_catalog(self, processor: Any, cf: Any) -> None:
-        fingerprint = processor.ids_fingerprint
-        if cf is not None and ids_fingerprint(cf.user_ids, cf.item_ids) != fingerprint:
-            raise ValueError(
-                "cf and processor name other users or items, or in another order: make the "
-                "processor by with_catalog(cf.item_ids, cf.item_titles, cf.user_ids)."
-            )
+    def _check_new_catalog(self, processor: "CCFLLMProcessor", cf: Any) -> None:
+        check_same_ids(processor, cf)
         if self.config.cf_fold_in and (cf is None or cf.user_precision is None):
             raise ValueError(
                 "This model folds users in, and the new CF vectors come without the prior that it "
@@ -653,6 +660,15 @@ class CheckpointMixin(PreTrainedModel):
             fresh = type(old)(self.config)
             self._init_weights(fresh)
             setattr(self.model, f"{side}_alignment", fresh.to(old.out.weight))
+
+
+def check_same_ids(processor: "CCFLLMProcessor", cf: Any) -> None:
+    """Raise a `ValueError` when CF vectors are of other users or items than a processor's."""
+    if cf is not None and ids_fingerprint(cf.user_ids, cf.item_ids) != processor.ids_fingerprint:
+        raise ValueError(
+            "cf and processor name other users or items, or in another order: make the processor "
+            "of cf.item_ids, cf.item_titles and cf.user_ids."
+        )
 
 
 def cf_settings(cf: Any) -> dict[str, Any]:

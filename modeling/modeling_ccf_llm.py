@@ -303,6 +303,10 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         self.cold_user = nn.Parameter(torch.zeros(width))
         self.post_init()
 
+    def renew_cf(self) -> None:
+        """Put an empty CF table of the configuration's sizes in the place of the present one."""
+        self.cf = CFTable(self.config).to(self.device)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 

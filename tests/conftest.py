@@ -118,18 +118,13 @@ def build(
             candidate_format=form,
             **(prompt or {}),
         )
-        yes, no = processor.answer_token_ids()
         torch.manual_seed(2)
         model = CCFLLMForCTR.from_backbone(
             str(backbone_folder(backbone)),
+            processor,
             backbone_name="tiny",
             fusion=fusion,
             cf=cf,
-            item_title_ids=processor.item_title_ids(),
-            yes_token_id=yes,
-            no_token_id=no,
-            item_slot_token_id=processor.item_slot_token_id,
-            user_slot_token_id=processor.user_slot_token_id,
             attn_implementation=attn,
             **settings,
         )

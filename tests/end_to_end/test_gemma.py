@@ -61,17 +61,12 @@ def test_packed_scores_of_real_rows_equal_their_scores_alone(
     processor = CCFLLMProcessor(
         AutoTokenizer.from_pretrained(gemma), cf.item_ids, cf.item_titles, cf.user_ids
     )
-    yes, no = processor.answer_token_ids()
     torch.manual_seed(0)
     model = CCFLLMForCTR.from_backbone(
         str(gemma),
+        processor,
         cf=cf,
-        item_title_ids=processor.item_title_ids(),
         fusion="gate",
-        yes_token_id=yes,
-        no_token_id=no,
-        item_slot_token_id=processor.item_slot_token_id,
-        user_slot_token_id=processor.user_slot_token_id,
         attn_implementation=attn,
     ).eval()
     assert 0.5 < model.config.slot_scale < 2  # of scaled embeddings; unscaled ones have 0.04

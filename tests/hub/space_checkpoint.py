@@ -103,16 +103,11 @@ def build_space_checkpoint(folder: Path, *, text_only: bool = False) -> Path:
         candidate_format=form,
         history_window=(20, 16),
     )
-    yes, no = processor.answer_token_ids()
     model = CCFLLMForCTR.from_backbone(
         str(folder / "backbone"),
+        processor,
         backbone_name="toy",
         cf=table,
-        item_title_ids=processor.item_title_ids(),
-        yes_token_id=yes,
-        no_token_id=no,
-        item_slot_token_id=processor.item_slot_token_id,
-        user_slot_token_id=processor.user_slot_token_id,
     )
     _stir(model)
     checkpoint = folder / "checkpoint"

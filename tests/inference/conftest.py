@@ -58,16 +58,11 @@ def build_checkpoint(folder: Path, tokenizer_folder: Path, backbone: Path, text_
         candidate_format="title" if text_only else "title_slot",
         history_window=(3, 2),
     )
-    yes, no = processor.answer_token_ids()
     torch.manual_seed(0)
     model = CCFLLMForCTR.from_backbone(
         str(backbone),
+        processor,
         cf=table,
-        item_title_ids=processor.item_title_ids(),
-        yes_token_id=yes,
-        no_token_id=no,
-        item_slot_token_id=processor.item_slot_token_id,
-        user_slot_token_id=processor.user_slot_token_id,
     )
     model.save_pretrained(folder, form="full")
     processor.save_pretrained(folder)

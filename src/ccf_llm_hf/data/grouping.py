@@ -27,6 +27,16 @@ class Group(Request):
     snapshot: int = -1
 
 
+def check_histories(split: datasets.Dataset, wanted: str) -> None:
+    """Refuse a split whose histories hold likes where a model reads signed ones, or vice versa."""
+    stored = "signed" if "history_labels" in split.column_names else "likes"
+    if wanted != stored:
+        raise InputError(
+            f"this model reads histories of {wanted}, but the data was prepared with {stored}: "
+            f"prepare it with --histories {wanted}"
+        )
+
+
 def group_rows(
     split: datasets.Dataset,
     history_window: tuple[int, int],

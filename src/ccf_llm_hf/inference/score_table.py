@@ -1,6 +1,5 @@
 """The table of a checkpoint's scores on a prepared split."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -8,8 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ccf_llm_hf.data.grouping import group_rows
-from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.data.grouping import check_histories, group_rows
 from ccf_llm_hf.io import write_file
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
@@ -44,7 +42,7 @@ def score_table(
     Raises:
         InputError: the data's histories hold something else than the model reads.
     """
-    check_histories(processor, split.column_names)
+    check_histories(split, processor.histories)
     groups = group_rows(
         split,
         history_window=processor.history_window,
@@ -64,16 +62,6 @@ def score_table(
             "prob": model.probabilities(torch.as_tensor(logits)).numpy(),
         }
     )
-
-
-def check_histories(processor: CCFLLMProcessor, columns: Sequence[str]) -> None:
-    """Refuse data whose histories hold likes for a model that reads signed ones, or vice versa."""
-    stored = "signed" if "history_labels" in columns else "likes"
-    if processor.histories != stored:
-        raise InputError(
-            f"this model reads histories of {processor.histories}, but the data was prepared with "
-            f"{stored}: prepare it with --histories {processor.histories}"
-        )
 
 
 def sample_users(split: datasets.Dataset, rows: int, seed: int = 0) -> datasets.Dataset:

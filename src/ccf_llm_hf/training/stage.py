@@ -216,18 +216,13 @@ class StageRun:
 
     def build_model(self, processor: CCFLLMProcessor) -> CCFLLMForCTR:
         """The stage's model with its starting weights, the frozen backbone in its precision."""
-        yes, no = processor.answer_token_ids()
         try:
             model = CCFLLMForCTR.from_backbone(
                 self.inputs.backbone,
+                processor,
                 backbone_name=hub_id(self.recipe.backbone),
                 revision=self.inputs.revision,
                 cf=self.inputs.cf,
-                item_title_ids=processor.item_title_ids(),
-                yes_token_id=yes,
-                no_token_id=no,
-                item_slot_token_id=processor.item_slot_token_id,
-                user_slot_token_id=processor.user_slot_token_id,
                 **self.stage.model,
             )
             if self.start:

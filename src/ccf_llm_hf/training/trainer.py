@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, Predi
 from transformers.utils import CONFIG_NAME
 
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.data.grouping import Group, group_rows, sample_group
+from ccf_llm_hf.data.grouping import Group, check_histories, group_rows, sample_group
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import auc, fit_temperature, uauc
 from ccf_llm_hf.modeling.configuration_ccf_llm import IGNORED_LABEL
@@ -384,12 +384,7 @@ def group_split(
     Raises:
         InputError: the split holds other histories than the processor reads.
     """
-    stored = "signed" if "history_labels" in split.column_names else "likes"
-    if processor.histories != stored:
-        raise InputError(
-            f"the processor reads histories of {processor.histories}, but the data was prepared "
-            f"with {stored}: give the processor histories={stored!r}, or prepare again"
-        )
+    check_histories(split, processor.histories)
     return group_rows(
         split,
         history_window=processor.history_window,
