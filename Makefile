@@ -29,7 +29,7 @@ demo: $(INSTALLED)
 # What the demo leaves in runs/demo is measured; it runs first where that is missing.
 bench: $(INSTALLED)
 	test -f runs/demo/checkpoint-slim/config.json || PATH="$(BIN):$$PATH" examples/demo.sh
-	for part in packing training scoring same_labels around scaling; do \
+	for part in packing training ranking same_labels around scaling; do \
 		PATH="$(BIN):$$PATH" $(BIN)/python benchmarks/$$part.py || exit 1; done
 	PATH="$(BIN):$$PATH" $(BIN)/python benchmarks/same_labels.py --cf-logit
 	$(BIN)/python benchmarks/summary.py

@@ -14,7 +14,7 @@ from workload import arguments, line, write_results
 
 from ccf_llm_hf.data.prepared import load_prepared
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
-from ccf_llm_hf.inference.scoring import score_split
+from ccf_llm_hf.inference.score_table import score_table
 
 
 def equality(model: Any, processor: Any, split: Dataset, rows: int, seed: int) -> dict[str, Any]:
@@ -27,9 +27,8 @@ def equality(model: Any, processor: Any, split: Dataset, rows: int, seed: int) -
             break
         chosen += np.flatnonzero(owner == user).tolist()
     part = split.select(chosen)
-    window = processor.history_window
-    packed = score_split(model, processor, part, history_window=window)
-    alone = score_split(model, processor, part, history_window=window, max_candidates=1)
+    packed = score_table(model, processor, part)["score"]
+    alone = score_table(model, processor, part, max_candidates=1)["score"]
     difference = np.abs(packed - alone)
     return {
         "rows": len(part),

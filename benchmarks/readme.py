@@ -30,7 +30,7 @@ RECIPE_PAGE = ROOT / "docs" / "recipe.md"
 DEMO = ROOT / "results" / "demo"
 TABLE = ROOT / "results" / "ml-1m"
 RESULTS = ROOT / "benchmarks" / "results"
-MEASURED = ("training", "scoring", "packing", "same_labels", "same_labels_residual")
+MEASURED = ("training", "ranking", "packing", "same_labels", "same_labels_cf_logit")
 WAYS = {  # name in training.json -> what it is
     "packed, slot": "packed, slot-only candidates",
     "packed, title_slot": "packed, title candidates",
@@ -131,7 +131,7 @@ def speed_section() -> list[str]:
         *misses(training),
         "![Labels per second against history length](benchmarks/results/training.png)",
         "",
-        "![Rank latency against number of candidates](benchmarks/results/scoring.png)",
+        "![Rank latency against number of candidates](benchmarks/results/ranking.png)",
         "",
         "![Seconds and memory against the size of the data](benchmarks/results/scaling.png)",
         "",

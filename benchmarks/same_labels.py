@@ -6,7 +6,7 @@ same labels.
 
 Both train the same parameters (LoRA and a gate fusion) from the same start, for one epoch in the
 same order of steps with the same optimizer, and are scored on the same validation users. Writes
-`benchmarks/results/same_labels.json`, or `same_labels_residual.json`.
+`benchmarks/results/same_labels.json`, or `same_labels_cf_logit.json`.
 """
 
 import math
@@ -22,7 +22,7 @@ from workload import LORA, WINDOW, Workload, arguments, line, whole_groups, writ
 from ccf_llm_hf.data.grouping import Group, group_rows
 from ccf_llm_hf.evaluation.bootstrap import UserBootstrap, interval
 from ccf_llm_hf.evaluation.metrics import auc, uauc
-from ccf_llm_hf.inference.scoring import score_groups
+from ccf_llm_hf.modeling.ranking_ccf_llm import score
 from ccf_llm_hf.training.collator import PackingCollator
 from ccf_llm_hf.training.stage import freeze_in_bf16, uses_bf16
 from ccf_llm_hf.training.trainer import sample_users
@@ -90,7 +90,7 @@ def packed(
     seconds = train(steps, lambda groups: model(**collate(groups)).loss.backward(), model, lora)
     groups = group_rows(work.data.splits["validation"], WINDOW)
     groups = [g for g in groups if set(g.rows) & chosen]
-    scores = score_groups(model, processor, groups)
+    scores = score(model, processor, groups, progress=True)
     rows = [row for group in groups for row in group.rows]
     return {"seconds": seconds, "logits": dict(zip(rows, np.concatenate(scores), strict=True))}
 
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--cf-logit", action="store_true", help="add the CF model's own logit")
     options = parser.parse_args()
     if options.cf_logit and options.out == parser.get_default("out"):
-        options.out = options.out.replace(".json", "_residual.json")
+        options.out = options.out.replace(".json", "_cf_logit.json")
     work = Workload.load(options.data, options.cf)
     steps = cut_steps(whole_groups(work.train_groups(), options.labels), LABELS_PER_STEP)
     validation = work.data.splits["validation"]

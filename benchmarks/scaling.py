@@ -51,9 +51,10 @@ def pack(folder: str, backbone: str) -> None:
     """Group the training rows and write batches for some of them; run in its own process."""
     from transformers import AutoTokenizer
 
-    from ccf_llm_hf.data.grouping import cut_by_budget, group_rows
+    from ccf_llm_hf.data.grouping import group_rows
     from ccf_llm_hf.data.prepared import load_prepared
     from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
+    from ccf_llm_hf.modeling.ranking_ccf_llm import cut_by_budget
     from ccf_llm_hf.training.collator import PackingCollator
 
     data = load_prepared(folder)
@@ -62,7 +63,7 @@ def pack(folder: str, backbone: str) -> None:
         AutoTokenizer.from_pretrained(backbone),
         list(data.items["item_id"]),
         list(data.items["title"]),
-        sorted({group.user_id for group in groups}),
+        sorted({group.user for group in groups}),
     )
     collate, labels, some = PackingCollator(processor), 0, []
     for group in groups:
@@ -71,7 +72,7 @@ def pack(folder: str, backbone: str) -> None:
         if labels >= PACKED_LABELS:
             break
     lengths = [processor.count_tokens(group) for group in some]
-    for batch in cut_by_budget(range(len(some)), lengths, 1024):
+    for batch in cut_by_budget(lengths, 1024):
         collate([some[index] for index in batch])
 
 

@@ -10,8 +10,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 FILES = (
     "training",
     "same_labels",
-    "same_labels_residual",
-    "scoring",
+    "same_labels_cf_logit",
+    "ranking",
     "around",
     "scaling",
     "packing",

@@ -29,7 +29,8 @@ from workload import (
     write_results,
 )
 
-from ccf_llm_hf.data.grouping import Group, cut_by_budget
+from ccf_llm_hf.data.grouping import Group
+from ccf_llm_hf.modeling.ranking_ccf_llm import cut_by_budget
 from ccf_llm_hf.training.collator import PackingCollator
 
 TOKENS_PER_BATCH = 1024
@@ -45,7 +46,7 @@ def packed_pass(model: Any, processor: Any, groups: Sequence[Group]) -> None:
     collate = PackingCollator(processor)
     lengths = [processor.count_tokens(group) for group in groups]
     labels = sum(len(group.labels) for group in groups)
-    for batch in cut_by_budget(range(len(groups)), lengths, TOKENS_PER_BATCH):
+    for batch in cut_by_budget(lengths, TOKENS_PER_BATCH):
         inputs = collate([groups[index] for index in batch])
         model(**inputs, num_items_in_batch=labels).loss.backward()
     model.zero_grad()
@@ -106,8 +107,8 @@ class Contest:
         tokens["CoLLM's way"] = longest * count
         for form, processor in self.processors.items():
             lengths = [processor.count_tokens(group) for group in self.groups]
-            batches = len(cut_by_budget(range(len(lengths)), lengths, TOKENS_PER_BATCH))
-            instruction = len(processor.instruction()) * batches
+            batches = len(cut_by_budget(lengths, TOKENS_PER_BATCH))
+            instruction = len(processor.prompt.instruction()) * batches
             tokens[f"packed, {form}"] = sum(lengths) + instruction
         return {name: round(total / count, 2) for name, total in tokens.items()}
 

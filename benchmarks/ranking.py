@@ -1,11 +1,11 @@
 """Scoring and ranking speed: the packed test split, and a user's candidates, against the baseline.
 
-    python benchmarks/scoring.py
+    python benchmarks/ranking.py
 
 fp32, in turns, in one process. The fair baseline scores a seeded sample of the test rows and of the
 candidates, since all of them would take it half an hour; speeds are per row. Also measured: the
 backbone's linear layers in dynamic int8, with what that costs in AUC. Writes
-`benchmarks/results/scoring.json` and `scoring.png` (latency against number of candidates).
+`benchmarks/results/ranking.json` and `ranking.png` (latency against number of candidates).
 """
 
 import time
@@ -33,7 +33,7 @@ from workload import (
 from ccf_llm_hf.data.grouping import Group, group_rows
 from ccf_llm_hf.evaluation.metrics import auc
 from ccf_llm_hf.inference.ranker import CTRRanker
-from ccf_llm_hf.inference.scoring import score_split
+from ccf_llm_hf.inference.score_table import score_table
 
 PEERS = {
     "wording": "question_last",
@@ -56,7 +56,7 @@ def split_speed(work: Workload, sample: int, repeats: int) -> tuple[dict[str, An
     baseline = Baseline(model, work.backbone)
     processors = {form: work.processor(**PROMPTS[form]) for form in FORMATS}
     ways = {
-        form: lambda p=processor: score_split(model, p, test, history_window=WINDOW, progress=False)
+        form: lambda p=processor: score_table(model, p, test, progress=False)
         for form, processor in processors.items()
     }
     baseline.score(samples[:4], FAIR)
@@ -122,9 +122,7 @@ def latency(work: Workload, calls: int) -> tuple[dict[str, Any], list[dict]]:
             points[size] = min(rank_seconds(ranker, user, past, items) for _ in "12")
         results["by_candidates"][form] = points
         users = [user] * 8
-        together = timed(
-            lambda r=ranker, u=users: r.rank(user=u, history=[past] * 8, candidates=hundred)
-        )
+        together = timed(lambda r=ranker, u=users: r.rank_many(u, [past] * 8, [hundred] * 8))
         results["rank"][form]["per_user_in_a_batch_of_8"] = together / 8
     results["by_candidates"]["baseline"] = {n: slow["median"] / 100 * n for n in SIZES if n <= 300}
     return results, summary
@@ -156,10 +154,9 @@ def int8(work: Workload, checkpoint: str, rows: int) -> dict[str, Any]:
             model.model.language_model = torch.ao.quantization.quantize_dynamic(
                 model.language_model, {torch.nn.Linear}, dtype=torch.qint8
             )
-        window = processor.history_window
-        score_split(model, processor, part.select(range(20)), history_window=window, progress=False)
+        score_table(model, processor, part.select(range(20)), progress=False)
         started = time.perf_counter()
-        scores = score_split(model, processor, part, history_window=window, progress=False)
+        scores = score_table(model, processor, part, progress=False)["score"]
         seconds = time.perf_counter() - started
         report[kind] = {
             "rows_per_second": round(len(part) / seconds, 1),
@@ -190,7 +187,7 @@ def plot(points: dict[str, dict[int, float]], path: str) -> None:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = arguments(__doc__, "scoring.json")
+    parser = arguments(__doc__, "ranking.json")
     parser.add_argument("--checkpoint", default="runs/demo/checkpoint-slim", help="for int8")
     parser.add_argument("--sample", type=int, default=150, help="test rows the baseline scores")
     parser.add_argument("--repeats", type=int, default=1, help="turns over the test split")
