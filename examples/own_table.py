@@ -58,8 +58,7 @@ def build(table: Path, out: Path, backbone: str = "smollm2-135m-instruct") -> CT
         )
     )
     data = load_prepared(out / "data")
-    # Folds: a training row sees vectors that were fitted without it.
-    cf = fit_cf("mf", out / "data", out / "cf", MFConfig(cross_fit="folds"))
+    cf = fit_cf("mf", out / "data", out / "cf", MFConfig())
 
     folder, revision = load_backbone_path(backbone)
     tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)

@@ -68,6 +68,7 @@ def test_flags_override_the_file(content, tmp_path):
         ({"stages": []}, "stages"),
         ({"stages": ["text"]}, "stage 1"),
         ({"stages": [{**TEXT, "model": {"fusion": "gates"}}]}, "gates"),
+        ({"stages": [{**TEXT, "model": {"fusion": "concat"}}]}, "write `preset: concat`"),
         ({"stages": [{**TEXT, "preset": "text"}]}, "preset"),
         ({"stages": [{**TEXT, "epoch": 2}]}, "the unknown key 'epoch'"),
         (

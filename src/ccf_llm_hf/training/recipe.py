@@ -159,6 +159,11 @@ class Stage:
                 )
             if key not in kinds:
                 refuse_key(f"{self._place()}: `{section}`", str(key), section)
+            if key == "fusion" and value in PRESETS:
+                raise InputError(
+                    f"{self._place()}: {value} is a prompt now, no fusion: write `preset: {value}` "
+                    "in the stage"
+                )
             if key in CHOICES:
                 check_choice(self._place(), key, value, CHOICES[key])
             settings[key] = read_value(f"{self._place()}: `{section}.{key}`", kinds[key], value)
