@@ -305,7 +305,8 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
 
     def renew_cf(self) -> None:
         """Put an empty CF table of the configuration's sizes in the place of the present one."""
-        self.cf = CFTable(self.config).to(self.device)
+        config: Any = self.config
+        self.cf = CFTable(config).to(self.device)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
