@@ -31,7 +31,7 @@ from ccf_llm_hf.data.config import PrepareConfig
 from ccf_llm_hf.data.prepare import prepare
 from ccf_llm_hf.data.prepared import (
     PROTOCOL_FILE,
-    interactions,
+    earlier_interactions,
     load_prepared,
     load_protocol,
     read_rows,
@@ -247,8 +247,7 @@ class Bench:
         data = self.data(track)
         if track == "protocol":
             return read_rows(data, "train")
-        rows, start = interactions(data), read_rows(data, "validation")["timestamp"].min()
-        return rows[rows["timestamp"] < start]
+        return earlier_interactions(data)
 
     def figures(self, cell: Cell, scores: dict[str, pd.DataFrame]) -> dict[str, Any]:
         """Validation and test figures; probabilities are calibrated on validation."""

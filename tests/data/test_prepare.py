@@ -12,11 +12,14 @@ from raw_data import END, FORMATS, START, Raw, small_raw, write_raw
 from ccf_llm_hf.data import (
     PrepareConfig,
     PreparedData,
+    earlier_interactions,
     format_summary,
     interactions,
     load_prepared,
     prepare,
+    stored_histories,
 )
+from ccf_llm_hf.data.grouping import group_rows
 from ccf_llm_hf.data.sources import read_movielens_1m
 from ccf_llm_hf.errors import InputError
 
@@ -169,7 +172,15 @@ def test_milliseconds(prepared_config: Make) -> None:
         ({"rating_column": "stars"}, "ratings.csv has no column 'stars'"),
         ({"title_column": "name"}, "items.csv has no column 'name'"),
         ({"time_unit": "h"}, "--time-unit"),
-        ({"split": "random"}, "--split"),
+        ({"split": "tomorrow"}, "--split must be ratio, time or random, not 'tomorrow'"),
+        ({"seed": 1}, "--seed has no meaning without --split random"),
+        ({"split": "random", "time_column": "t"}, "--time-column has no meaning with --split rand"),
+        ({"split": "random", "valid_start": "9"}, "--valid-start has no meaning with --split rand"),
+        ({"split": "random", "ratios": [0.5, 0.5]}, "--ratios must be three positive numbers"),
+        ({"item_fields": ["author"]}, "items.csv has no column 'author'"),
+        ({"item_fields": ["title"]}, "--item-fields names 'title', which is the id"),
+        ({"item_fields": ["year", "year"]}, "--item-fields names 'year', which is the id"),
+        ({"field_separator": "|"}, "--field-separator has no meaning without --item-fields"),
         ({"split": "time"}, "--valid-start and --test-start"),
         ({"split": "time", "valid_start": "soon", "test_start": "9"}, "--valid-start 'soon'"),
         ({"split": "time", "valid_start": "9", "test_start": "8"}, "must lie before"),
@@ -193,6 +204,103 @@ def test_bad_options_are_input_errors(options: dict, message: str, prepared_conf
 def test_protocol_options_cannot_change_movielens(prepared_config: Make) -> None:
     with pytest.raises(InputError, match="--positive-threshold has no meaning"):
         prepare(prepared_config(None, "dat", positive_threshold=3.0))
+
+
+def without_times(tmp_path: Path, **options: object) -> PreparedData:
+    """The small data set as tables without a column of times, split at random."""
+    given = write_raw(small_raw(12, 24), "csv", tmp_path)
+    pd.read_csv(given["interactions"]).drop(columns="timestamp").to_csv(
+        given["interactions"], index=False
+    )
+    chosen = {**given, "split": "random", "out": str(tmp_path / "out"), **options}
+    return load_prepared(prepare(PrepareConfig(**chosen), summary=False))
+
+
+@pytest.mark.parametrize("histories", ["likes", "signed"])
+def test_a_table_without_times_is_split_at_random(tmp_path: Path, histories: str) -> None:
+    data = without_times(tmp_path, histories=histories)
+    assert data.protocol["has_times"] is False
+    assert "seed 0" in data.protocol["split_rule"]
+    log = interactions(data.path)
+    train = log[log["split"] == "train"]
+    shown = train if histories == "signed" else train[train["label"] == 1]
+    for row in data.splits["test"]:
+        assert row["history"] == shown[shown["user_id"] == row["user_id"]]["item_id"].tolist()
+    for row in data.splits["train"]:
+        assert row["item_id"] not in row["history"]
+        assert set(row["history"]) <= set(shown[shown["user_id"] == row["user_id"]]["item_id"])
+    # Nothing of validation or test is in what a stored user is served with either.
+    assert stored_histories(data.path).keys() <= set(train["user_id"])
+    served = stored_histories(data.path)[log["user_id"][0]]
+    assert len(served) == (shown["user_id"] == log["user_id"][0]).sum()
+    assert earlier_interactions(data.path).equals(train.reset_index(drop=True))
+
+
+@pytest.mark.parametrize("histories", ["likes", "signed"])
+def test_rows_of_a_random_split_are_grouped(tmp_path: Path, histories: str) -> None:
+    data = without_times(tmp_path, histories=histories, max_history=8)
+    for split in data.splits.values():
+        groups = group_rows(split, (6, 2))
+        assert sorted(row for group in groups for row in group.rows) == list(range(len(split)))
+        for group in groups:
+            for row, length in zip(group.rows, group.history_lengths, strict=True):
+                shown = [
+                    item["id"] if isinstance(item, dict) else item
+                    for item in group.history[:length]
+                ]
+                assert shown == split[row]["history"][len(split[row]["history"]) - length :]
+
+
+def test_frozen_histories_of_a_split_by_time(prepared_config: Make) -> None:
+    data = load_prepared(prepare(prepared_config(frozen_histories=True), summary=False))
+    train = set(zip(*(data.splits["train"][name] for name in ("user_id", "item_id")), strict=True))
+    for row in data.splits["test"]:
+        assert all((row["user_id"], item) in train for item in row["history"])
+    assert "frozen" in data.protocol["history_rule"]
+    assert data.protocol["frozen_histories"] is True
+    growing = load_prepared(prepare(prepared_config(), summary=False))
+    assert growing.protocol["frozen_histories"] is False
+    assert growing.splits["test"]["history"] != data.splits["test"]["history"]
+    assert growing.splits["train"]["history"][:] == data.splits["train"]["history"][:]
+
+
+def test_movielens_histories_can_be_frozen_and_genres_are_a_field(prepared_config: Make) -> None:
+    config = prepared_config(None, "dat", frozen_histories=True)
+    data = load_prepared(prepare(config, summary=False))
+    assert data.protocol["frozen_histories"] is True
+    assert data.protocol["item_fields"] == ["genres"]
+    assert data.items["genres"][0] == ["Drama", "War"]
+
+
+def test_item_fields_are_text_or_lists_of_text(tmp_path: Path) -> None:
+    raw = small_raw()
+    raw.items[0] = ("0", "Movie 0", "", "Drama|War")
+    raw.items[1] = ("1", "Movie 1", "1991", "")
+    options = write_raw(raw, "csv", tmp_path)
+    items = pd.read_csv(options["items"])  # years are floating-point numbers here
+    items["tags"] = [["a", " b "], None, *([["c"]] * (len(items) - 2))]
+    options["items"] = str(tmp_path / "items.parquet")
+    items.to_parquet(options["items"])
+    fields = ["genres", "year", "tags"]
+    config = PrepareConfig(
+        **options, out=str(tmp_path / "out"), item_fields=fields, field_separator="|"
+    )
+    data = load_prepared(prepare(config, summary=False))
+    assert data.protocol["item_fields"] == fields
+    assert data.items["year"][:3] == ["", "1991", "1992"]
+    assert data.items["genres"][:3] == [["Drama", "War"], [], ["Drama", "War"]]
+    assert data.items["tags"][:3] == [["a", "b"], [], ["c"]]
+
+
+def test_fields_in_a_single_table(tmp_path: Path) -> None:
+    options = write_raw(small_raw(), "csv", tmp_path)
+    table = pd.read_csv(options["interactions"]).merge(pd.read_csv(options["items"]))
+    table.to_csv(options["interactions"], index=False)
+    options["items"] = None
+    config = PrepareConfig(**options, out=str(tmp_path / "out"), item_fields=["genres"])
+    data = load_prepared(prepare(config, summary=False))
+    assert data.items.column_names == ["item_id", "title", "genres"]
+    assert data.items["genres"][0] == "Drama|War"
 
 
 @pytest.mark.parametrize("source", ["amazon-books", "collm"])

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +13,7 @@ from ccf_llm_hf.data.protocol import (
     TimeSplit,
     build_samples,
     describe_splits,
+    split_at_random,
     split_by_ratio,
 )
 from ccf_llm_hf.errors import InputError
@@ -174,3 +177,116 @@ def test_signed_histories_hold_all_that_lies_strictly_earlier_with_its_label() -
     (last,) = as_rows(samples, "test")
     assert (last["history"], last["history_labels"]) == (["a", "b", "c"], [0, 1, 0])
     assert last["split_position"] == 0
+
+
+RATIOS = [0.8, 0.1, 0.1]
+
+
+def drawn(users: int, items: int, seed: int = 0, backwards: bool = False) -> pd.DataFrame:
+    """Every user rates every item; split at random, liked where the numbers add up to an even one.
+
+    Rows come item by item, or the other way round."""
+    rows = [(f"u{u}", f"i{i}", (u + i) % 2) for i in range(items) for u in range(users)]
+    table = pd.DataFrame(rows[:: -1 if backwards else 1], columns=["user_id", "item_id", "label"])
+    table["split"], table["timestamp"] = split_at_random(
+        table["user_id"], table["item_id"], RATIOS, seed
+    )
+    return table
+
+
+def all_rows(table: pd.DataFrame, **options: Any) -> dict[str, list[dict]]:
+    samples = build_samples(table, frozen=True, **options)
+    return {name: as_rows(samples, name) for name in SPLITS}
+
+
+def test_a_random_split_has_the_shares_asked_for() -> None:
+    split, _ = split_at_random(["u"] * 20_000, [str(n) for n in range(20_000)], RATIOS, 0)
+    assert np.bincount(split) / len(split) == pytest.approx(RATIOS, abs=0.008)
+    across, _ = split_at_random([str(n) for n in range(20_000)], ["i"] * 20_000, RATIOS, 0)
+    assert np.bincount(across) / len(across) == pytest.approx(RATIOS, abs=0.008)
+
+
+def test_two_users_are_split_independently_of_each_other() -> None:
+    table = drawn(40, 100)
+    test = table.pivot(index="user_id", columns="item_id", values="split").to_numpy() == 2
+    together = test.astype(float) @ test.T
+    counts = test.sum(1)
+    # Of two users' some ten test items each, about one is shared.
+    expected = np.outer(counts, counts) / 100
+    off = ~np.eye(40, dtype=bool)
+    assert together[off].mean() == pytest.approx(expected[off].mean(), rel=0.1)
+    assert together[off].max() <= 7
+
+
+def test_a_random_split_depends_on_the_seed_and_not_on_the_order_of_the_file() -> None:
+    key = ["user_id", "item_id"]
+    first, again, other = (
+        drawn(20, 30, **options).sort_values(key, ignore_index=True)
+        for options in ({}, {"backwards": True}, {"seed": 1})
+    )
+    pd.testing.assert_frame_equal(first, again)
+    train = first["split"] == 0
+    assert not (first["split"] == other["split"]).all()
+    # The order among training rows is drawn anew as well.
+    both = train & (other["split"] == 0)
+    assert not (first["timestamp"] == other["timestamp"])[both].all()
+
+
+def test_positions_count_a_users_rows_through_the_splits() -> None:
+    table = drawn(20, 30).sort_values(["user_id", "timestamp"])
+    for _, rows in table.groupby("user_id"):
+        assert rows["timestamp"].tolist() == list(range(30))
+        assert rows["split"].is_monotonic_increasing
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_random_histories_hold_training_rows_before_ones_own(signed: bool) -> None:
+    table = drawn(20, 30)
+    found = all_rows(table, signed=signed)
+    for user, rows in table.groupby("user_id"):
+        train = rows[rows["split"] == 0].sort_values("timestamp")
+        shown = train if signed else train[train["label"] == 1]
+        for name in ("validation", "test"):
+            for row in (row for row in found[name] if row["user_id"] == user):
+                assert row["history"] == shown["item_id"].tolist()
+        mine = [row for row in found["train"] if row["user_id"] == user]
+        assert [row["item_id"] for row in mine] == train["item_id"].tolist()
+        for row in mine:
+            before = shown["timestamp"] < row["timestamp"]
+            assert row["history"] == shown.loc[before, "item_id"].tolist()
+            assert row["item_id"] not in row["history"]
+            if signed:
+                assert row["history_labels"] == shown.loc[before, "label"].tolist()
+
+
+def test_random_histories_are_cut_as_others_are() -> None:
+    whole, cut = (all_rows(drawn(6, 30), max_history=most) for most in (None, 4))
+    for name in SPLITS:
+        for row, short in zip(whole[name], cut[name], strict=True):
+            assert short["history"] == row["history"][-4:]
+            assert short["history_dropped"] == max(0, len(row["history"]) - 4)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_frozen_histories_of_a_split_by_time_end_with_training(signed: bool) -> None:
+    split = TimeSplit(valid_start=10, test_start=20, train_start=5, end=30)
+    rows = [
+        ("u", "before", 1, 1),
+        ("u", "a", 6, 1),
+        ("u", "b", 7, 1),
+        ("u", "valid", 11, 1),
+        ("u", "valid2", 12, 1),
+        ("u", "test", 21, 1),
+    ]
+    found = all_rows(frame(rows, split), signed=signed)
+    outside = ["before"] if signed else []
+    assert [row["history"] for row in found["train"]] == [outside, [*outside, "a"]]
+    for name in ("validation", "test"):
+        assert all(row["history"] == [*outside, "a", "b"] for row in found[name])
+    growing = as_rows(build_samples(frame(rows, split), signed=signed), "test")
+    assert growing[0]["history"] == [*outside, "a", "b", "valid", "valid2"]
+
+
+def test_statistics_without_times() -> None:
+    samples = build_samples(drawn(20, 30), frozen=True)
+    assert "first_timestamp" not in describe_splits(samples, has_times=False)["test"]

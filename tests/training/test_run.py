@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,16 @@ def test_a_cf_table_of_other_data_is_refused(settings, cf_dir, tmp_path):
     CFVectors.from_tables({"u1": [1.0]}, {"i1": [1.0]}).save(tmp_path / "cf")
     recipe = write_recipe({**settings, "cf_dir": str(tmp_path / "cf")}, tmp_path / "run", STAGES)
     with pytest.raises(InputError, match=r"lacks .* items"):
+        run_recipe(recipe)
+
+
+def test_snapshots_in_time_are_refused_for_data_without_times(settings, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(settings["data_dir"], data)
+    protocol = json.loads((data / "protocol.json").read_text()) | {"has_times": False}
+    (data / "protocol.json").write_text(json.dumps(protocol))
+    recipe = write_recipe({**settings, "data_dir": str(data)}, tmp_path / "run", STAGES)
+    with pytest.raises(InputError, match=r"snapshots in time, and .* without times"):
         run_recipe(recipe)
 
 

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from ccf_llm_hf.cf.folds import fold_of
 from ccf_llm_hf.cf.solver import Rows
-from ccf_llm_hf.data.prepared import interactions, rating_midpoint, read_items, read_rows
+from ccf_llm_hf.data.prepared import (
+    earlier_interactions,
+    has_times,
+    rating_midpoint,
+    read_items,
+    read_rows,
+)
 from ccf_llm_hf.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -25,7 +31,8 @@ class TrainingData:
     """Rows to fit in order of time, with their times `(n,)`, and of validation, with the users'
     codes `(n,)`; user and item ids in table order. In `validation` an index below zero is unknown.
     `split_times` are those of the train split alone, which snapshots are cut by; `rating_scale` is
-    `(midpoint, slope)` of graded labels.
+    `(midpoint, slope)` of graded labels. Without `has_times` times are positions among a user's
+    rows.
     """
 
     train: Rows
@@ -36,6 +43,7 @@ class TrainingData:
     items: pd.DataFrame
     split_times: np.ndarray
     rating_scale: tuple[float, float] | None = None
+    has_times: bool = True
 
 
 def load_training_data(folder: Path, which: str = "train", targets: str = "labels") -> TrainingData:
@@ -59,8 +67,7 @@ def load_training_data(folder: Path, which: str = "train", targets: str = "label
             )
     split_times, scale = train["timestamp"].to_numpy(), None
     if which == "earlier":
-        train = interactions(folder)
-        train = train[train["timestamp"] < validation["timestamp"].min()].reset_index(drop=True)
+        train = earlier_interactions(folder)
     if targets == "graded":
         scale = (rating_midpoint(train), GRADED_SLOPE)
         graded = 1 / (1 + np.exp(-scale[1] * (train["rating"] - scale[0])))
@@ -81,6 +88,7 @@ def load_training_data(folder: Path, which: str = "train", targets: str = "label
         items,
         split_times,
         scale,
+        has_times(folder),
     )
 
 
@@ -115,7 +123,15 @@ def slice_by_time(data: TrainingData, snapshots: int, width: int) -> tuple[np.nd
     Returns:
         Snapshot times, ascending, one more than there are slices, and how many of the time-ordered
         rows lie before each: the first is fitted on what precedes the train split, the last on all.
+
+    Raises:
+        InputError: the data has no times.
     """
+    if not data.has_times:
+        raise InputError(
+            "CF snapshots are cut by time, and this data was split at random, without times: fit "
+            "mf or lightgcn with cross_fit=folds"
+        )
     times = data.split_times
     count = min(snapshots, max(1, limit_tables(data, width) - 1))
     if count < snapshots:

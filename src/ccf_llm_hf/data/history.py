@@ -19,7 +19,8 @@ def stored_history(data_dir: str | Path, user: str) -> list[Any]:
     """Items that a user liked, over all splits, oldest first; in a folder with signed histories all
     that the user rated, as dicts of `id` with `rating` or `liked`.
 
-    Which rows count is as in the histories that `prepare` writes.
+    Which rows count is as in the histories that `prepare` writes: frozen ones hold none of
+    validation or test.
 
     Args:
         data_dir: prepared folder.
@@ -41,7 +42,10 @@ def stored_history(data_dir: str | Path, user: str) -> list[Any]:
 def _shown(data_dir: str | Path, user: str | None = None) -> pd.DataFrame:
     rows = interactions(data_dir)
     rows = rows if user is None else rows[rows["user_id"] == user]
-    if load_protocol(Path(data_dir)).get("histories") != "signed":
+    protocol = load_protocol(Path(data_dir))
+    if protocol.get("frozen_histories"):
+        rows = rows[~rows["split"].isin(["validation", "test"])]
+    if protocol.get("histories") != "signed":
         rows = rows[(rows["split"] != "") & (rows["label"] == 1)]
         return rows.assign(shown=rows["item_id"])
     key, column = ("liked", "label") if rows["rating"].isna().any() else ("rating", "rating")

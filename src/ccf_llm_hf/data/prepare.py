@@ -1,6 +1,7 @@
 """Turn a source of interactions into a prepared folder (`ccf-llm prepare`)."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from ccf_llm_hf.data import amazon, assets, collm
+from ccf_llm_hf.data import amazon, assets, book_crossing, collm
 from ccf_llm_hf.data.asset_list import ASSETS, MOVIELENS_LICENSE
 from ccf_llm_hf.data.config import SOURCES, PrepareConfig
 from ccf_llm_hf.data.folder import check_output, write_prepared
@@ -19,6 +20,7 @@ from ccf_llm_hf.data.protocol import (
     TimeSplit,
     build_samples,
     describe_splits,
+    split_at_random,
     split_by_ratio,
 )
 from ccf_llm_hf.data.sources import (
@@ -31,6 +33,7 @@ from ccf_llm_hf.data.sources import (
 )
 from ccf_llm_hf.data.validation import (
     RejectionReport,
+    clean_fields,
     clean_interactions,
     clean_items,
     parse_times,
@@ -43,14 +46,19 @@ MOVIELENS = {
     "ml-latest-small": read_movielens_latest_small,
 }
 UNKNOWN_LICENSE = "that of the source"
-SIGNED_HISTORY_RULE = (
+LIKES_RULE = (
+    "the items of the user's earlier rows with label 1, oldest first, carried across splits; rows "
+    "outside all splits do not count"
+)
+SIGNED_RULE = (
     "all items of the user's rows at earlier times, oldest first, rows outside all splits too, "
     "with their labels in `history_labels`"
 )
-HISTORY_RULE = (
-    "the items of the user's earlier rows with label 1, oldest first, carried across splits; rows "
-    "outside all splits do not count; ties in time are ordered by first appearance of the item in "
-    "the ratings file"
+TIES_RULE = "ties in time are ordered by first appearance of the item in the ratings file"
+FROZEN_RULE = "rows of validation and test are in no history (frozen histories)"
+NO_TIMES = (
+    "position, from 0, in a random order of the user's rows, those of train first, then "
+    "validation, then test; the data has no times"
 )
 
 
@@ -71,11 +79,13 @@ def prepare(config: PrepareConfig, *, summary: bool = True) -> Path:
         if config.source == "collm":
             samples, rows, items = collm.read_collm(_input_folder(config))
             protocol = _protocol(config) | _published_protocol(collm.is_movielens(items))
+            fields: list[str] = []
             bar.update(2)
         else:
             raw, protocol = _read_source(config)
             _advance(bar, config, "check rows")
             items = clean_items(raw, report)
+            fields = _keep_fields(config, items)
             rows = clean_interactions(raw, items, report, config.time_unit)
             del raw
             _advance(bar, config, "split")
@@ -85,12 +95,13 @@ def prepare(config: PrepareConfig, *, summary: bool = True) -> Path:
                 protocol["source"] += f", {len(rows):,} ratings, the last of {last}"
             if config.source == "amazon-books":
                 rows, protocol["split_rule"] = amazon.keep_active(rows)
+            if config.source in ("amazon-books", "book-crossing"):
                 items = items[items["item_id"].isin(rows["item_id"])].reset_index(drop=True)
-            split = _choose_split(config, rows["timestamp"].to_numpy(), protocol)
-            samples = _label_and_split(config, rows, split)
-        protocol["splits"] = describe_splits(samples)
+            samples = _label_and_split(config, rows, protocol)
+        protocol["splits"] = describe_splits(samples, protocol["has_times"])
         protocol["accepted_rows"], protocol["catalog_items"] = len(rows), len(items)
         protocol["item_columns"] = [c for c in items.columns if c not in ("item_id", "title")]
+        protocol["item_fields"] = fields
         protocol["rejected"] = report.reasons
         _advance(bar, config, "write")
         write_prepared(out, samples, rows, items, protocol)
@@ -119,8 +130,13 @@ def _check_options(config: PrepareConfig) -> None:
         raise InputError(f"--max-history must be at least 1, not {config.max_history}")
     if config.source in ("amazon-books", "collm") and not config.input:
         raise InputError(f"the source `{config.source}` needs --input FOLDER with its files")
-    if config.source != "table":
-        return
+    if config.source == "table":
+        _check_table_options(config)
+    elif config.source == "book-crossing" and config.split not in (None, "random"):
+        raise InputError(f"book-crossing has no times: --split must be random, not {config.split}")
+
+
+def _check_table_options(config: PrepareConfig) -> None:
     if not config.interactions:
         raise InputError("the source `table` needs --interactions FILE")
     if bool(config.rating_column) == bool(config.label_column):
@@ -129,28 +145,53 @@ def _check_options(config: PrepareConfig) -> None:
         raise InputError(f"--time-unit must be s or ms, not {config.time_unit!r}")
     if config.language and not re.fullmatch(r"[a-z]{2,3}", config.language):
         raise InputError(f"--language must be an ISO 639 code such as en, not {config.language!r}")
-    if config.split not in ("ratio", "time"):
-        raise InputError(f"--split must be ratio or time, not {config.split!r}")
+    if config.split not in (None, "ratio", "time", "random"):
+        raise InputError(f"--split must be ratio, time or random, not {config.split!r}")
     if config.split == "time" and not (config.valid_start and config.test_start):
         raise InputError("--split time needs --valid-start and --test-start")
+    random = ("time_column", "time_unit", "valid_start", "test_start")
+    for name in random if config.split == "random" else ("seed",):
+        if getattr(config, name) != getattr(PrepareConfig, name):
+            where = "with --split random" if name in random else "without --split random"
+            raise InputError(f"{_flag(name)} has no meaning {where}: leave it out")
+    taken = {"item_id", "title", config.item_column, config.title_column}
+    for place, name in enumerate(config.item_fields):
+        if name in taken or name in config.item_fields[:place]:
+            raise InputError(
+                f"--item-fields names {name!r}, which is the id, the title or named twice: leave "
+                "it out"
+            )
+    if config.field_separator is not None and not config.item_fields:
+        raise InputError("--field-separator has no meaning without --item-fields: leave it out")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _refuse_idle_options(config: PrepareConfig) -> None:
     """Refuse an option that the source would not look at: silence would change the protocol."""
     fetched = {"input", "offline", "cache_dir"}
-    histories = {"histories", "max_history"}
+    histories = {"histories", "max_history", "frozen_histories"}
     options = {option.name for option in fields(config)}
     if config.source == "table":
         used = options - fetched
     elif config.source in MOVIELENS:
         used = fetched | histories
+    elif config.source == "book-crossing":
+        used = fetched | histories | {"split", "ratios", "seed"}
     else:
         used = {"input"} if config.source == "collm" else {"input"} | histories
     default = PrepareConfig()
     for name in sorted(options - used - {"source", "out"}):
         if getattr(config, name) != getattr(default, name):
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} has no meaning for the source {config.source}: leave it out")
+            raise InputError(
+                f"{_flag(name)} has no meaning for the source {config.source}: leave it out"
+            )
+
+
+def _is_random(config: PrepareConfig) -> bool:
+    return config.source == "book-crossing" or config.split == "random"
 
 
 def _protocol(config: PrepareConfig) -> dict:
@@ -160,21 +201,39 @@ def _protocol(config: PrepareConfig) -> dict:
         "name": config.name or config.source,
         "label_rule": f"1 if rating >= {_threshold(config):g}, else 0",
         "split_rule": "",
-        "history_rule": HISTORY_RULE,
+        "history_rule": _history_rule(config),
         "histories": config.histories,
+        "frozen_histories": config.frozen_histories or _is_random(config),
+        "has_times": not _is_random(config),
     }
-    if config.histories == "signed":
-        protocol["history_rule"] = SIGNED_HISTORY_RULE
-    if config.max_history:
-        protocol["history_rule"] += (
-            f"; only the latest {config.max_history} are stored, `history_dropped` counts the "
-            "others"
-        )
+    if _is_random(config):
+        protocol["timestamp_rule"] = NO_TIMES
     return protocol
 
 
+def _history_rule(config: PrepareConfig) -> str:
+    if _is_random(config):
+        rule = "the items of the user's training rows"
+        rule += ", with their labels in `history_labels`" * (config.histories == "signed")
+        rule += ", with label 1" * (config.histories == "likes")
+        rule += (
+            ": of a training row those before it in a random order of the user's rows, of a row of "
+            "validation or test all of them, in that order"
+        )
+    else:
+        rule = SIGNED_RULE if config.histories == "signed" else f"{LIKES_RULE}; {TIES_RULE}"
+        rule += f"; {FROZEN_RULE}" if config.frozen_histories else ""
+    if config.max_history:
+        rule += (
+            f"; only the latest {config.max_history} are stored, `history_dropped` counts the "
+            "others"
+        )
+    return rule
+
+
 def _threshold(config: PrepareConfig) -> float:
-    return 5.0 if config.source == "amazon-books" else config.positive_threshold
+    fixed = {"amazon-books": 5.0, "book-crossing": book_crossing.LIKED}
+    return fixed.get(config.source, config.positive_threshold)
 
 
 def _input_folder(config: PrepareConfig) -> Path:
@@ -204,10 +263,11 @@ def _read_source(config: PrepareConfig) -> tuple[RawTables, dict]:
         columns = ColumnNames(
             config.user_column,
             config.item_column,
-            config.time_column,
+            None if _is_random(config) else config.time_column,
             config.title_column,
             config.rating_column,
             config.label_column,
+            tuple(config.item_fields),
         )
         protocol["name"] = config.name or interactions.name.split(".")[0]
         protocol["source"] = " and ".join(file.name for file in (interactions, items) if file)
@@ -230,11 +290,27 @@ def _read_source(config: PrepareConfig) -> tuple[RawTables, dict]:
         config.source, path=config.input, offline=config.offline, cache_dir=config.cache_dir
     )
     asset = ASSETS[config.source]
-    raw = MOVIELENS[config.source](folder)
+    if config.source == "book-crossing":
+        raw, protocol["item_rule"] = book_crossing.read_book_crossing(folder)
+        protocol["row_rule"] = book_crossing.ROW_RULE
+    else:
+        raw = MOVIELENS[config.source](folder)
+        protocol["language"] = "en"
     protocol["source"] = f"{asset.description}; read from {raw.interactions_file}"
     protocol |= {"license": asset.license, "redistributable": False, "citation": asset.citation}
-    protocol["language"] = "en"
     return raw, protocol
+
+
+def _keep_fields(config: PrepareConfig, items: pd.DataFrame) -> list[str]:
+    """Names of the columns that describe items, which are made text or lists of text in place."""
+    if config.source in MOVIELENS:
+        items["genres"] = items["genres"].str.split("|")
+        names: Sequence[str] = ("genres",)
+    else:
+        is_books = config.source == "book-crossing"
+        names = book_crossing.FIELDS if is_books else config.item_fields
+    clean_fields(items, names, config.field_separator)
+    return list(names)
 
 
 def _choose_split(config: PrepareConfig, timestamps: np.ndarray, protocol: dict) -> TimeSplit:
@@ -283,14 +359,30 @@ def _date(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _label_and_split(config: PrepareConfig, rows: pd.DataFrame, split: TimeSplit) -> Samples:
-    """Add the columns label, rating and split to `rows` in place, and build the samples."""
+def _label_and_split(config: PrepareConfig, rows: pd.DataFrame, protocol: dict) -> Samples:
+    """Add the columns label, rating and split to `rows` in place, where there are no times also
+    timestamp, and build the samples; the rule of the splits goes into `protocol`."""
     if "label" in rows:
         rows["rating"] = np.nan
     else:
         rows["label"] = (rows["rating"] >= _threshold(config)).astype("int64")
-    rows["split"] = split.assign(rows["timestamp"].to_numpy())
-    return build_samples(rows, config.max_history, signed=config.histories == "signed")
+    if _is_random(config):
+        rows["split"], rows["timestamp"] = split_at_random(
+            rows["user_id"], rows["item_id"], config.ratios, config.seed
+        )
+        shares = "/".join(f"{ratio:g}" for ratio in config.ratios)
+        protocol["split_rule"] = (
+            f"at random, {shares}, by a hash of user, item and seed {config.seed}"
+        )
+    else:
+        times = rows["timestamp"].to_numpy()
+        rows["split"] = _choose_split(config, times, protocol).assign(times)
+    return build_samples(
+        rows,
+        config.max_history,
+        signed=config.histories == "signed",
+        frozen=protocol["frozen_histories"],
+    )
 
 
 def format_summary(protocol: dict, out: Path) -> str:

@@ -29,10 +29,11 @@ class PreparedData:
     """A prepared folder in memory.
 
     `splits` has train, validation and test with columns user_id, item_id (str), label (int64),
-    timestamp (int64, Unix seconds), history (list of item ids, oldest first), split_position
-    (int64) and not_cold (bool), and where histories are signed `history_labels` (list
-    of 0/1) and, if there are ratings, `history_ratings` (list of float32);
-    `items` has item_id, title and any other column; `protocol` is protocol.json.
+    timestamp (int64, Unix seconds, but see `has_times`), history (list of item ids, oldest first),
+    split_position (int64) and not_cold (bool), and where histories are signed `history_labels`
+    (list of 0/1) and, if there are ratings, `history_ratings` (list of float32);
+    `items` has item_id, title and any other column, of which those in the protocol's `item_fields`
+    describe the item, as text or lists of text; `protocol` is protocol.json.
     """
 
     path: Path
@@ -66,13 +67,36 @@ def interactions(data_dir: str | Path) -> pd.DataFrame:
     """Every accepted interaction of a prepared folder, in order of time.
 
     Columns: user_id, item_id, rating (float64, NaN if the data has labels only), label (int64),
-    timestamp (int64), split (train, validation, test, or "" when in none).
+    timestamp (int64, see `has_times`), split (train, validation, test, or "" when in none).
 
     Raises:
         InputError: the folder or its interactions file is missing or cannot be read.
     """
     load_protocol(Path(data_dir))
     return _read(Path(data_dir), INTERACTIONS_FILE).to_pandas()
+
+
+def has_times(data_dir: str | Path) -> bool:
+    """Whether a prepared folder's timestamps are Unix seconds. If not, each is the position of the
+    row in a random order of its user's rows, those of train first.
+
+    Raises:
+        InputError: no such folder.
+    """
+    return load_protocol(Path(data_dir)).get("has_times", True)
+
+
+def earlier_interactions(data_dir: str | Path) -> pd.DataFrame:
+    """The interactions before the validation split; of data without times those of train.
+
+    Raises:
+        InputError: as `interactions`.
+    """
+    rows = interactions(data_dir)
+    if has_times(data_dir):
+        start = read_rows(data_dir, "validation")["timestamp"].min()
+        return rows[rows["timestamp"] < start].reset_index(drop=True)
+    return rows[rows["split"] == "train"].reset_index(drop=True)
 
 
 def read_rows(data_dir: str | Path, split: str) -> pd.DataFrame:

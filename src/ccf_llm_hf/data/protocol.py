@@ -1,4 +1,4 @@
-"""Labels, temporal splits and histories: what turns a log of interactions into CTR samples.
+"""Labels, splits and histories: what turns a log of interactions into CTR samples.
 
 Pure functions of arrays. Nothing here looks at a file.
 """
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from ccf_llm_hf.data.hashing import Ids, hash_pairs
 from ccf_llm_hf.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -48,13 +49,48 @@ def split_by_ratio(timestamps: np.ndarray, ratios: list[float]) -> TimeSplit:
     Raises:
         InputError: not three positive shares that add up to 1.
     """
-    if len(ratios) != 3 or min(ratios) <= 0 or abs(sum(ratios) - 1) > 1e-6:
-        raise InputError(f"--ratios must be three positive numbers that add up to 1, not {ratios}")
+    _check_ratios(ratios)
     ordered = np.sort(timestamps)
     # Rounded, not cut: 0.8 + 0.1 is a little less than 0.9 in floating point.
     at = [round(len(ordered) * share) for share in (ratios[0], ratios[0] + ratios[1])]
     valid_start, test_start = (int(ordered[min(i, len(ordered) - 1)]) for i in at)
     return TimeSplit(valid_start, test_start)
+
+
+def split_at_random(
+    users: Ids, items: Ids, ratios: list[float], seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits for data without times, and an order that stands for time.
+
+    A hash of the pair and the seed decides, so that neither depends on the order of the file.
+
+    Args:
+        users: n raw ids.
+        items: n raw ids; a pair occurs once.
+        ratios: chances of train, validation and test.
+        seed: another one gives another split and another order.
+
+    Returns:
+        The split of each row, 0, 1 or 2, `(n,)` int8; and its position among its user's rows from
+        0, `(n,)` int64: training rows in random order, then those of validation, then of test.
+
+    Raises:
+        InputError: not three positive shares that add up to 1.
+    """
+    _check_ratios(ratios)
+    drawn = hash_pairs(users, items, f"split {seed}") / 2.0**64
+    bounds = np.array([ratios[0], ratios[0] + ratios[1]])
+    split = np.searchsorted(bounds, drawn, side="right").astype(np.int8)
+    codes = pd.factorize(np.asarray(users, dtype=object))[0]
+    order = np.lexsort((hash_pairs(users, items, f"order {seed}"), split, codes))
+    position = np.empty(len(codes), dtype=np.int64)
+    position[order] = np.arange(len(codes)) - _find_run_starts(codes[order])
+    return split, position
+
+
+def _check_ratios(ratios: list[float]) -> None:
+    if len(ratios) != 3 or min(ratios) <= 0 or abs(sum(ratios) - 1) > 1e-6:
+        raise InputError(f"--ratios must be three positive numbers that add up to 1, not {ratios}")
 
 
 @dataclass
@@ -128,7 +164,11 @@ class Samples:
 
 
 def build_samples(
-    interactions: pd.DataFrame, max_history: int | None = None, *, signed: bool = False
+    interactions: pd.DataFrame,
+    max_history: int | None = None,
+    *,
+    signed: bool = False,
+    frozen: bool = False,
 ) -> Samples:
     """Order the rows of all splits by user and attach to each its history.
 
@@ -139,8 +179,9 @@ def build_samples(
     oldest first, carried across splits; rows outside the splits do not count (this, with that order
     of ties, gives CoLLM's published ML-1M files row for row). With `signed` it is all items of the
     user's rows at earlier times, those outside the splits too, with their labels (our choice; rows
-    equal in time are given at once and do not see each other's labels). `max_history` keeps the
-    latest ones only, and counts the others in `history_dropped`.
+    equal in time are given at once and do not see each other's labels). With `frozen` no history
+    holds a row of validation or test. `max_history` keeps the latest ones only, and counts the
+    others in `history_dropped`.
     """
     user, user_names = encode_ids(interactions["user_id"])
     item, item_names = encode_ids(interactions["item_id"])
@@ -151,6 +192,8 @@ def build_samples(
     )
 
     shown = np.ones(len(user), dtype=bool) if signed else (label == 1) & (split >= 0)
+    if frozen:
+        shown &= split <= 0
     earlier, earlier_labels = item[shown], label[shown] if signed else None
     ratings = None
     if signed and "rating" in interactions and interactions["rating"].notna().all():
@@ -202,8 +245,9 @@ def _find_run_starts(values: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(np.where(new, np.arange(len(values)), 0))
 
 
-def describe_splits(samples: Samples) -> dict[str, dict]:
-    """Per split: rows, users, items, positive rate, cold-start shares and the time span.
+def describe_splits(samples: Samples, has_times: bool = True) -> dict[str, dict]:
+    """Per split: rows, users, items, positive rate, cold-start shares and, of data with times, the
+    time span.
 
     Raises:
         InputError: a split has no rows.
@@ -223,7 +267,11 @@ def describe_splits(samples: Samples) -> dict[str, dict]:
             "positive_rate": float(samples.label[rows].mean()),
             **unseen,
             "not_cold_rows": int(samples.not_cold[rows].sum()),
-            "first_timestamp": int(samples.timestamp[rows].min()),
-            "last_timestamp": int(samples.timestamp[rows].max()),
         }
+        if has_times:
+            times = samples.timestamp[rows]
+            statistics[name] |= {
+                "first_timestamp": int(times.min()),
+                "last_timestamp": int(times.max()),
+            }
     return statistics

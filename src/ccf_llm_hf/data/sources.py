@@ -21,6 +21,7 @@ from ccf_llm_hf.errors import InputError
 GENRES_1 = "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama"
 GENRES_2 = "Fantasy Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"
 ML_100K_GENRES = f"{GENRES_1} {GENRES_2}".split()
+FIELDS_HINT = "name columns of this file with --item-fields"
 YEAR_IN_TITLE = r"\((\d{4})\)\s*$"
 
 
@@ -28,12 +29,14 @@ YEAR_IN_TITLE = r"\((\d{4})\)\s*$"
 class RawTables:
     """Raw data as read.
 
-    `interactions` has columns `user_id`, `item_id`, `timestamp`, `_line` (int64, 1-based) and
-    `rating` or `label`; `items` has `item_id`, `title`, `_line` and any other column. Values are
-    strings as they stand in a text file, or the column's own type in a parquet file. `malformed_*`
-    are numbers of lines with a wrong number of fields, which are in neither table. `untitled_items`
-    has the first line, in the interactions, of each item that is left out of `items` for want of a
-    title.
+    `interactions` has columns `user_id`, `item_id`, `_line` (int64, 1-based), `rating` or `label`,
+    and `timestamp` unless the data has no times; `items` has `item_id`, `title`, `_line` and any
+    other column. Values are strings as they stand in a text file, or the column's own type in a
+    parquet file. `malformed_*` are numbers of lines with a wrong number of fields, which are in
+    neither table. `untitled_items` has the first line, in the interactions, of each item that is
+    left out of `items` for want of a title. `not_rated` are the lines of interactions that hold no
+    rating, which are not in the table either. Users with fewer than `min_user_rows` usable rows are
+    to be left out.
     """
 
     interactions: pd.DataFrame
@@ -44,18 +47,22 @@ class RawTables:
     malformed_items: list[int] = field(default_factory=list)
     rating_range: tuple[float, float] | None = None
     untitled_items: list[int] = field(default_factory=list)
+    not_rated: list[int] = field(default_factory=list)
+    min_user_rows: int = 0
 
 
 @dataclass
 class ColumnNames:
-    """Names of the columns of a generic table. Exactly one of `rating` and `label` is used."""
+    """Names of the columns of a generic table. Exactly one of `rating` and `label` is used; without
+    `time` the data has no times. `fields` describe the items."""
 
     user: str = "user_id"
     item: str = "item_id"
-    time: str = "timestamp"
+    time: str | None = "timestamp"
     title: str = "title"
     rating: str | None = None
     label: str | None = None
+    fields: tuple[str, ...] = ()
 
 
 def read_lines(path: Path) -> pa.Array:
@@ -198,24 +205,30 @@ def read_tables(interactions: Path, items: Path | None, columns: ColumnNames) ->
     value = columns.label or columns.rating
     if value is None:
         raise InputError("name the column to predict: --rating-column or --label-column")
-    names = {"user_id": columns.user, "item_id": columns.item, "timestamp": columns.time}
+    names = {"user_id": columns.user, "item_id": columns.item}
+    if columns.time is not None:
+        names["timestamp"] = columns.time
     names["label" if columns.label else "rating"] = value
-    if len(set(names.values())) < 4:
+    if len(set(names.values())) < len(names):
         raise InputError(
-            f"user, item, time and rating (or label) must be four columns, "
+            f"user, item,{' time' if columns.time else ''} and rating (or label) must be "
+            f"{'four' if columns.time else 'three'} columns, "
             f"not {', '.join(map(repr, names.values()))}"
         )
     require_columns(table, list(names.values()), interactions.name)
     item_names = {"item_id": columns.item, "title": columns.title}
+    item_names |= {name: name for name in columns.fields}
     if items is None:
         require_columns(table, [columns.title], interactions.name, "or pass --items")
+        require_columns(table, columns.fields, interactions.name, FIELDS_HINT)
         bad_items: list[int] = []
         item_table = table[~table[columns.item].duplicated()]
         item_table = _select(item_table, {**item_names, "_line": "_line"}, keep_rest=False)
         item_table = item_table[item_table["item_id"].notna() & (item_table["item_id"] != "")]
     else:
         item_table, bad_items = _read_table(items)
-        require_columns(item_table, list(item_names.values()), items.name)
+        require_columns(item_table, [columns.item, columns.title], items.name)
+        require_columns(item_table, columns.fields, items.name, FIELDS_HINT)
         item_table = _select(item_table, item_names, keep_rest=True)
     return RawTables(
         _select(table, {**names, "_line": "_line"}, keep_rest=False),
@@ -236,28 +249,35 @@ def _select(table: pd.DataFrame, names: dict[str, str], keep_rest: bool) -> pd.D
 
 
 def _read_table(path: Path) -> tuple[pd.DataFrame, list[int]]:
+    suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+    if suffix in ("csv", "tsv"):
+        return read_csv_strings(path, "," if suffix == "csv" else "\t")
     if not path.is_file():
         raise InputError(f"{path} does not exist")
-    suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
-    if suffix not in ("csv", "tsv", "parquet"):
+    if suffix != "parquet":
         raise InputError(f"{path.name}: expected a .csv, .tsv (also .gz) or .parquet file")
-    bad: list[int] = []
     try:
-        if suffix == "parquet":
-            frame, first_line = pq.read_table(path).to_pandas(), 1
-        else:
-            (frame, bad), first_line = _read_csv(path, "," if suffix == "csv" else "\t"), 2
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        frame = pq.read_table(path).to_pandas()
+    except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        kind = "parquet" if suffix == "parquet" else f"{suffix} in UTF-8"
-        raise InputError(f"{path.name} cannot be read as {kind}: {reason}") from error
-    lines = np.arange(first_line, first_line + len(frame) + len(bad))
-    frame["_line"] = np.delete(lines, np.array(bad, dtype=np.int64) - first_line)
-    return frame, bad
+        raise InputError(f"{path.name} cannot be read as parquet: {reason}") from error
+    frame["_line"] = np.arange(1, len(frame) + 1)
+    return frame, []
 
 
-def _read_csv(path: Path, delimiter: str) -> tuple[pd.DataFrame, list[int]]:
-    """A quoted text file, every column as strings; also the numbers of rows that do not fit."""
+def read_csv_strings(
+    path: Path, delimiter: str, encoding: str = "utf8", escape: str | None = None
+) -> tuple[pd.DataFrame, list[int]]:
+    """A quoted text file, also .gz, with a header: every column as strings, and `_line` (int64).
+
+    Also the numbers of rows with a wrong number of fields, which are not in the table. `escape` is
+    the character before a quote that belongs to a value; without it such quotes are doubled.
+
+    Raises:
+        InputError: the file is missing or cannot be read, or two columns have one name.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
     bad: list[int] = []
 
     def skip(row: pa.csv.InvalidRow) -> str:
@@ -265,21 +285,34 @@ def _read_csv(path: Path, delimiter: str) -> tuple[pd.DataFrame, list[int]]:
         return "skip"
 
     # One thread: only then are the numbers of invalid rows known.
-    read = pa.csv.ReadOptions(use_threads=False)
+    read = pa.csv.ReadOptions(use_threads=False, encoding=encoding)
     parse = pa.csv.ParseOptions(
-        delimiter=delimiter, newlines_in_values=True, invalid_row_handler=lambda row: "skip"
+        delimiter=delimiter,
+        escape_char=escape or False,
+        newlines_in_values=True,
+        invalid_row_handler=lambda row: "skip",
     )
-    with pa.csv.open_csv(path, read_options=read, parse_options=parse) as reader:
-        names = reader.schema.names
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise InputError(f"{path.name} has several columns named {repeated[0]!r}: rename them")
-    convert = pa.csv.ConvertOptions(
-        column_types={name: pa.string() for name in names}, strings_can_be_null=False
-    )
-    parse.invalid_row_handler = skip
-    table = pa.csv.read_csv(path, read_options=read, parse_options=parse, convert_options=convert)
-    return table.to_pandas(), bad
+    try:
+        with pa.csv.open_csv(path, read_options=read, parse_options=parse) as reader:
+            names = reader.schema.names
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise InputError(f"{path.name} has several columns named {repeated[0]!r}: rename them")
+        convert = pa.csv.ConvertOptions(
+            column_types={name: pa.string() for name in names}, strings_can_be_null=False
+        )
+        parse.invalid_row_handler = skip
+        frame = pa.csv.read_csv(
+            path, read_options=read, parse_options=parse, convert_options=convert
+        ).to_pandas()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        kind = {",": "csv", "\t": "tsv"}.get(delimiter, f"text cut by {delimiter!r}")
+        named = {"utf8": "UTF-8", "latin-1": "Latin-1"}[encoding]
+        raise InputError(f"{path.name} cannot be read as {kind} in {named}: {reason}") from error
+    lines = np.arange(2, 2 + len(frame) + len(bad))
+    frame["_line"] = np.delete(lines, np.array(bad, dtype=np.int64) - 2)
+    return frame, bad
 
 
 def require_columns(table: pd.DataFrame, names: Sequence[str], file: str, mend: str = "") -> None:

@@ -4,6 +4,7 @@ Policies (our choice) are in `POLICIES`: one sentence per kind of bad row, writt
 `protocol.json` with the count and the first places. Nothing is repaired silently.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +22,9 @@ POLICIES = {
     "unknown_item": "item is not in the items table: dropped",
     "duplicate": "same user, item, time and value as an earlier row: first kept",
     "conflicting_duplicate": "same user, item and time as an earlier row, other value: first kept",
+    "repeated_pair": "same user and item as an earlier row, in data without times: first kept",
+    "not_rated": "rating 0, which means not rated: dropped",
+    "inactive_user": "user with fewer usable rows than the source's rule asks for: dropped",
     "malformed_item_line": "items table, wrong number of fields: dropped",
     "missing_item_id": "items table, empty id: dropped",
     "duplicate_item": "items table, id occurs again: first kept",
@@ -71,7 +75,7 @@ def clean_items(raw: RawTables, report: RejectionReport) -> pd.DataFrame:
     report.add("untitled_item", raw.interactions_file, raw.untitled_items)
     total = len(items) + len(raw.malformed_items)
     items["item_id"] = as_ids(items["item_id"])
-    items["title"] = _as_text(items["title"]).str.replace(r"\s*[\r\n\t]\s*", " ", regex=True)
+    items["title"] = fold_lines(_as_text(items["title"]))
     items = _drop(items, items["item_id"] == "", "missing_item_id", file, report)
     items = _drop(items, items["item_id"].duplicated(), "duplicate_item", file, report)
     report.check_share(file, len(items), total)
@@ -86,8 +90,9 @@ def clean_interactions(
 ) -> pd.DataFrame:
     """Usable interactions, in the order of the file.
 
-    Columns: `user_id` and `item_id` categorical (of str), `timestamp` int64 (Unix seconds), and
-    `rating` float64 or `label` int64. A row that is bad in several ways is counted once, under the
+    Columns: `user_id` and `item_id` categorical (of str), `timestamp` int64 (Unix seconds) unless
+    the data has no times, when each pair of user and item has one row; and `rating` float64 or
+    `label` int64. A row that is bad in several ways is counted once, under the
     first reason.
 
     Raises:
@@ -95,10 +100,13 @@ def clean_interactions(
     """
     rows, file = raw.interactions.copy(deep=False), raw.interactions_file
     report.add("malformed_line", file, raw.malformed_interactions)
+    report.add("not_rated", file, raw.not_rated)
     total = len(rows) + len(raw.malformed_interactions)
     for side in ("user_id", "item_id"):
         rows[side] = _categorical(as_ids(rows[side]))
-    rows["timestamp"] = parse_times(rows["timestamp"], time_unit)
+    has_times = "timestamp" in rows
+    if has_times:
+        rows["timestamp"] = parse_times(rows["timestamp"], time_unit)
     value = "label" if "label" in rows else "rating"
     if value == "label":
         rows["label"] = _parse_labels(rows["label"])
@@ -107,17 +115,58 @@ def clean_interactions(
 
     missing = (rows["user_id"] == "") | (rows["item_id"] == "")
     rows = _drop(rows, missing, "missing_id", file, report)
-    rows = _drop(rows, rows["timestamp"].isna(), "invalid_time", file, report)
+    if has_times:
+        rows = _drop(rows, rows["timestamp"].isna(), "invalid_time", file, report)
     rows = _drop(rows, rows[value].isna(), f"invalid_{value}", file, report)
     known = rows["item_id"].isin(items["item_id"])
     rows = _drop(rows, ~known, "unknown_item", file, report)
-    key = ["user_id", "item_id", "timestamp"]
-    if rows.duplicated(key).any():
+    key = ["user_id", "item_id", *(["timestamp"] if has_times else [])]
+    if not has_times:
+        rows = _drop(rows, rows.duplicated(key), "repeated_pair", file, report)
+    elif rows.duplicated(key).any():
         rows = _drop(rows, rows.duplicated([*key, value]), "duplicate", file, report)
         rows = _drop(rows, rows.duplicated(key), "conflicting_duplicate", file, report)
     report.check_share(file, len(rows), total)
-    rows = rows.astype({"timestamp": "int64", value: "int64" if value == "label" else "float64"})
+    if raw.min_user_rows:
+        few = rows["user_id"].map(rows["user_id"].value_counts()).astype(int) < raw.min_user_rows
+        rows = _drop(rows, few, "inactive_user", file, report)
+        if rows.empty:
+            raise InputError(f"{file}: no user has {raw.min_user_rows} usable rows: check the file")
+    rows[value] = rows[value].astype("int64" if value == "label" else "float64")
+    if has_times:
+        rows["timestamp"] = rows["timestamp"].astype("int64")
     return rows[[*key, value]].reset_index(drop=True)
+
+
+def clean_fields(items: pd.DataFrame, names: Sequence[str], separator: str | None = None) -> None:
+    """Make text, or lists of text, of the columns that describe items, in place.
+
+    A missing value is "", of lists []. Where `separator` occurs in any text of a column, the column
+    becomes lists.
+    """
+    for name in names:
+        column = items[name]
+        if column.map(_is_list).any():
+            cells = [list(value) if _is_list(value) else [] for value in column]
+        else:
+            text = fold_lines(as_ids(column))
+            if not separator or not text.str.contains(separator, regex=False).any():
+                items[name] = text
+                continue
+            cells = text.str.split(separator, regex=False).tolist()
+        lists = [[str(part).strip() for part in cell if part is not None] for cell in cells]
+        items[name] = pd.Series(
+            [[part for part in parts if part] for parts in lists], index=items.index, dtype=object
+        )
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple | np.ndarray)
+
+
+def fold_lines(text: pd.Series) -> pd.Series:
+    """Line ends and tabs as single spaces."""
+    return text.str.replace(r"\s*[\r\n\t]\s*", " ", regex=True)
 
 
 def _drop(

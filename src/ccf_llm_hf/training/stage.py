@@ -53,6 +53,12 @@ class RunInputs:
                 f"the CF table in {recipe.cf_dir} lacks {len(missing)} items of {recipe.data_dir}, "
                 f"such as {min(missing)!r}; fit it on this data"
             )
+        by_time = cf is not None and cf.num_snapshots > 1 and cf.cross_fit == "snapshots"
+        if by_time and not data.protocol.get("has_times", True):
+            raise InputError(
+                f"the CF table in {recipe.cf_dir} has snapshots in time, and {recipe.data_dir} was "
+                "split at random, without times: fit it with cross_fit=folds"
+            )
         backbone, revision = load_backbone_path(recipe.backbone, offline=recipe.offline)
         files = {
             "train data": data.path / "data" / "train.parquet",
