@@ -18,7 +18,7 @@ def test_a_folder_that_is_not_prepared(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a prepared folder"):
         load_prepared(tmp_path)
     (tmp_path / "protocol.json").write_text('{"format": "other"}')
-    with pytest.raises(InputError, match="is not of format ccf-llm-prepared-1"):
+    with pytest.raises(InputError, match="is not of format ccf-llm-prepared-2"):
         load_prepared(tmp_path)
 
 

@@ -63,7 +63,7 @@ GATE = {
 }
 SPLIT = {"rows": 33891, "users": 740, "items": 3000, "positive_rate": 0.5368}
 PROTOCOL = {
-    "format": "ccf-llm-prepared-1",
+    "format": "ccf-llm-prepared-2",
     "name": "ml-1m",
     "source": "MovieLens-1M, GroupLens Research",
     "license": "no redistribution (see https://grouplens.org/datasets/movielens/)",

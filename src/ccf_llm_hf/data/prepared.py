@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PROTOCOL_FILE = "protocol.json"
 ITEMS_FILE = "items/items.parquet"
 INTERACTIONS_FILE = "interactions/interactions.parquet"
-FORMAT = "ccf-llm-prepared-1"
+FORMAT = "ccf-llm-prepared-2"
 HISTORIES = ("likes", "signed")
 ROW_COLUMNS = ("user_id", "item_id", "label", "timestamp", "not_cold")
 
