@@ -7,7 +7,8 @@ integers per token describe the row:
 - `sequence_ids`: which sequence the token belongs to; `SHARED` is the instruction;
 - `block_ids`: 0 for prefix and history, k >= 1 for the k-th candidate block of the sequence;
 - `history_depths`: 0 in the prefix, i in the i-th history item; in a candidate block the number of
-  history items that precede its interaction in time.
+  history items that precede its interaction in time. So it is in the lines of a stream, where only
+  the answer counts its own line.
 
 `visible` is the one rule. It is computed as a dense mask or in *tiles*: a row of a thousand tokens
 holds some twenty users who do not see each other, so a dense mask throws nearly all of the

@@ -26,7 +26,7 @@ from .checkpoint_ccf_llm import (
     write_json,
 )
 from .configuration_ccf_llm import AUTO_MAP, IGNORED_LABEL, check_release, ids_fingerprint
-from .prompt_ccf_llm import NO_SLOT, HybridPrompt, Span, check_choice
+from .prompt_ccf_llm import ANSWERS, NO_SLOT, HybridPrompt, Span, check_choice
 
 logger = logging.get_logger(__name__)
 
@@ -83,6 +83,9 @@ class Request:
         labels: 0/1 a candidate, or None.
         earlier: with `history_lengths` and signed histories, items before `history`, which no
             prompt shows and every candidate's user vector is folded in from.
+        stream: score the lines of `history` themselves, each after the lines before it and their
+            answers; `labels` are theirs, `candidates` none. For `wording="answered"`; the history
+            is taken as it stands.
     """
 
     user: User = None
@@ -91,6 +94,12 @@ class Request:
     history_lengths: list[int] | None = None
     labels: list[int] | None = None
     earlier: list[Any] = field(default_factory=list)
+    stream: bool = False
+
+    @property
+    def scored(self) -> list[Any]:
+        """The items that get a score each."""
+        return self.history if self.stream else self.candidates
 
 
 class PackedRow:
@@ -134,6 +143,20 @@ class PackedRow:
         for block, ((item, span), length) in enumerate(zip(blocks, lengths, strict=True), start=1):
             self._extend(span, sequence, start=ends[length], block=block, depth=length)
             answers.append((len(self.tokens["input_ids"]) - 1, item))
+        self.answers.append(answers)
+
+    def add_stream(self, prefix: Span, lines: list[tuple[int, Span, Span]]) -> None:
+        """Prefix, then lines of (item, words up to the answer, answer), each scored where its words
+        end. An answer belongs to the history that the next line sees, not to that of its own."""
+        sequence, answers = len(self.answers), []
+        self._extend(prefix, sequence, start=self.num_shared, block=0, depth=0)
+        start = self.num_shared + len(prefix.ids)
+        for depth, (item, line, answer) in enumerate(lines):
+            self._extend(line, sequence, start, block=0, depth=depth)
+            answers.append((len(self.tokens["input_ids"]) - 1, item))
+            start += len(line.ids)
+            self._extend(answer, sequence, start, block=0, depth=depth + 1)
+            start += len(answer.ids)
         self.answers.append(answers)
 
     def _extend(self, span: Span, sequence: int, start: int, block: int, depth: int) -> None:
@@ -194,9 +217,12 @@ class CCFLLMProcessor(ProcessorMixin):
         tokenizer: the backbone's; two slot tokens are added past its vocabulary.
         item_ids, item_titles, user_ids: the catalog in CF table order (raw ids as strings).
         wording: the prompt's words: `shared_prefix` (ours, default) or `question_last` (the
-            papers'), which asks after every candidate. Both are packed alike.
+            papers'), which asks after every candidate, or `answered` (ours): a history is lines of
+            an item and its answer, and a candidate the next line up to its colon. It shows dislikes
+            as lines, so it needs `histories="signed"`. All are packed alike.
         history_format, candidate_format: how an item is rendered: `slot`, `title_slot`, or `title`
-            (text only). With `title` for both, the user slot is left out too.
+            (text only). With `title` for both, the user slot is left out too; answered histories
+            have none unless a template puts `{user}` into the prefix.
         history_window: `(H, S)`, see [`window_start`].
         histories: `likes` (the papers' protocol): a history holds liked items; `signed`
             (ours): disliked ones too, each given as `{"id": ..., "liked": False}` or with a
@@ -211,7 +237,8 @@ class CCFLLMProcessor(ProcessorMixin):
         templates: replaces entries of `TEMPLATES[wording]`.
 
     Raises:
-        ValueError: on an unknown wording, format, `histories` or template, or duplicate ids.
+        ValueError: on an unknown wording, format, `histories` or template, on answered histories of
+            likes alone or of two formats, or on duplicate ids.
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012
@@ -234,6 +261,11 @@ class CCFLLMProcessor(ProcessorMixin):
         templates: dict[str, str] | None = None,
     ) -> None:
         check_choice("histories", histories, HISTORIES)
+        if wording == "answered" and histories != "signed":
+            raise ValueError(
+                'wording="answered" shows dislikes as lines answered No: it needs '
+                'histories="signed", and data that was prepared with signed histories.'
+            )
         if history_window[0] < 0 or history_window[1] < 1:
             raise ValueError(f"history_window={history_window} needs H >= 0 and S >= 1.")
         self.chat_template = None
@@ -286,6 +318,11 @@ class CCFLLMProcessor(ProcessorMixin):
         return self.prompt.uses_slots
 
     @property
+    def answered(self) -> bool:
+        """Whether histories are lines of items and answers, each of which can be a label."""
+        return self.prompt.answered
+
+    @property
     def model_input_names(self) -> list[str]:
         """Names of the tensors that every call returns."""
         return [
@@ -306,7 +343,7 @@ class CCFLLMProcessor(ProcessorMixin):
         Raises:
             ValueError: when the tokenizer splits them.
         """
-        yes, no = (self.prompt.tokens(word) for word in (" Yes", " No"))
+        yes, no = (self.prompt.tokens(word) for word in ANSWERS)
         if len(yes) != 1 or len(no) != 1:
             raise ValueError(
                 "This tokenizer splits ' Yes' or ' No' into pieces: use another backbone."
@@ -385,8 +422,8 @@ class CCFLLMProcessor(ProcessorMixin):
         return list(history[max(0, start - self.fold_in_items) : start]), list(history[start:])
 
     def cut(self, request: Request) -> Request:
-        """A request whose `history_lengths` are given: itself, or what its window leaves."""
-        if request.history_lengths is not None:
+        """A request whose history is taken as it stands: itself, or what its window leaves."""
+        if request.history_lengths is not None or request.stream:
             return request
         earlier, history = self.window(request.history)
         lengths = [len(history)] * len(request.candidates)
@@ -397,14 +434,17 @@ class CCFLLMProcessor(ProcessorMixin):
         has once."""
         row, request = PackedRow([], len(self.item_ids)), self.cut(request)
         spans = [self.prompt.prefix(0)]
-        spans += [self._history_item(item, *self._slot(item, row)) for item in request.history]
-        spans += [
-            self.prompt.item("candidate", *self._slot(item, row)) for item in request.candidates
-        ]
+        spans += [self._history_item(item, row) for item in request.history]
+        spans += [self._block(item, row)[1] for item in request.candidates]
         return sum(len(span.ids) for span in spans)
 
-    def _history_item(self, item: Item, row: int, title: str) -> Span:
-        return self.prompt.item("history" if self.likes(item) else "disliked", row, title)
+    def _history_item(self, item: Item, packed: PackedRow) -> Span:
+        kind = "history" if self.likes(item) else "disliked"
+        return self.prompt.item(kind, *self._slot(item, packed))
+
+    def _block(self, item: Item, packed: PackedRow) -> tuple[int, Span]:
+        slot = self._slot(item, packed)
+        return slot[0], self.prompt.item("candidate", *slot)
 
     def _slot(self, item: Item, packed: PackedRow) -> tuple[int, str]:
         row, title = self.resolve_item(item)
@@ -490,21 +530,34 @@ class CCFLLMProcessor(ProcessorMixin):
     def _write(self, packed: PackedRow, request: Request) -> None:
         request = self.cut(request)
         history, lengths = request.history, request.history_lengths or []
-        for name, values in (("history_lengths", lengths), ("labels", request.labels)):
-            if values is not None and len(values) != len(request.candidates):
+        if request.stream and (lengths or request.candidates or not self.prompt.answered):
+            raise ValueError(
+                "A stream scores the lines of its history: it takes no candidates or "
+                'history_lengths, and a processor of wording="answered".'
+            )
+        kind = "lines" if request.stream else "candidates"
+        for name in ("history_lengths", "labels"):
+            values = getattr(request, name)
+            if values is not None and len(values) != len(request.scored):
                 raise ValueError(
-                    f"{name} has {len(values)} values for {len(request.candidates)} candidates."
+                    f"{name} has {len(values)} values for {len(request.scored)} {kind}."
                 )
         if max(lengths, default=0) > len(history):
             raise ValueError(f"history_lengths exceeds the history's {len(history)} items.")
         user = self.resolve_user(request.user)
-        slots = [self._slot(item, packed) for item in history]
-        shown = [self._history_item(item, *slot) for item, slot in zip(history, slots, strict=True)]
-        blocks = []
-        for item in request.candidates:
-            slot = self._slot(item, packed)
-            blocks.append((slot[0], self.prompt.item("candidate", *slot)))
-        packed.add_sequence(self.prompt.prefix(user), shown, blocks, lengths)
+        prefix = self.prompt.prefix(user)
+        if request.stream:
+            packed.add_stream(
+                prefix,
+                [
+                    (*self._block(item, packed), Span().add(self.prompt.answer(self.likes(item))))
+                    for item in history
+                ],
+            )
+        else:
+            shown = [self._history_item(item, packed) for item in history]
+            blocks = [self._block(item, packed) for item in request.candidates]
+            packed.add_sequence(prefix, shown, blocks, lengths)
         packed.users.append(user)
         packed.labels.append(request.labels)
         if self.histories == "signed":

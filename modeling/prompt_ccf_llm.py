@@ -6,8 +6,9 @@ from transformers import PreTrainedTokenizerBase
 
 ITEM_SLOT = "<|ccf_item|>"
 USER_SLOT = "<|ccf_user|>"
-WORDINGS = ("shared_prefix", "question_last")
+WORDINGS = ("shared_prefix", "question_last", "answered")
 ITEM_FORMATS = ("title_slot", "slot", "title")
+ANSWERS = (" Yes", " No")
 
 # Templates are data (our choice of words); `{user}` and `{item}` mark where slots or titles go. A
 # title needs separators that a slot can do without, so each format has its own. A hybrid candidate
@@ -43,6 +44,14 @@ TEMPLATES: dict[str, dict[str, str]] = {
         "candidate_title": QUESTION_LAST,
         "candidate_title_slot": QUESTION_LAST,
     },
+    # Lines of a history are a candidate's and an answer. There is no user slot: what the user
+    # likes, the lines say, and they say it of strangers too.
+    "answered": {
+        "prefix": "Whether one user likes each of these items, Yes or No:",
+        "candidate_slot": "{item}:",
+        "candidate_title": "\n{item}:",
+        "candidate_title_slot": "\n{item}:",
+    },
 }
 
 NO_SLOT = -1
@@ -75,7 +84,8 @@ class HybridPrompt:
         templates: replaces entries of `TEMPLATES[wording]`.
 
     Raises:
-        ValueError: on an unknown wording, format or template, or a template without its slot.
+        ValueError: on an unknown wording, format or template, a template without its slot, or
+            answered lines in two formats.
     """
 
     def __init__(
@@ -97,6 +107,12 @@ class HybridPrompt:
             raise ValueError(
                 f"templates has unknown entry {min(unknown)!r}: "
                 f"use {', '.join(TEMPLATES[wording])}."
+            )
+        self.answered = wording == "answered"
+        if self.answered and history_format != candidate_format:
+            raise ValueError(
+                f"history_format={history_format!r} and candidate_format={candidate_format!r} "
+                "differ, but in answered histories a candidate is the next line: give the same."
             )
         self.tokenizer = tokenizer
         tokenizer.add_tokens([ITEM_SLOT, USER_SLOT], special_tokens=True)
@@ -149,9 +165,15 @@ class HybridPrompt:
         span = Span().add([self.user_slot_token_id], user=user)
         return span.add(self.tokens(after) if after else [])
 
+    def answer(self, liked: bool) -> list[int]:
+        """Tokens of what stands behind a line's colon, which is never tokenized with it."""
+        return self.tokens(ANSWERS[0 if liked else 1])
+
     def item(self, kind: str, row: int, title: str) -> Span:
         """One rendered item, as `history`, `disliked` or `candidate`; `row` is its slot index
         (catalog row, or past it when new)."""
+        if self.answered and kind != "candidate":
+            return self.item("candidate", row, title).add(self.answer(kind == "history"))
         form = self.candidate_format if kind == "candidate" else self.history_format
         template = self.templates[f"{kind}_{form}"]
         before, _, after = template.partition("{item}")

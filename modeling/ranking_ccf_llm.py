@@ -33,24 +33,25 @@ def score(
     max_tokens: int = MAX_TOKENS,
     progress: bool = False,
 ) -> list[Tensor]:
-    """Logits of every request's candidates, requests packed together under a token budget.
+    """Logits of what each request asks for, requests packed together under a token budget.
 
     Args:
         model: switched to evaluation mode for the call, then back.
         processor: the model's own.
         requests: a whole history is cut to the processor's window.
         max_tokens: tokens of a forward pass, at most. A request longer than that goes through in
-            parts: its history once, then its candidates on the history's cached keys and values.
+            parts: its history once, then its candidates on the history's cached keys and values. A
+            stream is not cut.
         progress: show a bar that counts candidates on stderr.
 
     Returns:
-        One float32 CPU tensor `(num_candidates,)` a request, in the order of `requests`.
+        One float32 CPU tensor `(len(request.scored),)` a request, in the order of `requests`.
     """
     requests = [processor.cut(request) for request in requests]
     scores: dict[int, Tensor] = {}
     was_training = model.training
     model.eval()
-    total = sum(len(request.candidates) for request in requests)
+    total = sum(len(request.scored) for request in requests)
     try:
         with logging.tqdm(total=total, desc="scoring", unit=" pairs", disable=not progress) as bar:
             lengths = [processor.count_tokens(request) for request in requests]
@@ -60,7 +61,7 @@ def score(
                     indices, _score_batch(model, processor, batch, max_tokens), strict=True
                 ):
                     scores[index] = logits
-                bar.update(sum(len(request.candidates) for request in batch))
+                bar.update(sum(len(request.scored) for request in batch))
     finally:
         model.train(was_training)
     return [scores[index] for index in range(len(requests))]
@@ -71,10 +72,11 @@ def _score_batch(
     model: CCFLLMForCTR, processor: CCFLLMProcessor, requests: Sequence[Request], max_tokens: int
 ) -> list[Tensor]:
     batch = {name: value.to(model.device) for name, value in processor.pack(requests).items()}
-    if len(requests) == 1 and batch["input_ids"].shape[1] > max_tokens:
+    too_long = batch["input_ids"].shape[1] > max_tokens
+    if too_long and len(requests) == 1 and not requests[0].stream:
         return [_score_long_row(model, batch, max_tokens).float().cpu()]
     logits = model(**batch).logits.float().cpu()
-    return [row[: len(one.candidates)] for row, one in zip(logits, requests, strict=True)]
+    return [row[: len(one.scored)] for row, one in zip(logits, requests, strict=True)]
 
 
 def cut_by_budget(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

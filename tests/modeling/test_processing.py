@@ -22,6 +22,8 @@ items = st.one_of(st.sampled_from(ITEMS), st.text(max_size=12).map(lambda t: {"t
 
 
 def make(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> CCFLLMProcessor:
+    if settings.get("wording") == "answered":
+        settings = {"histories": "signed", **settings}
     return CCFLLMProcessor(tokenizer, ITEMS, list(TITLES), ["u0", "u1"], **settings)
 
 
@@ -39,7 +41,8 @@ def test_every_item_has_its_slot_and_every_candidate_its_answer(
     assert batch["sequence_ids"].max() == 0
     written = len(window) + len(candidates)
     assert (batch["item_slots"] >= 0).sum() == (0 if form == "title" else written)
-    assert (batch["user_slots"] >= 0).sum() == (0 if form == "title" else 1)
+    asks_user = form != "title" and wording != "answered"
+    assert (batch["user_slots"] >= 0).sum() == int(asks_user)
     slots = batch["input_ids"] == processor.item_slot_token_id
     assert torch.equal(slots, batch["item_slots"] >= 0)
     blocks = batch["block_ids"][0, batch["answer_positions"]]
@@ -200,6 +203,8 @@ def test_bad_calls_name_the_mistake(
     [
         ({"wording": "x"}, "wording='x'"),
         ({"candidate_format": "x"}, "candidate_format='x'"),
+        ({"wording": "answered", "histories": "likes"}, 'needs histories="signed"'),
+        ({"wording": "answered", "candidate_format": "title"}, "a candidate is the next line"),
         ({"templates": {"prefx": ""}}, "unknown entry 'prefx'"),
         ({"templates": {"candidate_slot": "no slot"}}, "must contain {item} exactly once"),
         ({"history_window": (5, 0)}, "S >= 1"),

@@ -62,6 +62,22 @@ def groups(signed: bool) -> list[Group]:
     ]
 
 
+def streams() -> list[Group]:
+    """The histories of these groups, as streams of answered lines."""
+    return [
+        replace(
+            group,
+            candidates=[],
+            history_lengths=None,
+            labels=[1] * len(group.history),
+            rows=list(range(len(group.history))),
+            stream=True,
+        )
+        for group in groups(signed=True)
+        if group.history
+    ]
+
+
 def test_rows_and_padding_carry_their_fit() -> None:
     rows = torch.tensor([[0, 7, -1], [STRIDE - 1, 3, -1]])
     fits, plain = decode_rows(encode_rows(rows, torch.tensor([[0], [3]])))
@@ -71,37 +87,39 @@ def test_rows_and_padding_carry_their_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fusion", "settings"),
+    ("fusion", "settings", "wording"),
     [
-        ("gate", {"cf_logit": True}),
-        ("gate", FOLD_IN),
-        ("scalar_gate", {}),
-        ("sum", {"cf_logit": True}),
-        ("cf_only", {}),
+        ("gate", {"cf_logit": True}, "shared_prefix"),
+        ("gate", FOLD_IN, "shared_prefix"),
+        ("gate", FOLD_IN, "answered"),
+        ("scalar_gate", {}, "shared_prefix"),
+        ("sum", {"cf_logit": True}, "shared_prefix"),
+        ("cf_only", {}, "shared_prefix"),
     ],
 )
 def test_a_packed_batch_equals_plain_models_of_each_fit(
-    build: BuildModel, cf: CFVectors, fusion: str, settings: dict
+    build: BuildModel, cf: CFVectors, fusion: str, settings: dict, wording: str
 ) -> None:
     signed = settings == FOLD_IN
     prompt = {"histories": "signed", "fold_in_items": 4} if signed else {}
-    model, processor = build(fusion, prompt=prompt, **settings)
+    model, processor = build(fusion, wording, prompt=prompt, **settings)
+    samples = streams() if wording == "answered" else groups(signed)
     plain = {}
     for snapshot in (-1, 0, 1, 2):
         model.cf.fill(of_fit(cf, snapshot))
         plain[snapshot] = []
-        for group in groups(signed):
+        for group in samples:
             alone = processor.pack([group])
             with torch.no_grad():
                 plain[snapshot].append(model(**alone).logits[0])
     model.cf.fill(cf)
     install_cross_fit(model, cf)
-    batch = PackingCollator(processor)(groups(signed))
+    batch = PackingCollator(processor)(samples)
     with torch.no_grad():
         packed = model(**batch).logits
-    for row, group in enumerate(groups(signed)):
+    for row, group in enumerate(samples):
         expected = plain[group.snapshot][row]
-        count = len(group.candidates)
+        count = len(group.scored)
         torch.testing.assert_close(packed[row, :count], expected, rtol=0, atol=1e-4)
         others = [plain[s][row] for s in plain if s != group.snapshot]
         assert not any(torch.allclose(other, expected, atol=1e-3) for other in others)

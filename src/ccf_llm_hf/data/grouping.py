@@ -1,5 +1,7 @@
-"""Groups of samples that share one packed sequence: one user, one window start, one CF snapshot."""
+"""Groups of samples that share one packed sequence: one user, one CF snapshot, and one window start
+or one stream of answered lines."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +18,8 @@ from ccf_llm_hf.modeling.processing_ccf_llm import Request, window_start
 
 @dataclass
 class Group(Request):
-    """Samples of one user that share a history window and a CF snapshot: a request with labels.
+    """Samples of one user that share a history window, or a stream, and a CF snapshot: a request
+    with labels.
 
     Attributes:
         rows: row of each sample in its split.
@@ -59,10 +62,7 @@ def group_rows(
     Raises:
         InputError: the split stores histories that are too short for the window.
     """
-    names = ["user_id", "item_id", "label", "history"]
-    optional = ("history_dropped", "history_labels", "history_ratings")
-    names += [name for name in optional if name in split.column_names]
-    table = split.select_columns(names).with_format("arrow")[:]
+    table = _read(split)
     earlier, starts, stored = _windows(table, history_window)
     snapshots = np.full(len(table), -1) if cf_snapshots is None else np.asarray(cf_snapshots)
     users, user_names = _coded(table["user_id"])
@@ -71,12 +71,7 @@ def group_rows(
     last = np.array([part[-1] for part in parts], dtype=np.int64)
     shown = (starts - stored)[last]
     unshown = np.minimum(shown, fold_in_items)
-    histories = history_tails(table["history"], last, shown - unshown)
-    for column, key in (("history_ratings", "rating"), ("history_labels", "liked")):
-        if column in table.column_names:
-            values = history_tails(table[column], last, shown - unshown)
-            histories = _with_values(histories, key, values)
-            break
+    histories = _histories(table, last, shown - unshown)
     labels = table["label"].to_numpy()
     return [
         Group(
@@ -91,6 +86,91 @@ def group_rows(
         )
         for part, history, before in zip(parts, histories, unshown.tolist(), strict=True)
     ]
+
+
+def group_streams(
+    split: datasets.Dataset,
+    lines: int = 48,
+    cf_snapshots: Sequence[int] | None = None,
+    fold_in_items: int = 0,
+) -> list[Group]:
+    """Cut a split into streams of answered lines; every row is a line, and a label, of exactly one.
+
+    A user's rows stand in the order of the data, rows equal in time one after the other.
+
+    Args:
+        split: rows with user_id, item_id, label, history and history_labels.
+        lines: lines a stream holds at most; a user with more rows has several, which do not see
+            each other.
+        cf_snapshots: CF snapshot per row; default the last for all. A stream has one: that of its
+            rows, or the last if they differ.
+        fold_in_items: length of `earlier`, at most; what is not stored is left out.
+
+    Returns:
+        Groups in order of their first row.
+    """
+    table = _read(split)
+    stored, dropped = _lengths(table)
+    order = stored + dropped
+    snapshots = np.full(len(table), -1) if cf_snapshots is None else np.asarray(cf_snapshots)
+    users, user_names = _coded(table["user_id"])
+    items = table["item_id"].to_numpy()
+    labels = table["label"].to_numpy()
+    parts = _parts([users], order, lines)
+    first, last = (np.array([part[end] for part in parts], dtype=np.int64) for end in (0, -1))
+    unshown = np.minimum(stored[first], fold_in_items)
+    earlier = _histories(table, first, stored[first] - unshown)
+    plain = _with_values(
+        [items[part].tolist() for part in parts], "liked", [labels[part].tolist() for part in parts]
+    )
+    # A row's own rating stands in the histories of later rows alone.
+    counts = np.array([(order[part] < order[part[-1]]).sum() for part in parts], dtype=np.int64)
+    rated = _histories(table, last, np.maximum(stored[last] - counts, 0))
+    shared = [snapshots[part[0]] if len(set(snapshots[part])) == 1 else None for part in parts]
+    if None in shared:
+        warnings.warn(
+            f"{shared.count(None)} of {len(parts)} streams have rows of several CF fits: they see "
+            "the last fit, which knows their labels",
+            stacklevel=2,
+        )
+    return [
+        Group(
+            user=user_names[users[part[0]]],
+            history=_with_ratings(history, ratings, int(count)),
+            labels=labels[part].tolist(),
+            rows=part.tolist(),
+            snapshot=-1 if snapshot is None else int(snapshot),
+            earlier=before,
+            stream=True,
+        )
+        for part, history, ratings, count, snapshot, before in zip(
+            parts, plain, rated, counts, shared, earlier, strict=True
+        )
+    ]
+
+
+def _with_ratings(history: list[Any], rated: list[Any], count: int) -> list[Any]:
+    """Lines of a stream, the first `count` as later rows know them, as far as these store them."""
+    start = count - len(rated)
+    pairs = zip(history[start:count], rated, strict=True)
+    known = [later if later["id"] == line["id"] else line for line, later in pairs]
+    return [*history[:start], *known, *history[count:]]
+
+
+def _read(split: datasets.Dataset) -> pa.Table:
+    names = ["user_id", "item_id", "label", "history"]
+    optional = ("history_dropped", "history_labels", "history_ratings")
+    names += [name for name in optional if name in split.column_names]
+    return split.select_columns(names).with_format("arrow")[:]
+
+
+def _histories(table: pa.Table, rows: np.ndarray, skip: np.ndarray) -> list[list[Any]]:
+    """As `history_tails`, of the histories' items, with their ratings or labels if there are."""
+    histories = history_tails(table["history"], rows, skip)
+    for column, key in (("history_ratings", "rating"), ("history_labels", "liked")):
+        if column in table.column_names:
+            return _with_values(histories, key, history_tails(table[column], rows, skip))
+    return histories
 
 
 def _with_values(histories: list[list[Any]], key: str, values: list[list[Any]]) -> list[list[Any]]:
@@ -110,10 +190,7 @@ def _windows(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per row: how many items are earlier, the first one that the window shows, and the first one
     that is stored."""
-    lengths = pc.list_value_length(table["history"]).to_numpy().astype(np.int64)
-    stored = np.zeros_like(lengths)
-    if "history_dropped" in table.column_names:
-        stored = table["history_dropped"].to_numpy()
+    lengths, stored = _lengths(table)
     earlier = lengths + stored
     starts = window_start(earlier, history_window)
     if (starts < stored).any():
@@ -123,6 +200,14 @@ def _windows(
             "larger --max-history"
         )
     return earlier, starts, stored
+
+
+def _lengths(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Per row: how many items its history stores, and how many it leaves out before them."""
+    lengths = pc.list_value_length(table["history"]).to_numpy().astype(np.int64)
+    if "history_dropped" in table.column_names:
+        return lengths, table["history_dropped"].to_numpy()
+    return lengths, np.zeros_like(lengths)
 
 
 def _coded(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:

@@ -55,7 +55,8 @@ class CTRTrainingArguments(TrainingArguments):
         default=64,
         metadata={
             "help": "Labels of one user packed behind one prefix, at most; with 1 a label is a row "
-            "by itself, as the papers train: the same scores, at many times the cost."
+            "by itself, as the papers train: the same scores, at many times the cost. Training on "
+            "answered histories, whose streams are as long as the window, knows no such bound."
         },
     )
     max_train_labels: int = field(

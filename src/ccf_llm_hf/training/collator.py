@@ -33,7 +33,7 @@ class GroupDataset(Dataset[Group]):
         if index >= 0:
             return self.groups[index]
         masked = copy.copy(self.groups[~index])
-        masked.labels = [IGNORED_LABEL] * len(masked.candidates)
+        masked.labels = [IGNORED_LABEL] * len(masked.rows)
         return masked
 
 

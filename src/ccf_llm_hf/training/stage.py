@@ -185,14 +185,17 @@ class StageRun:
         )
 
     def build_processor(self) -> CCFLLMProcessor:
-        """The stage's prompt over the run's catalog."""
+        """The stage's prompt over the run's catalog. Raises `InputError` on settings that do not go
+        together."""
         tokenizer = AutoTokenizer.from_pretrained(
             self.inputs.backbone, revision=self.inputs.revision
         )
         settings = {**self.stage.prompt, "histories": self.choose_histories()}
-        return CCFLLMProcessor(
-            tokenizer, *self.inputs.catalog(), **settings, rating_scale=self.choose_rating_scale()
-        )
+        settings["rating_scale"] = self.choose_rating_scale()
+        try:
+            return CCFLLMProcessor(tokenizer, *self.inputs.catalog(), **settings)
+        except ValueError as problem:
+            raise InputError(f"stage {self.stage.name!r}: {problem}") from problem
 
     def choose_rating_scale(self) -> tuple[float, float] | None:
         """How ratings of the histories are read: as the CF model was fitted to them, else by the

@@ -21,7 +21,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, Predi
 from transformers.utils import CONFIG_NAME
 
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.data.grouping import Group, check_histories, group_rows, sample_group
+from ccf_llm_hf.data.grouping import (
+    Group,
+    check_histories,
+    group_rows,
+    group_streams,
+    sample_group,
+)
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import auc, fit_temperature, uauc
 from ccf_llm_hf.modeling.configuration_ccf_llm import IGNORED_LABEL
@@ -85,7 +91,8 @@ class CTRTrainer(Trainer):
         args: default `CTRTrainingArguments()`.
         train_dataset: rows as `load_prepared(folder).splits["train"]` has them.
         eval_dataset: rows of the validation split; their AUC chooses the checkpoint.
-        processing_class: the model's processor; its window groups the rows.
+        processing_class: the model's processor; its window groups the rows. Where its histories are
+            answered, a user's training rows are streams of at most the longest window's lines.
         peft_config: LoRA to inject into the backbone, or the settings of the LoRA that is in it
             already, which then learns on.
         cf: the CF vectors with all their fits; a training row sees one that was not fitted on it.
@@ -134,7 +141,7 @@ class CTRTrainer(Trainer):
         self.train_groups: list[Group] = []
         self.eval_groups: list[Group] = []
         if train_dataset is not None:
-            groups = group_split(train_dataset, processing_class, args.max_candidates, self.cf)
+            groups = group_training(train_dataset, processing_class, args.max_candidates, self.cf)
             self.train_groups = sample_groups(groups, args.max_train_labels, args.seed)
             self.batch_sampler = plan_batches(self.train_groups, processing_class, args)
             args = _with_plan(args, self.batch_sampler)
@@ -372,14 +379,30 @@ def choose_trained(model: CCFLLMForCTR, *, fusion: bool, lora: bool) -> None:
         parameter.requires_grad_(True)
 
 
+def group_training(
+    split: Dataset, processor: CCFLLMProcessor, max_candidates: int, cf: CFVectors | None
+) -> list[Group]:
+    """Training rows as groups, or as streams where histories are answered; with `cf`, each of the
+    fit that was not fitted on it.
+
+    Raises:
+        InputError: the split holds other histories than the processor reads.
+    """
+    fits = None if cf is None else choose_fits(split, cf)
+    if not processor.answered:
+        return group_split(split, processor, max_candidates, fits)
+    check_histories(split, processor.histories)
+    lines = max(1, sum(processor.history_window) - 1)
+    return group_streams(split, lines, fits, processor.fold_in_items)
+
+
 def group_split(
     split: Dataset,
     processor: CCFLLMProcessor,
     max_candidates: int,
-    cf: CFVectors | None = None,
+    fits: Sequence[int] | None = None,
 ) -> list[Group]:
-    """A split's rows as groups of the processor's window; with `cf`, as training rows, each of the
-    fit that was not fitted on it.
+    """A split's rows as groups of the processor's window; `fits` is the CF snapshot of each row.
 
     Raises:
         InputError: the split holds other histories than the processor reads.
@@ -388,7 +411,7 @@ def group_split(
     return group_rows(
         split,
         history_window=processor.history_window,
-        cf_snapshots=None if cf is None else choose_fits(split, cf),
+        cf_snapshots=fits,
         max_candidates=max_candidates,
         fold_in_items=processor.fold_in_items,
     )
