@@ -26,7 +26,7 @@ from .checkpoint_ccf_llm import (
     write_json,
 )
 from .configuration_ccf_llm import AUTO_MAP, IGNORED_LABEL, check_release, ids_fingerprint
-from .prompt_ccf_llm import ANSWERS, NO_SLOT, HybridPrompt, Span, check_choice
+from .prompt_ccf_llm import ANSWERS, NO_SLOT, PIECE, HybridPrompt, Span, check_choice, render_item
 
 logger = logging.get_logger(__name__)
 
@@ -41,6 +41,7 @@ PROMPT_SETTINGS = (
     "fold_in_items",
     "rating_scale",
     "title_years",
+    "item_template",
     "templates",
 )
 TOKEN_FIELDS = (
@@ -234,11 +235,15 @@ class CCFLLMProcessor(ProcessorMixin):
             fitted. None: this model takes no ratings.
         title_years: whether the prompt writes the year at the end of a title, as in "Heat (1995)";
             its six tokens can be half of what an item costs. A gate reads the whole title anyway.
+        item_template: an item in words, of its title and its fields, such as `{title} by {author}`;
+            see [`render_item`]. A gate reads it too.
         templates: replaces entries of `TEMPLATES[wording]`.
+        item_fields: what is known of each catalog item besides its title, as text or lists of text.
 
     Raises:
-        ValueError: on an unknown wording, format, `histories` or template, on answered histories of
-            likes alone or of two formats, or on duplicate ids.
+        ValueError: on an item template without a title or of a field that no item has, an unknown
+            wording, format, `histories` or template, on answered histories of likes alone or of two
+            formats, or on duplicate ids.
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012
@@ -258,7 +263,9 @@ class CCFLLMProcessor(ProcessorMixin):
         fold_in_items: int = 0,
         rating_scale: tuple[float, float] | None = None,
         title_years: bool = True,
+        item_template: str = "{title}",
         templates: dict[str, str] | None = None,
+        item_fields: list[dict[str, Any]] | None = None,
     ) -> None:
         check_choice("histories", histories, HISTORIES)
         if wording == "answered" and histories != "signed":
@@ -280,25 +287,52 @@ class CCFLLMProcessor(ProcessorMixin):
         self.histories, self.fold_in_items = histories, fold_in_items
         self.rating_scale = rating_scale and (float(rating_scale[0]), float(rating_scale[1]))
         self.title_years = title_years
-        self.templates = self.prompt.templates
-        self._set_catalog(item_ids or [], item_titles or [], user_ids or [])
+        self.item_template, self.templates = item_template, self.prompt.templates
+        self._set_catalog(item_ids or [], item_titles or [], user_ids or [], item_fields)
         self._warned: set[str] = set()
 
     def with_catalog(
-        self, item_ids: list[str], item_titles: list[str], user_ids: list[str]
+        self,
+        item_ids: list[str],
+        item_titles: list[str],
+        user_ids: list[str],
+        item_fields: list[dict[str, Any]] | None = None,
     ) -> "CCFLLMProcessor":
         """The same tokenizer and prompt over another catalog, for `model.replace_catalog`."""
         prompt = {name: getattr(self, name) for name in PROMPT_SETTINGS}
-        return type(self)(self.tokenizer, item_ids, item_titles, user_ids, **prompt)
+        catalog = (item_ids, item_titles, user_ids)
+        return type(self)(self.tokenizer, *catalog, **prompt, item_fields=item_fields)
 
     def _set_catalog(
-        self, item_ids: list[str], item_titles: list[str], user_ids: list[str]
+        self,
+        item_ids: list[str],
+        item_titles: list[str],
+        user_ids: list[str],
+        item_fields: list[dict[str, Any]] | None,
     ) -> None:
         if len(item_ids) != len(item_titles):
             raise ValueError(
                 f"{len(item_ids)} item ids but {len(item_titles)} titles: give one each."
             )
         self.item_ids, self.item_titles, self.user_ids = item_ids, item_titles, user_ids
+        self.item_fields = item_fields or [{} for _ in item_ids]
+        if len(self.item_fields) != len(item_ids):
+            raise ValueError(
+                f"{len(item_ids)} item ids but {len(self.item_fields)} item_fields: give one each."
+            )
+        known = {"title"}.union(*self.item_fields) if item_ids else None
+        for _, name in PIECE.findall(self.item_template):
+            if known is not None and name not in known:
+                raise ValueError(
+                    f"item_template={self.item_template!r} asks for {name!r}, which no item of the "
+                    f"catalog has: use {', '.join(sorted(known))}."
+                )
+        if "{title}" not in self.item_template:
+            raise ValueError(f"item_template={self.item_template!r} must contain {{title}}.")
+        self.item_texts = [
+            render_item(self.item_template, {**fields, "title": title})
+            for title, fields in zip(item_titles, self.item_fields, strict=True)
+        ]
         self.item_index = {item: row for row, item in enumerate(item_ids)}
         self.user_index = {user: row for row, user in enumerate(user_ids)}
         if len(self.item_index) < len(item_ids) or len(self.user_index) < len(user_ids):
@@ -334,8 +368,8 @@ class CCFLLMProcessor(ProcessorMixin):
         ]
 
     def item_title_ids(self) -> list[list[int]]:
-        """Token ids of every catalog title, in table order; the text that a gate sees."""
-        return [self.prompt.tokens(title) for title in self.item_titles]
+        """Token ids of every catalog item's words, in table order; the text that a gate sees."""
+        return [self.prompt.tokens(text) for text in self.item_texts]
 
     def answer_token_ids(self) -> tuple[int, int]:
         """Ids of " Yes" and " No".
@@ -377,6 +411,15 @@ class CCFLLMProcessor(ProcessorMixin):
                 "Item %r is no id or title of the catalog: taken as a new title%s.", key, example
             )
         return None, key
+
+    def item_text(self, item: Item) -> tuple[int | None, str]:
+        """Catalog row (None when new) of an item, and its words by `item_template`; the fields of a
+        new one are those of its dict."""
+        row, title = self.resolve_item(item)
+        if row is not None:
+            return row, self.item_texts[row]
+        fields = item if isinstance(item, dict) else {}
+        return None, render_item(self.item_template, {**fields, "title": title})
 
     def likes(self, item: Item) -> bool:
         """Whether a history item was liked: yes, unless it is a dict whose `liked` is False or
@@ -447,8 +490,8 @@ class CCFLLMProcessor(ProcessorMixin):
         return slot[0], self.prompt.item("candidate", *slot)
 
     def _slot(self, item: Item, packed: PackedRow) -> tuple[int, str]:
-        row, title = self.resolve_item(item)
-        return (row if row is not None else packed.add_title(title)), title
+        row, text = self.item_text(item)
+        return (row if row is not None else packed.add_title(text)), text
 
     def __call__(
         self,
@@ -576,8 +619,9 @@ class CCFLLMProcessor(ProcessorMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         files = list(self.tokenizer.save_pretrained(folder))
-        items = zip(self.item_ids, self.item_titles, strict=True)
-        write_ids(folder / CATALOG_FILE, [{"id": item, "title": title} for item, title in items])
+        items = zip(self.item_ids, self.item_titles, self.item_fields, strict=True)
+        rows = [{**fields, "id": item, "title": title} for item, title, fields in items]
+        write_ids(folder / CATALOG_FILE, rows)
         write_ids(folder / USERS_FILE, [{"id": user} for user in self.user_ids])
         write_json(folder / PROCESSOR_FILE, self.to_dict())
         copy_code(folder)
@@ -599,6 +643,7 @@ class CCFLLMProcessor(ProcessorMixin):
             "fold_in_items": self.fold_in_items,
             "rating_scale": self.rating_scale,
             "title_years": self.title_years,
+            "item_template": self.item_template,
             "templates": self.templates,
             "ids_fingerprint": self.ids_fingerprint,
         }
@@ -629,6 +674,10 @@ class CCFLLMProcessor(ProcessorMixin):
             [str(row.get("title") or "") for row in catalog],
             [row["id"] for row in read_ids(str(users_file))],
             **{name: settings[name] for name in PROMPT_SETTINGS if name in settings},
+            item_fields=[
+                {name: value for name, value in row.items() if name not in ("id", "title")}
+                for row in catalog
+            ],
         )
         check_catalog(path, hub, settings["ids_fingerprint"])
         return processor

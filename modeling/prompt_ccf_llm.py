@@ -1,6 +1,7 @@
 """The words of the hybrid prompt: users and items rendered as token ids and slots."""
 
 import re
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -55,6 +56,7 @@ TEMPLATES: dict[str, dict[str, str]] = {
 }
 
 NO_SLOT = -1
+PIECE = re.compile(r"([^{}]*)\{(\w+)\}")
 YEAR = re.compile(r"\s*\(\d{4}\)$")
 
 
@@ -185,6 +187,20 @@ class HybridPrompt:
             span.add([self.item_slot_token_id], item=row)
             span.add(self.tokens(after) if after else [])
         return span
+
+
+def render_item(template: str, fields: dict[str, Any]) -> str:
+    """An item in words, such as "Emma by Jane Austen" by `{title} by {author}`.
+
+    A field that the item lacks is left out, with the words before it. Lists are joined by commas.
+    """
+    words = ""
+    for before, name in PIECE.findall(template):
+        value = fields.get(name)
+        text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        if text not in (None, ""):
+            words += f"{before}{text}"
+    return words + template[template.rindex("}") + 1 :]
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

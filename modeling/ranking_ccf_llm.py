@@ -223,6 +223,7 @@ def item_shares(
 ) -> list[ItemShare]:
     """Where each item's slot takes its content from; items as the processor takes them."""
     resolved = [processor.resolve_item(item) for item in items]
+    texts = [processor.item_text(item) for item in items]
     known = model.cf.item_known
     return [
         ItemShare(
@@ -232,9 +233,7 @@ def item_shares(
             cf_share=1.0 - share,
             known=row is not None and bool(known[row]),
         )
-        for (row, title), share in zip(
-            resolved, _text_shares(model, processor, resolved), strict=True
-        )
+        for (row, title), share in zip(resolved, _text_shares(model, processor, texts), strict=True)
     ]
 
 

@@ -271,3 +271,44 @@ def test_windows_are_anchored(n: int, length: int, stride: int) -> None:
         assert length <= n - start < length + stride
     both = window_start(np.array([n, 0]), (length, stride))
     assert both.tolist() == [start, 0], "the rule is the same for arrays"
+
+
+AUTHORS = [{"author": f"Author {row}"} for row in range(len(TITLES) - 1)] + [{}]
+BY = {
+    "item_template": "{title} by {author}",
+    "candidate_format": "title",
+    "history_format": "title",
+}
+
+
+def test_an_items_fields_stand_in_the_prompt_and_in_what_a_gate_reads(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    processor = make(tokenizer, **BY, item_fields=AUTHORS)
+    new = {"title": "A new book", "author": ["One", "Two"]}
+    call = {"user": "u0", "history": ["i1", "i7"], "candidates": ["i0", new]}
+    text = tokenizer.decode(processor(**call)["input_ids"][0])
+    for words in ("Heat (1995) by Author 1", "Alien (1979)?", "A new book by One, Two?"):
+        assert words.removesuffix("?") in text
+    assert "Alien (1979) by" not in text
+    assert tokenizer.decode(processor.item_title_ids()[0]) == "Toy Story (1995) by Author 0"
+    assert processor.resolve_item("Toy Story (1995)") == (0, "Toy Story (1995)")
+    processor.save_pretrained(tmp_path)
+    loaded = CCFLLMProcessor.from_pretrained(tmp_path)
+    assert loaded.item_fields == AUTHORS
+    assert torch.equal(loaded(**call)["input_ids"], processor(**call)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"item_template": "{title} of {year}"}, "asks for 'year', which no item"),
+        ({"item_template": "by {author}"}, "must contain {title}"),
+        ({"item_fields": AUTHORS[:3]}, "but 3 item_fields"),
+    ],
+)
+def test_an_item_template_that_cannot_be_is_refused(
+    tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tokenizer, **({"item_fields": AUTHORS} | settings))

@@ -10,6 +10,7 @@ from ccf_llm_hf.modeling.prompt_ccf_llm import (
     USER_SLOT,
     WORDINGS,
     HybridPrompt,
+    render_item,
 )
 
 KINDS = ("history", "disliked", "candidate")
@@ -64,3 +65,20 @@ def test_a_template_says_the_slot_once(tokenizer: PreTrainedTokenizerFast) -> No
             HybridPrompt(
                 tokenizer, "shared_prefix", "slot", "slot", True, {"candidate_slot": words}
             )
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"title": "Emma", "author": "Jane Austen"}, "Emma by Jane Austen."),
+        ({"title": "Emma", "author": ""}, "Emma."),
+        ({"title": "Emma"}, "Emma."),
+        (
+            {"title": "Good Omens", "author": ["Pratchett", "Gaiman"]},
+            "Good Omens by Pratchett, Gaiman.",
+        ),
+        ({"title": "{author}", "author": "{title}"}, "{author} by {title}."),
+    ],
+)
+def test_an_item_in_words_leaves_out_what_it_lacks(fields: dict[str, object], words: str) -> None:
+    assert render_item("{title} by {author}.", fields) == words

@@ -44,9 +44,9 @@ def render_prompt(processor: CCFLLMProcessor, request: Request) -> str:
     request = processor.cut(request)
     batch = processor.pack([request])
     titles = list(processor.item_titles)
-    resolved = [processor.resolve_item(item) for item in [*request.history, *request.candidates]]
+    read = [processor.item_text(item) for item in [*request.history, *request.candidates]]
     # Slots of new titles count on past the catalog, in order of first mention.
-    titles += dict.fromkeys(title for row, title in resolved if row is None)
+    titles += dict.fromkeys(text for row, text in read if row is None)
     pieces: list[str] = []
     words: list[int] = []
     columns = (batch[name][0].tolist() for name in ("input_ids", "item_slots", "user_slots"))

@@ -69,7 +69,14 @@ DECIDED = {
         "backbone_fingerprint",
         "checkpoint_form",
     ),
-    "prompt": ("tokenizer", "item_ids", "item_titles", "user_ids", "rating_scale"),
+    "prompt": (
+        "tokenizer",
+        "item_ids",
+        "item_titles",
+        "user_ids",
+        "item_fields",
+        "rating_scale",
+    ),
     "lora": ("inference_mode", "base_model_name_or_path", "revision", "task_type", "peft_type"),
     "training": ("output_dir", "seed", "resume_from_checkpoint", "remove_unused_columns"),
 }

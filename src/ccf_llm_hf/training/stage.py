@@ -75,6 +75,16 @@ class RunInputs:
             return self.cf.item_ids, self.cf.item_titles, self.cf.user_ids
         return list(self.data.items["item_id"]), list(self.data.items["title"]), []
 
+    def item_fields(self) -> list[dict[str, Any]]:
+        """What the data knows of each item of the catalog besides its title, in table order."""
+        names = self.data.protocol.get("item_fields", [])
+        columns = [self.data.items["item_id"], *(self.data.items[name] for name in names)]
+        fields = {
+            item: {name: value for name, value in zip(names, values, strict=True) if value}
+            for item, *values in zip(*columns, strict=True)
+        }
+        return [fields.get(item, {}) for item in self.catalog()[0]]
+
 
 @dataclass
 class StageRun:
@@ -192,6 +202,7 @@ class StageRun:
         )
         settings = {**self.stage.prompt, "histories": self.choose_histories()}
         settings["rating_scale"] = self.choose_rating_scale()
+        settings["item_fields"] = self.inputs.item_fields()
         try:
             return CCFLLMProcessor(tokenizer, *self.inputs.catalog(), **settings)
         except ValueError as problem:
