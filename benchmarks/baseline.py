@@ -27,7 +27,7 @@ class Sample:
     ids: list[int]
     items: list[int]
     users: list[int]
-    snapshot: int
+    fit: int
     label: int
 
 
@@ -55,7 +55,7 @@ def write_samples(processor: Any, groups: Sequence[Group]) -> list[Sample]:
         ):
             row = processor(user=group.user, history=group.history[:length], candidates=[item])
             columns = (row[name][0].tolist() for name in ("input_ids", "item_slots", "user_slots"))
-            samples.append(Sample(*columns, snapshot=group.snapshot, label=label))
+            samples.append(Sample(*columns, fit=group.fit, label=label))
     return samples
 
 
@@ -109,7 +109,7 @@ class Baseline:
         items, users = padded("items", -1), padded("users", -1)
         ids = padded("ids", 0).masked_fill((items >= 0) | (users >= 0), 0)
         mask = torch.tensor([[0] * (length - len(s.ids)) + [1] * len(s.ids) for s in batch])
-        fits = torch.tensor([[sample.snapshot + 1] for sample in batch])
+        fits = torch.tensor([[sample.fit + 1] for sample in batch])
         items = torch.where(items >= 0, encode_rows(items, fits), items)
         users = torch.where(users >= 0, encode_rows(users, fits), users)
         fusion = self.model.model

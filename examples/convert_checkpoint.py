@@ -29,7 +29,7 @@ TENSORS = {
     "model.title_ids": "model.item_text.title_ids",
     "model.title_lengths": "model.item_text.title_lengths",
 }
-GONE = ("fold_in_decay", "slot_dropout", "pairwise_share", "cf_target_share", "num_snapshots")
+GONE = ("fold_in_decay", "slot_dropout", "pairwise_share", "cf_target_share", "num_fits")
 
 
 def convert_checkpoint(old: Path, new: Path) -> None:
@@ -38,6 +38,8 @@ def convert_checkpoint(old: Path, new: Path) -> None:
     Raises:
         InputError: `old` is no checkpoint of release 0.1, or scores in a way that is gone.
     """
+    if not old.is_dir():
+        raise InputError(f"{old} is no folder: name that of a checkpoint")
     file = old / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if "cf_residual" not in config:
@@ -98,7 +100,7 @@ def convert_tensors(file: Path) -> None:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     if "format_version" in metadata:
         metadata["format_version"] = FORMAT_VERSION
-    metadata.pop("num_snapshots", None)
+    metadata.pop("num_fits", None)
     converted: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         in_table = file.name == CF_FILE or name.startswith("model.cf.")

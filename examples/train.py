@@ -25,7 +25,6 @@ from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor, CFVectors, CTRTrainer, CTRTrainingArguments
 from ccf_llm_hf.data import load_backbone_path, load_prepared
-from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.training.run import run_recipe
 
 
@@ -76,6 +75,7 @@ def train(inputs: Inputs, args: CTRTrainingArguments) -> dict[str, float]:
     trainer.save_model()  # AutoModel.from_pretrained(args.output_dir) loads it
     if args.push_to_hub:
         trainer.push_to_hub()
+    print(f"the model is in {args.output_dir}", file=sys.stderr)
     return trainer.evaluate()
 
 
@@ -87,7 +87,7 @@ def main() -> int:
         else:
             parser = HfArgumentParser([Inputs, CTRTrainingArguments])  # type: ignore[list-item]
             result = train(*parser.parse_args_into_dataclasses())
-    except InputError as error:
+    except ValueError as error:  # InputError is one, and what the flags' parser raises
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=2))

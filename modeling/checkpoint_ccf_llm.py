@@ -6,6 +6,7 @@ fusion weights and LoRA adapter; the backbone by name, revision and fingerprint)
 
 import copy
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -292,8 +293,11 @@ class CheckpointMixin(PreTrainedModel):
             settings: other arguments of [`CCFLLMConfig`], such as `fusion`.
 
         Raises:
-            ValueError: the tokenizer has no " Yes" and " No", or `cf` has other ids.
+            ValueError: an unknown setting, a tokenizer without " Yes" and " No", or a `cf` of
+                other ids.
         """
+        if unknown := settings.keys() - inspect.signature(CCFLLMConfig.__init__).parameters:
+            raise ValueError(f"from_backbone got {min(unknown)!r}, which CCFLLMConfig has not.")
         yes, no = processor.answer_token_ids()
         check_same_ids(processor, cf)
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .modeling_ccf_llm import CCFLLMForCTR
 from .processing_ccf_llm import CCFLLMProcessor, Request
 
-MAX_TOKENS = 2048  # of one forward pass
+TOKENS_PER_BATCH = 2048  # of one forward pass
 CONTENT = ("input_ids", "item_slots", "user_slots")
 LAYOUT = ("position_ids", "sequence_ids", "block_ids", "history_depths")
 NEW_TITLES = ("new_title_ids", "new_title_lengths")
@@ -30,7 +30,7 @@ def score(
     processor: CCFLLMProcessor,
     requests: Sequence[Request],
     *,
-    max_tokens: int = MAX_TOKENS,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = False,
 ) -> list[Tensor]:
     """Logits of what each request asks for, requests packed together under a token budget.
@@ -39,9 +39,9 @@ def score(
         model: switched to evaluation mode for the call, then back.
         processor: the model's own.
         requests: a whole history is cut to the processor's window.
-        max_tokens: tokens of a forward pass, at most. A request longer than that goes through in
-            parts: its history once, then its candidates on the history's cached keys and values. A
-            stream is not cut.
+        tokens_per_batch: tokens of a forward pass, at most. A longer request goes through in parts:
+            its history once, then its candidates on the history's cached keys and values. A stream
+            is not cut.
         progress: show a bar that counts candidates on stderr.
 
     Returns:
@@ -55,10 +55,10 @@ def score(
     try:
         with logging.tqdm(total=total, desc="scoring", unit=" pairs", disable=not progress) as bar:
             lengths = [processor.count_tokens(request) for request in requests]
-            for indices in cut_by_budget(lengths, max_tokens):
+            for indices in cut_by_budget(lengths, tokens_per_batch):
                 batch = [requests[index] for index in indices]
                 for index, logits in zip(
-                    indices, _score_batch(model, processor, batch, max_tokens), strict=True
+                    indices, _score_batch(model, processor, batch, tokens_per_batch), strict=True
                 ):
                     scores[index] = logits
                 bar.update(sum(len(request.scored) for request in batch))
@@ -69,18 +69,21 @@ def score(
 
 @torch.no_grad()
 def _score_batch(
-    model: CCFLLMForCTR, processor: CCFLLMProcessor, requests: Sequence[Request], max_tokens: int
+    model: CCFLLMForCTR,
+    processor: CCFLLMProcessor,
+    requests: Sequence[Request],
+    tokens_per_batch: int,
 ) -> list[Tensor]:
     batch = {name: value.to(model.device) for name, value in processor.pack(requests).items()}
-    too_long = batch["input_ids"].shape[1] > max_tokens
+    too_long = batch["input_ids"].shape[1] > tokens_per_batch
     if too_long and len(requests) == 1 and not requests[0].stream:
-        return [_score_long_row(model, batch, max_tokens).float().cpu()]
+        return [_score_long_row(model, batch, tokens_per_batch).float().cpu()]
     logits = model(**batch).logits.float().cpu()
     return [row[: len(one.scored)] for row, one in zip(logits, requests, strict=True)]
 
 
-def cut_by_budget(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut requests of these lengths into batches of at most `max_tokens` tokens, by index.
+def cut_by_budget(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Cut requests of these lengths into batches of at most `tokens_per_batch` tokens, by index.
 
     Longest ones come first, so that neighbors are alike in length, which makes attention cheap,
     and memory peaks at once. One longer than the budget is a batch by itself.
@@ -88,7 +91,7 @@ def cut_by_budget(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     batches: list[list[int]] = []
     used = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and used + lengths[index] <= max_tokens:
+        if batches and used + lengths[index] <= tokens_per_batch:
             batches[-1].append(index)
             used += lengths[index]
         else:
@@ -97,8 +100,10 @@ def cut_by_budget(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _score_long_row(model: CCFLLMForCTR, batch: Mapping[str, Tensor], max_tokens: int) -> Tensor:
-    """Logits `(num_candidates,)` of one user's candidates, at most `max_tokens` at a time.
+def _score_long_row(
+    model: CCFLLMForCTR, batch: Mapping[str, Tensor], tokens_per_batch: int
+) -> Tensor:
+    """Logits `(num_candidates,)` of one user's candidates, at most `tokens_per_batch` at a time.
 
     The instruction, prefix and history go through the backbone once, and their keys and values are
     kept for all candidates. `batch` is the processor's for one user.
@@ -114,7 +119,7 @@ def _score_long_row(model: CCFLLMForCTR, batch: Mapping[str, Tensor], max_tokens
     logits = []
     first, start = 0, context
     while first < len(answers):
-        within = torch.searchsorted(answers, start + max_tokens - 1, right=True)
+        within = torch.searchsorted(answers, start + tokens_per_batch - 1, right=True)
         last = max(first + 1, int(within))  # a block longer than the budget goes alone
         end = int(answers[last - 1]) + 1
         some = slice(first, last)
@@ -263,10 +268,10 @@ def rank(
     requests: Sequence[Request],
     top_k: int = 10,
     *,
-    max_tokens: int = MAX_TOKENS,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
 ) -> list[list[RankedItem]]:
     """Each request's `top_k` candidates of the highest logits, best first; ties keep order."""
-    scores = score(model, processor, requests, max_tokens=max_tokens)
+    scores = score(model, processor, requests, tokens_per_batch=tokens_per_batch)
     return [
         rank_scored(model, processor, request.candidates, logits, top_k)
         for request, logits in zip(requests, scores, strict=True)

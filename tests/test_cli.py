@@ -244,7 +244,7 @@ def test_fit_cf_fits_what_it_was_told(capsys, tmp_path):
     code, out, _ = run(capsys, *argv, "--folds", "2", "--max-steps", "10", "--json")
     assert code == 0
     facts = json.loads(out)
-    assert (facts["num_snapshots"], facts["layers"]) == (3, "1")
+    assert (facts["num_fits"], facts["layers"]) == (3, "1")
     assert float(facts["cross_fit_train_auc"]) > 0.5
 
 

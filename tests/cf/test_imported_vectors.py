@@ -63,7 +63,7 @@ def test_the_documented_import_runs(
     assert "tensor([" in capsys.readouterr().out
     assert "book-99" in saved.item_ids and not saved.item_known[-1, -1]
     before_and_after = [0, 1_700_000_000]
-    seen = saved.training_snapshots(["reader-1"] * 2, ["book-1"] * 2, before_and_after)
+    seen = saved.training_fits(["reader-1"] * 2, ["book-1"] * 2, before_and_after)
     assert seen.tolist() == [0, 1]
 
 

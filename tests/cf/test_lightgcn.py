@@ -104,7 +104,7 @@ def test_it_learns_and_reports(fitted: CFVectors, folder: Path) -> None:
 def test_the_unknown_stand_at_the_mean_and_the_first_snapshot_knows_nobody(
     fitted: CFVectors,
 ) -> None:
-    assert fitted.num_snapshots == 4
+    assert fitted.num_fits == 4
     assert not fitted.user_known[0].any()
     assert not fitted.item_known[0].any()
     assert fitted.logits(["nobody"], ["i3"], 0).tolist() == [0.0]
@@ -146,7 +146,7 @@ def test_settings_are_chosen_on_validation(folder: Path, monkeypatch: pytest.Mon
     config = LightGCNConfig(dim=8, layers=1, learning_rate=0.03, max_steps=40, folds=2)
     fitted = fit_lightgcn(folder, config)
     assert fitted.metadata["l2"] == "1"
-    assert fitted.num_snapshots == 3
+    assert fitted.num_fits == 3
     again = fit_lightgcn(folder, config)
     assert torch.equal(again.user_vectors, fitted.user_vectors)
 

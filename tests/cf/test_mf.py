@@ -66,7 +66,7 @@ def test_snapshot_zero_knows_nothing_and_the_last_all(fitted: CFVectors, folder:
     assert fitted.offset[0] == 0
     assert fitted.user_known[-1].all()
     assert fitted.snapshot_times[-1] == times.max() + 1
-    assert fitted.snapshot_for(times).max() == fitted.num_snapshots - 2
+    assert fitted.snapshot_for(times).max() == fitted.num_fits - 2
 
 
 @pytest.mark.parametrize("config", [CONFIG, FOLDS], ids=lambda config: config.cross_fit)
@@ -153,7 +153,7 @@ def test_tables_stay_within_their_memory(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("ccf_llm_hf.cf.training_data.TABLE_BYTES", 4 * 6 * 70 * 4)
-    assert fit_mf(folder, CONFIG).num_snapshots == 4
+    assert fit_mf(folder, CONFIG).num_fits == 4
     assert "3 snapshots instead of 6" in caplog.text
 
 
@@ -211,13 +211,13 @@ def folded(folder: Path) -> CFVectors:
 
 def training_logits(vectors: CFVectors, train: pd.DataFrame) -> np.ndarray:
     columns = [train[name].to_numpy() for name in ("user_id", "item_id", "timestamp")]
-    snapshots = vectors.training_snapshots(*columns)
+    snapshots = vectors.training_fits(*columns)
     return vectors.score(train, snapshots)["score"].to_numpy()
 
 
 def test_a_fold_never_sees_its_own_rows(folded: CFVectors, folder: Path, tmp_path: Path) -> None:
     rows, train = make_rows(), read_rows(folder, "train")
-    assert folded.num_snapshots == 5
+    assert folded.num_fits == 5
     fold = fold_of(rows["user_id"], rows["item_id"], 4)
     changed = rows.assign(label=np.where(fold == 2, 1 - rows["label"], rows["label"]))
     after = fit_mf(write_prepared(tmp_path, changed), FOLDS)

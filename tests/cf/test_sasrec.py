@@ -79,7 +79,7 @@ def test_training_reads_the_rows_own_histories(folder: Path, encoder: SASRecEnco
 
 def test_the_table_holds_the_states_of_each_time(fitted: SASRecFit, folder: Path) -> None:
     table, encoder = fitted.vectors, fitted.encoder
-    assert table.num_snapshots == 4
+    assert table.num_fits == 4
     assert not table.user_known[0].any()
     train = read_rows(folder, "train").sort_values("timestamp", kind="stable")
     place = {item: row for row, item in enumerate(table.item_ids)}
@@ -177,7 +177,7 @@ def test_settings_are_chosen_and_the_callers_generator_is_left_alone(
     config = SASRecConfig(**(SETTINGS | {"snapshots": 1}), l2=1e-4, dropout=0.0, max_epochs=3)
     fitted = fit_cf("sasrec", folder, tmp_path / "cf", config)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert fitted.num_snapshots == 2
+    assert fitted.num_fits == 2
     assert fitted.dim == 8 + (fitted.metadata["item_bias"] == "true")
     assert "validation_auc: 0." in capsys.readouterr().out
     again = fit_sasrec(folder, config)

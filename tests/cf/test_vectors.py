@@ -49,7 +49,7 @@ def test_metadata_describes_the_file(cf: CFVectors, saved: Path) -> None:
         "dim": "6",
         "num_users": "5",
         "num_items": "8",
-        "num_snapshots": "2",
+        "num_fits": "2",
         "ids_fingerprint": ids_fingerprint(cf.user_ids, cf.item_ids),
         "validation_auc": "0.7000",
     }
@@ -129,7 +129,7 @@ def test_contradicting_tensors_are_refused(cf: CFVectors) -> None:
 
 
 def test_logits_are_dot_products_plus_offset(cf: CFVectors) -> None:
-    logits = cf.logits(["u1", "u0", "u1"], ["i3", "i0", "i0"], snapshot=0)
+    logits = cf.logits(["u1", "u0", "u1"], ["i3", "i0", "i0"], fit=0)
     expected = [cf.user_vectors[0, u] @ cf.item_vectors[0, i] for u, i in ((1, 3), (0, 0), (1, 0))]
     torch.testing.assert_close(logits, torch.stack(expected) + cf.offset[0])
 
@@ -177,15 +177,15 @@ def folds(cf: CFVectors) -> CFVectors:
 
 def test_training_snapshots_go_by_time_or_by_fold(cf: CFVectors, folds: CFVectors) -> None:
     users, items, times = ["u0", "u1", "u0", "u3"] * 5, ["i0", "i1", "i2", "i3"] * 5, [5, 100] * 10
-    assert cf.training_snapshots(users, items, times).tolist() == [0, 1] * 10
-    found = folds.training_snapshots(users, items, times)
+    assert cf.training_fits(users, items, times).tolist() == [0, 1] * 10
+    found = folds.training_fits(users, items, times)
     assert torch.equal(found, torch.from_numpy(fold_of(users, items, 2)))
-    assert found.max() < folds.num_snapshots - 1
-    with pytest.raises(InputError, match="training_snapshots"):
+    assert found.max() < folds.num_fits - 1
+    with pytest.raises(InputError, match="training_fits"):
         folds.snapshot_for(times)
 
 
-def test_the_scheme_is_saved_and_absent_in_files_of_snapshots_in_time(
+def test_the_cross_fit_is_saved_and_absent_in_files_of_snapshots_in_time(
     cf: CFVectors, folds: CFVectors, tmp_path: Path
 ) -> None:
     folds.save(tmp_path / "folds")
@@ -194,11 +194,11 @@ def test_the_scheme_is_saved_and_absent_in_files_of_snapshots_in_time(
     cf.save(tmp_path / "snapshots")
     assert CFVectors.load(tmp_path / "snapshots").cross_fit == "snapshots"
     assert folds.last().cross_fit == "snapshots"
-    assert folds.last().num_snapshots == 1
+    assert folds.last().num_fits == 1
 
 
-def test_a_bad_scheme_is_refused(cf: CFVectors, folds: CFVectors) -> None:
-    with pytest.raises(InputError, match="2 snapshots by fold"):
+def test_a_bad_cross_fit_is_refused(cf: CFVectors, folds: CFVectors) -> None:
+    with pytest.raises(InputError, match="2 fits by fold"):
         replace(cf, cross_fit="folds")
     with pytest.raises(InputError, match="'user' is neither"):
         replace(cf, cross_fit="user")
@@ -208,7 +208,7 @@ def test_a_bad_scheme_is_refused(cf: CFVectors, folds: CFVectors) -> None:
 
 def test_last_keeps_the_last_snapshot_only(cf: CFVectors) -> None:
     last = cf.last()
-    assert last.num_snapshots == 1
+    assert last.num_fits == 1
     pairs = ["u1", "u4", "x"], ["i0", "i2", "i3"]
     assert torch.equal(last.logits(*pairs), cf.logits(*pairs))
 

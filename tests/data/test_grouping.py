@@ -65,7 +65,7 @@ def test_what_a_stream_folds_in_comes_before_its_first_line() -> None:
 def test_a_stream_sees_the_fit_of_its_rows_or_the_last() -> None:
     split = signed_split(ratings=False)
     by_user = [3 if user == "u" else 1 for user in split["user_id"]]
-    assert [one.snapshot for one in group_streams(split, cf_snapshots=by_user)] == [1, 3]
+    assert [one.fit for one in group_streams(split, cf_fits=by_user)] == [1, 3]
     with pytest.warns(UserWarning, match="1 of 2 streams have rows of several CF fits"):
-        mixed = group_streams(split, cf_snapshots=[*by_user[:-1], 0])
-    assert [one.snapshot for one in mixed] == [1, -1]
+        mixed = group_streams(split, cf_fits=[*by_user[:-1], 0])
+    assert [one.fit for one in mixed] == [1, -1]

@@ -41,7 +41,7 @@ def age(folder: Path, arm: str) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text())
     config |= {"cf_residual": config.pop("cf_logit"), "fold_in_decay": 1.0, "slot_dropout": 0.0}
-    config |= {"num_snapshots": 1, "score_head": "yes_minus_no", "pairwise_share": 0.0}
+    config |= {"num_fits": 1, "score_head": "yes_minus_no", "pairwise_share": 0.0}
     if arm in convert.FUSIONS:
         config["fusion"] = arm
     file.write_text(json.dumps(config))
@@ -77,8 +77,8 @@ def test_what_is_no_old_checkpoint_is_named(build: BuildModel, tmp_path: Path) -
     model, processor = build()
     model.save_pretrained(tmp_path / "new")
     processor.save_pretrained(tmp_path / "new")
-    for folder in ("new", "nowhere"):
-        with pytest.raises(InputError, match=rf"{folder} is no checkpoint of release 0\.1"):
+    for folder, wrong in (("new", r"checkpoint of release 0\.1"), ("nowhere", "folder")):
+        with pytest.raises(InputError, match=rf"{folder} is no {wrong}"):
             convert.convert_checkpoint(tmp_path / folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -111,6 +111,8 @@ def test_batch_lists_of_unequal_length_are_refused(ranker):
         ranker.rank_many(["a", "b"], [["1"]])
     with pytest.raises(InputError, match="got nothing"):
         ranker.rank_many()
+    with pytest.raises(InputError, match=r"user 0 is \{'user': 'a'.*give ids in users"):
+        ranker.rank_many([{"user": "a", "history": ["1"]}])
 
 
 @pytest.mark.parametrize("call", [{"user": ["a", "b"]}, {"history": [["1"], ["2"]]}])
@@ -129,7 +131,7 @@ def test_many_candidates_are_cut_without_changing_scores(ranker, checkpoint):
     candidates = ["1", "3", "4", {"title": "A new one"}, "6"]
     theirs = ranker.rank(user="a", history=["2"], candidates=candidates)
     for budget in (1, 2, 40):
-        small = CTRRanker(ranker.model, ranker.processor, max_tokens_per_batch=budget)
+        small = CTRRanker(ranker.model, ranker.processor, tokens_per_batch=budget)
         ours = small.rank(user="a", history=["2"], candidates=candidates)
         assert [item.title for item in ours] == [item.title for item in theirs]
         np.testing.assert_allclose(

@@ -32,7 +32,7 @@ def test_split_scores_equal_each_row_scored_alone(loaded, split):
 def test_batching_changes_no_score(loaded, split):
     model, processor = loaded
     whole = score_table(model, processor, split, progress=False)
-    cut = score_table(model, processor, split, max_candidates=1, max_tokens=1, progress=False)
+    cut = score_table(model, processor, split, max_candidates=1, tokens_per_batch=1, progress=False)
     np.testing.assert_allclose(whole["score"], cut["score"], atol=1e-4)
 
 
@@ -47,7 +47,7 @@ def test_cached_history_changes_no_score(build, backbone, attn, form, wording):
     request = Request("u0", ["i1", "i2", "i7"], candidates, [0, 1, 2, 3, 3, 3])
     (whole,) = score(model, processor, [request])
     for budget in (1, 3, 30):
-        (parts,) = score(model, processor, [request], max_tokens=budget)
+        (parts,) = score(model, processor, [request], tokens_per_batch=budget)
         np.testing.assert_allclose(whole, parts, atol=1e-4)
 
 

@@ -66,7 +66,7 @@ def check_all_ways(model: CCFLLMForCTR, processor: CCFLLMProcessor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     whole, _ = score(model, processor, [stream(), OTHER])
     torch.testing.assert_close(whole, expected, atol=1e-4, rtol=0)
-    (uncut,) = score(model, processor, [stream()], max_tokens=5)
+    (uncut,) = score(model, processor, [stream()], tokens_per_batch=5)
     torch.testing.assert_close(uncut, expected, atol=1e-4, rtol=0)
 
 
@@ -93,7 +93,7 @@ def test_candidates_in_parts_after_cached_lines(build: BuildModel, arm: str) -> 
     model, processor = build(arm, "answered", prompt=SIGNED, **FOLDED)
     candidates = ["i2", *LINES[4:], "i6"]
     request = Request("u0", LINES[:4], candidates, [4] * 4, earlier=EARLIER)
-    (parts,) = score(model, processor, [request], max_tokens=3)
+    (parts,) = score(model, processor, [request], tokens_per_batch=3)
     torch.testing.assert_close(parts, logits(model, processor, request)[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(
         parts[1], logits(model, processor, stream())[0][4], atol=1e-4, rtol=0

@@ -118,7 +118,7 @@ def test_scoring_in_parts_on_cached_keys_changes_no_score(build: BuildModel) -> 
     model, processor = build(prompt=SIGNED, **FOLDED)
     request = Request("u1", HISTORY[3:], CANDIDATES, [5, 5, 5, 5], earlier=HISTORY[:3])
     (whole,) = score(model, processor, [request])
-    (parts,) = score(model, processor, [request], max_tokens=3)
+    (parts,) = score(model, processor, [request], tokens_per_batch=3)
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
 
 

@@ -124,6 +124,6 @@ def test_a_checkpoints_cf_table_is_a_cf_table(
     model.save_pretrained(tmp_path, form="slim")
     processor.save_pretrained(tmp_path)
     table = CFVectors.load(tmp_path)
-    assert table.num_snapshots == 1
+    assert table.num_fits == 1
     pairs = (["u0", "u4", "x"], ["i0", "i1", "i7"])
     torch.testing.assert_close(table.logits(*pairs), cf.logits(*pairs))

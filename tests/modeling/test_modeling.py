@@ -1,5 +1,8 @@
 """Invariants of the model over arms, wordings, backbones and attention paths."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import ARMS, BACKBONES, BuildModel, put_bos_first
@@ -216,3 +219,15 @@ def test_config_round_trips() -> None:
     config = CCFLLMConfig(text_config={"model_type": "gpt2", "n_embd": 16}, fusion="sum", cf_dim=7)
     again = CCFLLMConfig.from_dict(config.to_dict())
     assert again.text_config.n_embd == 16 and again.fusion == "sum" and again.cf_dim == 7
+
+
+def test_a_misspelled_setting_and_foreign_vectors_are_refused(
+    build: BuildModel, cf: CFVectors, backbone_folder: Callable[[str], Path]
+) -> None:
+    _, processor = build()
+    backbone = str(backbone_folder("llama"))
+    with pytest.raises(ValueError, match="'fusoin', which CCFLLMConfig has not"):
+        CCFLLMForCTR.from_backbone(backbone, processor, cf=cf, fusoin="gate")
+    other = processor.with_catalog(["a"], ["A"], [])
+    with pytest.raises(ValueError, match="name other users or items"):
+        CCFLLMForCTR.from_backbone(backbone, other, cf=cf)

@@ -113,7 +113,7 @@ def test_long_lists_share_one_reading_of_the_history(
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(ranker.model.model, "forward", counting)
-    monkeypatch.setitem(rank.__kwdefaults__, "max_tokens", 64)
+    monkeypatch.setitem(rank.__kwdefaults__, "tokens_per_batch", 64)
     alone = by_title(ranker(inputs))
     row = ranker.processor(history=["i0", "i1"], candidates=titles)["input_ids"]
     assert len(lengths) > 2 and sum(lengths) == row.shape[1], "every token goes through once"
@@ -131,7 +131,7 @@ def test_long_lists_share_one_reading_of_the_history(
 def test_long_lists_work_in_every_prompt(
     build: BuildModel, prompt: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(rank.__kwdefaults__, "max_tokens", 64)
+    monkeypatch.setitem(rank.__kwdefaults__, "tokens_per_batch", 64)
     model, processor = build()
     settings = {name: getattr(processor, name) for name in ("history_format", "candidate_format")}
     catalog = (processor.item_ids, processor.item_titles, processor.user_ids)

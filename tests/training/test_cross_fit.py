@@ -39,9 +39,9 @@ def cf(cf: CFVectors) -> CFVectors:
     return replace(cf, **tensors, snapshot_times=times, metadata=PRECISION)
 
 
-def of_fit(cf: CFVectors, snapshot: int) -> CFVectors:
+def of_fit(cf: CFVectors, fit: int) -> CFVectors:
     """The vectors of one fit alone."""
-    at = range(4)[snapshot]
+    at = range(4)[fit]
     tensors = {name: getattr(cf, name)[at : at + 1] for name in CF_TENSORS}
     return replace(cf, **tensors, snapshot_times=cf.snapshot_times[at : at + 1])
 
@@ -54,11 +54,11 @@ def groups(signed: bool) -> list[Group]:
         return [{"id": i, "liked": i != "i1"} for i in ids] if signed else ids
 
     return [
-        Group("u0", history(0, 1, 2), ["i3", "i4"], [2, 3], [0, 1], snapshot=0),
-        Group("u1", history(), ["i5", "i6", "i7"], [0, 0, 0], [1, 1, 0], snapshot=1),
-        Group("u0", history(2, 5), ["i3"], [2], [1], snapshot=2),
-        Group("a stranger", history(3), ["i0", "i2"], [1, 0], [1, 0], snapshot=-1),
-        Group("u4", history(1, 6, 0, 4), ["i2"], [4], [0], history(7), snapshot=1),
+        Group("u0", history(0, 1, 2), ["i3", "i4"], [2, 3], [0, 1], fit=0),
+        Group("u1", history(), ["i5", "i6", "i7"], [0, 0, 0], [1, 1, 0], fit=1),
+        Group("u0", history(2, 5), ["i3"], [2], [1], fit=2),
+        Group("a stranger", history(3), ["i0", "i2"], [1, 0], [1, 0], fit=-1),
+        Group("u4", history(1, 6, 0, 4), ["i2"], [4], [0], history(7), fit=1),
     ]
 
 
@@ -105,23 +105,23 @@ def test_a_packed_batch_equals_plain_models_of_each_fit(
     model, processor = build(fusion, wording, prompt=prompt, **settings)
     samples = streams() if wording == "answered" else groups(signed)
     plain = {}
-    for snapshot in (-1, 0, 1, 2):
-        model.cf.fill(of_fit(cf, snapshot))
-        plain[snapshot] = []
+    for fit in (-1, 0, 1, 2):
+        model.cf.fill(of_fit(cf, fit))
+        plain[fit] = []
         for group in samples:
             alone = processor.pack([group])
             with torch.no_grad():
-                plain[snapshot].append(model(**alone).logits[0])
+                plain[fit].append(model(**alone).logits[0])
     model.cf.fill(cf)
     install_cross_fit(model, cf)
     batch = PackingCollator(processor)(samples)
     with torch.no_grad():
         packed = model(**batch).logits
     for row, group in enumerate(samples):
-        expected = plain[group.snapshot][row]
+        expected = plain[group.fit][row]
         count = len(group.scored)
         torch.testing.assert_close(packed[row, :count], expected, rtol=0, atol=1e-4)
-        others = [plain[s][row] for s in plain if s != group.snapshot]
+        others = [plain[s][row] for s in plain if s != group.fit]
         assert not any(torch.allclose(other, expected, atol=1e-3) for other in others)
 
 

@@ -70,6 +70,11 @@ def test_flags_override_the_file(content, tmp_path):
         ({"stages": [{**TEXT, "model": {"fusion": "gates"}}]}, "gates"),
         ({"stages": [{**TEXT, "model": {"fusion": "concat"}}]}, "write `preset: concat`"),
         ({"stages": [{**TEXT, "preset": "text"}]}, "preset"),
+        ({"stages": [{**TEXT, "training": {"eval_strategy": "no"}}]}, "its best validation"),
+        ({"stages": [{**TEXT, "training": {"learning_rate_mapping": {"(": 1}}}]}, "no regular"),
+        ({"stages": [{**TEXT, "training": {"metric_for_best_model": "f1"}}]}, "none of eval_auc"),
+        ({"stages": [{**TEXT, "training": {"neftune_noise_alpha": 5}}]}, "leave it out"),
+        ({"stages": [{**TEXT, "training": {"label_per_step": 5}}]}, "near it are labels_per_step"),
         ({"stages": [{**TEXT, "epoch": 2}]}, "the unknown key 'epoch'"),
         (
             {"stages": [{**TEXT, "fusion": "gate"}]},

@@ -112,7 +112,7 @@ def test_a_cf_table_of_other_data_is_refused(settings, cf_dir, tmp_path):
 
     CFVectors.from_tables({"u1": [1.0]}, {"i1": [1.0]}).save(tmp_path / "cf")
     recipe = write_recipe({**settings, "cf_dir": str(tmp_path / "cf")}, tmp_path / "run", STAGES)
-    with pytest.raises(InputError, match=r"lacks .* items"):
+    with pytest.raises(InputError, match=r"lack .* items"):
         run_recipe(recipe)
 
 

@@ -34,10 +34,10 @@ def save_slim(model, processor, folder):
 def test_training_rows_see_earlier_snapshots_only(stage_run, inputs):
     times = np.asarray(inputs.data.splits["train"]["timestamp"])
     trainer = stage_run().build_trainer()
-    assert {group.snapshot for group in trainer.train_groups} == {0, 1}
+    assert {group.fit for group in trainer.train_groups} == {0, 1}
     for group in trainer.train_groups:
-        assert (inputs.cf.snapshot_times[group.snapshot].item() <= times[group.rows]).all()
-    assert {group.snapshot for group in trainer.eval_groups} == {-1}
+        assert (inputs.cf.snapshot_times[group.fit].item() <= times[group.rows]).all()
+    assert {group.fit for group in trainer.eval_groups} == {-1}
 
 
 def test_training_rows_see_the_table_that_leaves_their_fold_out(stage_run, inputs, monkeypatch):
@@ -46,22 +46,22 @@ def test_training_rows_see_the_table_that_leaves_their_fold_out(stage_run, input
     trainer = stage_run().build_trainer()
     split = inputs.data.splits["train"].to_pandas()
     folds = fold_of(split["user_id"], split["item_id"], 2)
-    assert {group.snapshot for group in trainer.train_groups} == {0, 1}
+    assert {group.fit for group in trainer.train_groups} == {0, 1}
     for group in trainer.train_groups:
-        assert (folds[group.rows] == group.snapshot).all()
-    assert {group.snapshot for group in trainer.eval_groups} == {-1}
+        assert (folds[group.rows] == group.fit).all()
+    assert {group.fit for group in trainer.eval_groups} == {-1}
 
 
 def test_rows_after_every_snapshot_see_the_last(stage_run, inputs, monkeypatch):
     early = replace(inputs.cf, snapshot_times=torch.tensor([0, 1, 2]))
     monkeypatch.setattr(inputs, "cf", early)
-    assert {group.snapshot for group in stage_run().build_trainer().train_groups} == {-1}
+    assert {group.fit for group in stage_run().build_trainer().train_groups} == {-1}
 
 
 def test_a_text_only_stage_sees_no_fit(stage_run):
-    assert {group.snapshot for group in stage_run(**TEXT).build_trainer().train_groups} == {-1}
+    assert {group.fit for group in stage_run(**TEXT).build_trainer().train_groups} == {-1}
     taught = stage_run(**TEXT, training={"cf_distillation": 0.5}).build_trainer()
-    assert {group.snapshot for group in taught.train_groups} == {0, 1}
+    assert {group.fit for group in taught.train_groups} == {0, 1}
 
 
 def test_samples_of_training_and_validation(stage_run):

@@ -379,3 +379,15 @@ def test_what_is_pushed_is_the_slim_checkpoint(stage_run, monkeypatch, strategy)
     }
     assert all(needed <= files for files in hub.sent)
     assert "README.md" in hub.sent[-1]
+
+
+def test_a_folder_that_is_no_trainer_checkpoint_is_named(stage_run, tmp_path):
+    trainer = make_trainer(joint(stage_run))
+    with pytest.raises(InputError, match="is no trainer checkpoint: name a folder checkpoint-N"):
+        trainer.train(resume_from_checkpoint=str(tmp_path))
+
+
+def test_a_pattern_that_names_no_parameter_is_pointed_out(stage_run):
+    trainer = make_trainer(joint(stage_run, learning_rate_mapping={"zzz": 1e-3}))
+    with pytest.warns(UserWarning, match="'zzz' is found in no parameter"):
+        trainer.create_optimizer()

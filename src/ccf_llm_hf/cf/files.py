@@ -22,7 +22,7 @@ RESERVED = (
     "dim",
     "num_users",
     "num_items",
-    "num_snapshots",
+    "num_fits",
     "ids_fingerprint",
 )
 

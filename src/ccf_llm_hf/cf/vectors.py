@@ -38,25 +38,25 @@ class CFVectors:
     """User and item vectors of a CF model; its logit is `(u * v).sum(-1) + offset`.
 
     Biases are dimensions of the vectors: a user is `[p, b_u, 1]`, an item `[q, 1, b_i]`. There are
-    several snapshots of them: the last snapshot was fitted on all training rows, and evaluation and
-    serving take it. The others are cross-fit: [`training_snapshots`] gives a training row the one
-    that was not fitted on its label. With `cross_fit="snapshots"`, snapshot s was fitted on
+    several fits of them: the last was fitted on all training rows, and evaluation and
+    serving take it. The others are cross-fit: [`training_fits`] gives a training row the one
+    that was not fitted on its label. With `cross_fit="snapshots"`, fit s was fitted on
     interactions earlier than `snapshot_times[s]` only; with `"folds"`, on all folds of the (user,
-    item) pairs but fold s (see `cf.folds`; both our choice). Where there is one snapshot only,
+    item) pairs but fold s (see `cf.folds`; both our choice). Where there is one fit only,
     training rows see it too, in-sample.
 
     Args:
         user_ids: raw ids in table order.
         item_ids: raw ids in table order; the table covers the whole catalog.
         item_titles: one title per item.
-        user_vectors: `(snapshots, num_users, dim)` float32.
-        item_vectors: `(snapshots, num_items, dim)` float32.
-        user_known: `(snapshots, num_users)` bool, True where at least one row was fitted on.
-        item_known: `(snapshots, num_items)` bool.
-        default_user: `(snapshots, dim)` float32, stands for an unknown user in the model's logit.
-        default_item: `(snapshots, dim)` float32.
-        offset: `(snapshots,)` float32, global bias.
-        snapshot_times: `(snapshots,)` int64, Unix seconds, ascending; with folds all the same.
+        user_vectors: `(fits, num_users, dim)` float32.
+        item_vectors: `(fits, num_items, dim)` float32.
+        user_known: `(fits, num_users)` bool, True where at least one row was fitted on.
+        item_known: `(fits, num_items)` bool.
+        default_user: `(fits, dim)` float32, stands for an unknown user in the model's logit.
+        default_item: `(fits, dim)` float32.
+        offset: `(fits,)` float32, global bias.
+        snapshot_times: `(fits,)` int64, Unix seconds, ascending; with folds all the same.
         model_name: which CF model, for example `mf`.
         metadata: further facts of the fit, strings only.
         cross_fit: `snapshots` or `folds`; a file without it is of `snapshots`.
@@ -91,9 +91,9 @@ class CFVectors:
 
     def _check_cross_fit(self) -> None:
         if self.cross_fit == "folds":
-            if self.num_snapshots < 3:
+            if self.num_fits < 3:
                 raise InputError(
-                    f"CF vectors: {self.num_snapshots} snapshots by fold; there must be one for "
+                    f"CF vectors: {self.num_fits} fits by fold; there must be one for "
                     "each of two folds or more, and one fitted on all rows"
                 )
         elif self.cross_fit != "snapshots":
@@ -118,20 +118,20 @@ class CFVectors:
     def _check_shapes(self) -> None:
         if self.user_vectors.dim() != 3 or not self.user_vectors.shape[0]:
             raise InputError(
-                "CF vectors: user_vectors must have shape (snapshots, users, dim), not "
+                "CF vectors: user_vectors must have shape (fits, users, dim), not "
                 f"{tuple(self.user_vectors.shape)}"
             )
-        snapshots, _, dim = self.user_vectors.shape
+        fits, _, dim = self.user_vectors.shape
         users, items = len(self.user_ids), len(self.item_ids)
         expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "user_vectors": ((snapshots, users, dim), torch.float32),
-            "item_vectors": ((snapshots, items, dim), torch.float32),
-            "user_known": ((snapshots, users), torch.bool),
-            "item_known": ((snapshots, items), torch.bool),
-            "default_user": ((snapshots, dim), torch.float32),
-            "default_item": ((snapshots, dim), torch.float32),
-            "offset": ((snapshots,), torch.float32),
-            "snapshot_times": ((snapshots,), torch.int64),
+            "user_vectors": ((fits, users, dim), torch.float32),
+            "item_vectors": ((fits, items, dim), torch.float32),
+            "user_known": ((fits, users), torch.bool),
+            "item_known": ((fits, items), torch.bool),
+            "default_user": ((fits, dim), torch.float32),
+            "default_item": ((fits, dim), torch.float32),
+            "offset": ((fits,), torch.float32),
+            "snapshot_times": ((fits,), torch.int64),
         }
         for name, (shape, dtype) in expected.items():
             tensor = getattr(self, name)
@@ -147,8 +147,8 @@ class CFVectors:
         return self.user_vectors.shape[-1]
 
     @property
-    def num_snapshots(self) -> int:
-        """Number of snapshots: the cross-fit ones and the fit on all rows."""
+    def num_fits(self) -> int:
+        """Number of fits: the cross-fit ones and the fit on all rows."""
         return self.user_vectors.shape[0]
 
     @property
@@ -168,14 +168,14 @@ class CFVectors:
         self,
         user_ids: Sequence[str] | np.ndarray,
         item_ids: Sequence[str] | np.ndarray,
-        snapshot: int | Tensor | np.ndarray = -1,
+        fit: int | Tensor | np.ndarray = -1,
     ) -> Tensor:
         """The CF model's own logit of each pair.
 
         Args:
             user_ids: n raw ids; unknown ones stand at `default_user`.
             item_ids: n raw ids; unknown ones stand at `default_item`.
-            snapshot: one snapshot for all, or `(n,)` integers; default the last.
+            fit: one fit for all, or `(n,)` integers; default the last.
 
         Returns:
             `(n,)` float32.
@@ -189,7 +189,7 @@ class CFVectors:
             )
         users = torch.as_tensor(self._user_index.get_indexer(pd.Index(user_ids)))
         items = torch.as_tensor(self._item_index.get_indexer(pd.Index(item_ids)))
-        when = torch.as_tensor(snapshot).long().expand(len(users)) % self.num_snapshots
+        when = torch.as_tensor(fit).long().expand(len(users)) % self.num_fits
         logits = torch.empty(len(users))
         for piece in torch.arange(len(users)).split(PAIRS_AT_ONCE):
             user = self._vectors("user", users[piece], when[piece])  # (piece, dim)
@@ -207,17 +207,17 @@ class CFVectors:
         # `vectors[when, inside]` and `default` are (n, dim)
         return torch.where(seen.unsqueeze(-1), vectors[when, inside], default)
 
-    def score(self, rows: pd.DataFrame, snapshot: int | Tensor | np.ndarray = -1) -> pd.DataFrame:
+    def score(self, rows: pd.DataFrame, fit: int | Tensor | np.ndarray = -1) -> pd.DataFrame:
         """`logits` of a table of rows.
 
         Args:
             rows: `user_id`, `item_id` and, if known, `label`.
-            snapshot: as in `logits`.
+            fit: as in `logits`.
 
         Returns:
             These columns in the order of `rows`, `score` (logit) and `prob` (sigmoid), float64.
         """
-        logits = self.logits(rows["user_id"].to_numpy(), rows["item_id"].to_numpy(), snapshot)
+        logits = self.logits(rows["user_id"].to_numpy(), rows["item_id"].to_numpy(), fit)
         columns = [name for name in ("user_id", "item_id", "label") if name in rows]
         return (
             rows[columns]
@@ -248,23 +248,23 @@ class CFVectors:
             `(n,)` int64; 0 before every snapshot (snapshot 0 of our own fits knows nothing).
 
         Raises:
-            InputError: the snapshots are folds.
+            InputError: the fits are folds.
         """
         if self.cross_fit != "snapshots":
             raise InputError(
-                "CF vectors: these snapshots are folds, which no time tells apart; "
-                "ask training_snapshots for those of rows"
+                "CF vectors: these fits are folds, which no time tells apart; "
+                "ask training_fits for those of rows"
             )
         times = torch.from_numpy(np.array(timestamps, dtype=np.int64))
         return (torch.searchsorted(self.snapshot_times, times, right=True) - 1).clamp(min=0)
 
-    def training_snapshots(
+    def training_fits(
         self,
         user_ids: Sequence[str] | np.ndarray,
         item_ids: Sequence[str] | np.ndarray,
         timestamps: Sequence[int] | np.ndarray | Tensor,
     ) -> Tensor:
-        """The snapshot that each training row shall see: one that was not fitted on it.
+        """The fit that each training row shall see: one that was not fitted on it.
 
         Args:
             user_ids: n raw ids.
@@ -276,10 +276,10 @@ class CFVectors:
         """
         if self.cross_fit == "snapshots":
             return self.snapshot_for(timestamps)
-        return torch.from_numpy(fold_of(user_ids, item_ids, self.num_snapshots - 1))
+        return torch.from_numpy(fold_of(user_ids, item_ids, self.num_fits - 1))
 
     def last(self) -> "CFVectors":
-        """The same with the last snapshot only, which is what a checkpoint carries."""
+        """The same with the last fit only, which is what a checkpoint carries."""
         names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
         last = {name: getattr(self, name)[-1:].clone() for name in names}
         return replace(self, **last, cross_fit="snapshots")
@@ -317,7 +317,7 @@ class CFVectors:
                 "dim": str(self.dim),
                 "num_users": str(len(self.user_ids)),
                 "num_items": str(len(self.item_ids)),
-                "num_snapshots": str(self.num_snapshots),
+                "num_fits": str(self.num_fits),
                 "ids_fingerprint": self.fingerprint,
             }
         )

@@ -57,15 +57,17 @@ def _fit_cf(arguments: argparse.Namespace, _: list[str]) -> Output:
     from ccf_llm_hf.cf.fit import fit_cf
 
     config = config_from_arguments(CF_CONFIGS[arguments.model], arguments)
-    embeddings = fit_cf(arguments.model, data, arguments.out, config)
+    vectors = fit_cf(arguments.model, data, arguments.out, config)
     facts = {
         "out": arguments.out,
-        "num_users": len(embeddings.user_ids),
-        "num_items": len(embeddings.item_ids),
-        "num_snapshots": embeddings.num_snapshots,
+        "num_users": len(vectors.user_ids),
+        "num_items": len(vectors.item_ids),
+        "num_fits": vectors.num_fits,
     }
-    text = "wrote {out}: {num_users} users, {num_items} items, {num_snapshots} snapshots"
-    return Output(text.format(**facts), facts | embeddings.metadata)
+    text = "wrote {out}: {num_users} users, {num_items} items, vectors fitted on all training rows"
+    if vectors.num_fits > 1:
+        text += f" and cross-fit in {vectors.num_fits - 1} {vectors.cross_fit}"
+    return Output(text.format(**facts), facts | vectors.metadata)
 
 
 COMMANDS = {

@@ -60,7 +60,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint folders whose README.md shall show these results",
     )
     parser.add_argument(
-        "--max-tokens-per-batch",
+        "--tokens-per-batch",
         type=int,
         default=2048,
         help="tokens scored at once; lower it when memory is short (default: 2048)",
@@ -83,7 +83,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
         split = sample_users(split, arguments.sample_rows)
     compare = {name: _load_scores(path, data, arguments.split) for name, path in paths.items()}
     model, processor = load_checkpoint(arguments.checkpoint, backbone=arguments.backbone)
-    scores = score_table(model, processor, split, max_tokens=arguments.max_tokens_per_batch)
+    scores = score_table(model, processor, split, tokens_per_batch=arguments.tokens_per_batch)
     write_scores(scores, arguments.out)
     report = evaluate_scores(
         scores,
@@ -139,7 +139,11 @@ def _user_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--user", help="user id; one the model has not seen is a new user")
     history = parser.add_mutually_exclusive_group()
     history.add_argument(
-        "--history", nargs="+", metavar="ITEM", help="liked items, oldest first: ids or titles"
+        "--history",
+        nargs="+",
+        action="extend",
+        metavar="ITEM",
+        help="liked items, oldest first: ids or titles",
     )
     history.add_argument("--data", help="prepared folder to take the history of --user from")
 
@@ -170,7 +174,11 @@ def _load_ranker_and_history(arguments: argparse.Namespace) -> tuple["CTRRanker"
 def _rank_arguments(parser: argparse.ArgumentParser) -> None:
     _user_arguments(parser)
     parser.add_argument(
-        "--candidates", nargs="+", metavar="ITEM", help="ids or titles (default: the catalog)"
+        "--candidates",
+        nargs="+",
+        action="extend",
+        metavar="ITEM",
+        help="ids or titles (default: the catalog)",
     )
     parser.add_argument("--top-k", type=int, default=10, help="items to return (default: 10)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Groups of samples that share one packed sequence: one user, one CF snapshot, and one window start
+"""Groups of samples that share one packed sequence: one user, one CF fit, and one window start
 or one stream of answered lines."""
 
 import warnings
@@ -18,16 +18,16 @@ from ccf_llm_hf.modeling.processing_ccf_llm import Request, window_start
 
 @dataclass
 class Group(Request):
-    """Samples of one user that share a history window, or a stream, and a CF snapshot: a request
-    with labels.
+    """Samples of one user that share a history window, or a stream, and one fit of the CF vectors:
+    a request with labels.
 
     Attributes:
         rows: row of each sample in its split.
-        snapshot: CF snapshot of all samples; -1 is the last.
+        fit: which fit of the CF vectors all samples see; -1 is the last, on all rows.
     """
 
     rows: list[int] = field(default_factory=list)
-    snapshot: int = -1
+    fit: int = -1
 
 
 def check_histories(split: datasets.Dataset, wanted: str) -> None:
@@ -43,7 +43,7 @@ def check_histories(split: datasets.Dataset, wanted: str) -> None:
 def group_rows(
     split: datasets.Dataset,
     history_window: tuple[int, int],
-    cf_snapshots: Sequence[int] | None = None,
+    cf_fits: Sequence[int] | None = None,
     max_candidates: int = 64,
     fold_in_items: int = 0,
 ) -> list[Group]:
@@ -52,7 +52,7 @@ def group_rows(
     Args:
         split: rows with user_id, item_id, label, history, and history_labels if it is signed.
         history_window: `(H, S)`, see `processing_ccf_llm.window_start`.
-        cf_snapshots: CF snapshot per row; default the last for all.
+        cf_fits: CF fit per row; default the last for all.
         max_candidates: samples a group holds at most; 1 gives one row a sample.
         fold_in_items: length of `earlier`, at most; what is not stored is left out.
 
@@ -64,10 +64,10 @@ def group_rows(
     """
     table = _read(split)
     earlier, starts, stored = _windows(table, history_window)
-    snapshots = np.full(len(table), -1) if cf_snapshots is None else np.asarray(cf_snapshots)
+    fits = np.full(len(table), -1) if cf_fits is None else np.asarray(cf_fits)
     users, user_names = _coded(table["user_id"])
     items, item_names = _coded(table["item_id"])
-    parts = _parts([users, starts, snapshots], earlier, max_candidates)
+    parts = _parts([users, starts, fits], earlier, max_candidates)
     last = np.array([part[-1] for part in parts], dtype=np.int64)
     shown = (starts - stored)[last]
     unshown = np.minimum(shown, fold_in_items)
@@ -81,7 +81,7 @@ def group_rows(
             history_lengths=(earlier[part] - starts[part]).tolist(),
             labels=labels[part].tolist(),
             rows=part.tolist(),
-            snapshot=int(snapshots[part[0]]),
+            fit=int(fits[part[0]]),
             earlier=history[:before],
         )
         for part, history, before in zip(parts, histories, unshown.tolist(), strict=True)
@@ -91,7 +91,7 @@ def group_rows(
 def group_streams(
     split: datasets.Dataset,
     lines: int = 48,
-    cf_snapshots: Sequence[int] | None = None,
+    cf_fits: Sequence[int] | None = None,
     fold_in_items: int = 0,
 ) -> list[Group]:
     """Cut a split into streams of answered lines; every row is a line, and a label, of exactly one.
@@ -102,7 +102,7 @@ def group_streams(
         split: rows with user_id, item_id, label, history and history_labels.
         lines: lines a stream holds at most; a user with more rows has several, which do not see
             each other.
-        cf_snapshots: CF snapshot per row; default the last for all. A stream has one: that of its
+        cf_fits: CF fit per row; default the last for all. A stream has one: that of its
             rows, or the last if they differ.
         fold_in_items: length of `earlier`, at most; what is not stored is left out.
 
@@ -112,7 +112,7 @@ def group_streams(
     table = _read(split)
     stored, dropped = _lengths(table)
     order = stored + dropped
-    snapshots = np.full(len(table), -1) if cf_snapshots is None else np.asarray(cf_snapshots)
+    fits = np.full(len(table), -1) if cf_fits is None else np.asarray(cf_fits)
     users, user_names = _coded(table["user_id"])
     items = table["item_id"].to_numpy()
     labels = table["label"].to_numpy()
@@ -126,7 +126,7 @@ def group_streams(
     # A row's own rating stands in the histories of later rows alone.
     counts = np.array([(order[part] < order[part[-1]]).sum() for part in parts], dtype=np.int64)
     rated = _histories(table, last, np.maximum(stored[last] - counts, 0))
-    shared = [snapshots[part[0]] if len(set(snapshots[part])) == 1 else None for part in parts]
+    shared = [fits[part[0]] if len(set(fits[part])) == 1 else None for part in parts]
     if None in shared:
         warnings.warn(
             f"{shared.count(None)} of {len(parts)} streams have rows of several CF fits: they see "
@@ -139,11 +139,11 @@ def group_streams(
             history=_with_ratings(history, ratings, int(count)),
             labels=labels[part].tolist(),
             rows=part.tolist(),
-            snapshot=-1 if snapshot is None else int(snapshot),
+            fit=-1 if fit is None else int(fit),
             earlier=before,
             stream=True,
         )
-        for part, history, ratings, count, snapshot, before in zip(
+        for part, history, ratings, count, fit, before in zip(
             parts, plain, rated, counts, shared, earlier, strict=True
         )
     ]

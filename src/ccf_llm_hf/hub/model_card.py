@@ -137,7 +137,7 @@ def write_card(folder: Path, facts: CardFacts | None = None, *, repo: str = "") 
     text = render_card(folder, facts, repo=repo)
     if has_own_words(folder):
         kept = "was written by hand and stays; delete it to have it rendered"
-        print(f"{facts.name}: {CARD_FILE} {kept}", file=sys.stderr)
+        print(f"{folder.name}/{CARD_FILE} {kept}", file=sys.stderr)
     else:
         write_text(card, text)
         facts.readme = sha256_of([card])

@@ -1,6 +1,7 @@
 """`CTRRanker`: probabilities, ranked lists and explanations from a checkpoint."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ccf_llm_hf.inference.explanation import Explanation, render_prompt
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor, Item, Request, User
 from ccf_llm_hf.modeling.ranking_ccf_llm import (
-    MAX_TOKENS,
+    TOKENS_PER_BATCH,
     RankedItem,
     cf_logits,
     item_shares,
@@ -36,7 +37,7 @@ class CTRRanker:
     Args:
         model: a `CCFLLMForCTR`.
         processor: its `CCFLLMProcessor`.
-        max_tokens_per_batch: tokens of one forward pass. Users share a pass as long as they fit;
+        tokens_per_batch: tokens of one forward pass. Users share a pass as long as they fit;
             a longer candidate list is scored in parts on the history's cached keys and values.
     """
 
@@ -45,11 +46,11 @@ class CTRRanker:
         model: CCFLLMForCTR,
         processor: CCFLLMProcessor,
         *,
-        max_tokens_per_batch: int = MAX_TOKENS,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
     ) -> None:
         self.model = model.eval()
         self.processor = processor
-        self.max_tokens_per_batch = max_tokens_per_batch
+        self.tokens_per_batch = tokens_per_batch
 
     @classmethod
     def from_pretrained(
@@ -191,13 +192,17 @@ class CTRRanker:
         requests = []
         for place in range(size):
             user = None if users is None else users[place]
+            if not (user is None or isinstance(user, (str, Integral))):
+                raise InputError(
+                    f"user {place} is {user!r}: give ids in users, and histories beside them"
+                )
             past = _items(None if histories is None else histories[place], f"history {place}")
             items = None if candidates is None else candidates[place]
             chosen = self._preselect(user, past, preselect) if items is None else _given(items)
             requests.append(Request(user, past, chosen))
         try:
             return rank(
-                self.model, self.processor, requests, top_k, max_tokens=self.max_tokens_per_batch
+                self.model, self.processor, requests, top_k, tokens_per_batch=self.tokens_per_batch
             )
         except InputError:
             raise
@@ -237,7 +242,7 @@ class CTRRanker:
                 self.model,
                 self.processor,
                 requests,
-                max_tokens=self.max_tokens_per_batch,
+                tokens_per_batch=self.tokens_per_batch,
                 progress=progress,
             )
         except InputError:

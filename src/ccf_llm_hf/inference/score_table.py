@@ -11,7 +11,7 @@ from ccf_llm_hf.data.grouping import check_histories, group_rows
 from ccf_llm_hf.io import write_file
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
-from ccf_llm_hf.modeling.ranking_ccf_llm import MAX_TOKENS, score
+from ccf_llm_hf.modeling.ranking_ccf_llm import TOKENS_PER_BATCH, score
 
 MAX_CANDIDATES = 512  # rows of one user packed behind one history
 
@@ -21,7 +21,7 @@ def score_table(
     processor: CCFLLMProcessor,
     split: datasets.Dataset,
     *,
-    max_tokens: int = MAX_TOKENS,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
     max_candidates: int = MAX_CANDIDATES,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -31,7 +31,7 @@ def score_table(
         model: a model.
         processor: its processor, whose history window is used.
         split: a prepared split (see `data.load_prepared`).
-        max_tokens: tokens of a batch, at most (but for a single longer row of candidates).
+        tokens_per_batch: tokens of a batch, at most (but for a single longer row of candidates).
         max_candidates: rows of one user that are packed behind one history.
         progress: show a bar on stderr.
 
@@ -50,7 +50,7 @@ def score_table(
         fold_in_items=processor.fold_in_items,
     )
     logits = np.full(len(split), np.nan, dtype=np.float32)
-    scores = score(model, processor, groups, max_tokens=max_tokens, progress=progress)
+    scores = score(model, processor, groups, tokens_per_batch=tokens_per_batch, progress=progress)
     for group, values in zip(groups, scores, strict=True):
         logits[group.rows] = values.numpy()
     return pd.DataFrame(

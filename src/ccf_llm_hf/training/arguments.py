@@ -1,6 +1,7 @@
 """`CTRTrainingArguments`: transformers' `TrainingArguments`, and what packed CTR training adds."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -9,6 +10,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ccf_llm_hf.errors import InputError
+
+DEFAULT_RATES = {"lora_": 5e-4, r"\.gate\.": 2e-4}
+CHOOSING = ("eval_auc", "eval_uauc", "eval_loss")  # what validation measures
 
 
 @dataclass
@@ -37,7 +41,7 @@ class CTRTrainingArguments(TrainingArguments):
         metadata={"help": "Tokens of one forward pass: memory and speed, not results."},
     )
     learning_rate_mapping: dict[str, float] | str | None = field(
-        default_factory=lambda: {"lora_": 5e-4, r"\.gate\.": 2e-4},
+        default_factory=lambda: dict(DEFAULT_RATES),
         metadata={
             "help": "Peak learning rates by regular expressions on parameters' names; the first "
             "that is found in a name holds, learning_rate where none is. The gate sums over twice "
@@ -149,6 +153,20 @@ class CTRTrainingArguments(TrainingArguments):
         self._check_values()
 
     def _check_values(self) -> None:
+        for pattern in self.rates():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(
+                    f"learning_rate_mapping: {pattern!r} is no regular expression ({error})"
+                ) from error
+        if self.metric_for_best_model not in CHOOSING:
+            raise InputError(
+                f"metric_for_best_model={self.metric_for_best_model!r} is none of "
+                f"{', '.join(CHOOSING)}"
+            )
+        if self.neftune_noise_alpha is not None:
+            raise InputError("neftune_noise_alpha is for rows of words alone: leave it out")
         for name in ("labels_per_step", "tokens_per_batch", "max_candidates"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} must be above 0")

@@ -59,11 +59,11 @@ def balance(indices: Sequence[int], lengths: Sequence[int], parts: int) -> list[
     return batches
 
 
-def parts_within(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> int:
+def parts_within(indices: Sequence[int], lengths: Sequence[int], tokens_per_batch: int) -> int:
     """The smallest number of balanced batches that each keep the budget, or hold one group."""
-    parts = max(1, -(-sum(lengths[i] for i in indices) // max_tokens))
+    parts = max(1, -(-sum(lengths[i] for i in indices) // tokens_per_batch))
     while any(
-        len(batch) > 1 and sum(lengths[i] for i in batch) > max_tokens
+        len(batch) > 1 and sum(lengths[i] for i in batch) > tokens_per_batch
         for batch in balance(indices, lengths, parts)
     ):
         parts += 1

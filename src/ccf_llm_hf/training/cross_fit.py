@@ -136,19 +136,19 @@ def install_cross_fit(model: CCFLLMForCTR, cf: CFVectors) -> None:
 
 
 def choose_fits(split: Dataset, cf: CFVectors) -> list[int]:
-    """For each training row of a split, the snapshot that was not fitted on it; -1 is the last."""
+    """For each training row of a split, the fit that left it out; -1 is the last."""
     columns = (np.asarray(split[name]) for name in ("user_id", "item_id", "timestamp"))
-    snapshots = cf.training_snapshots(*columns)
-    return torch.where(snapshots == cf.num_snapshots - 1, -1, snapshots).tolist()
+    fits = cf.training_fits(*columns)
+    return torch.where(fits == cf.num_fits - 1, -1, fits).tolist()
 
 
 def encode_fits(batch: BatchFeature, groups: Sequence[Group]) -> BatchFeature:
-    """Let every row of a packed batch carry the fit of its group's `snapshot`; -1 is the last.
+    """Let every row of a packed batch carry the group's `fit`; -1 is the last.
 
-    Sequence i of the batch is that of group i. Snapshot s is the fit at place s + 1 of
+    Sequence i of the batch is that of group i. Fit s stands at place s + 1 of
     [`CrossFitTable`], the last one at place 0.
     """
-    fits = torch.tensor([group.snapshot + 1 for group in groups])
+    fits = torch.tensor([group.fit + 1 for group in groups])
     # Tokens of the shared instruction belong to no sequence, and have no slots.
     of_tokens = fits[batch["sequence_ids"].clamp(min=0, max=len(groups) - 1)]
     for name in ("item_slots", "user_slots"):

@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -29,6 +30,7 @@ from ccf_llm_hf.training.lora import check_lora
 from ccf_llm_hf.training.trainer import check_left_to_sampler
 from ccf_llm_hf.training.values import read_value
 
+MANY = 20  # keys that are more than a sentence can list
 PRECISIONS = ("fp32", "bf16", "auto")
 LORA_DEFAULTS = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
@@ -187,7 +189,13 @@ class Stage:
         if self.model.get("cf_fold_in") and not self.model.get("cf_logit"):
             raise InputError(f"{self._place()}: `cf_fold_in` needs cf_logit: true")
         try:
-            check_left_to_sampler(CTRTrainingArguments(output_dir=".", **self.training))
+            args = CTRTrainingArguments(output_dir=".", **self.training)
+            check_left_to_sampler(args)
+            if args.eval_strategy == "no" or not args.load_best_model_at_end:
+                raise InputError(
+                    "a stage ends with the weights of its best validation: leave eval_strategy at "
+                    "epoch or steps, and load_best_model_at_end on"
+                )
             if lora := self.lora_config():
                 check_lora(lora)
         except (ValueError, TypeError) as problem:  # InputError is a ValueError
@@ -247,6 +255,14 @@ def refuse_key(place: str, key: str, section: str = "") -> NoReturn:
         known = sorted(set(fields_of(section)) - set(DECIDED[section]))
     else:
         known = [spec.name for spec in dataclasses.fields(Stage)]
+    near = get_close_matches(key, known, cutoff=0.4)
+    if len(known) > MANY and near:
+        raise InputError(
+            f"{place} has the unknown key {key!r}; near it are {', '.join(near)}, and all are in "
+            "docs/recipe.md"
+        )
+    if len(known) > MANY:
+        raise InputError(f"{place} has the unknown key {key!r}; docs/recipe.md lists those it has")
     raise InputError(f"{place} has the unknown key {key!r}; known keys are {', '.join(known)}")
 
 
@@ -259,7 +275,7 @@ class Recipe:
     )
     cf_dir: str = field(
         default="",
-        metadata={"help": "CF table (`ccf-llm fit-cf ... --out`); empty only for text-only runs."},
+        metadata={"help": "CF vectors (`ccf-llm fit-cf ... --out`); empty for runs of words only."},
     )
     output_dir: str = field(default="", metadata={"help": "Folder of the run, made if missing."})
     backbone: str = field(

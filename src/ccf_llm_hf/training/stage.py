@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, set_seed
@@ -34,7 +35,7 @@ STAGE_SETTINGS = ("name", "preset", "init_from", "model", "prompt", "lora", "tra
 
 @dataclass
 class RunInputs:
-    """What all stages share: data, CF table (None for text-only runs), where the backbone is, and
+    """What all stages share: data, CF vectors (None for text-only runs), where the backbone is, and
     `digest`, which names the exact input files."""
 
     data: PreparedData
@@ -50,14 +51,14 @@ class RunInputs:
         cf = CFVectors.load(recipe.cf_dir) if recipe.cf_dir else None
         if cf is not None and (missing := set(data.items["item_id"]) - set(cf.item_ids)):
             raise InputError(
-                f"the CF table in {recipe.cf_dir} lacks {len(missing)} items of {recipe.data_dir}, "
-                f"such as {min(missing)!r}; fit it on this data"
+                f"the CF vectors in {recipe.cf_dir} lack {len(missing)} items of "
+                f"{recipe.data_dir}, such as {min(missing)!r}; fit it on this data"
             )
-        by_time = cf is not None and cf.num_snapshots > 1 and cf.cross_fit == "snapshots"
+        by_time = cf is not None and cf.num_fits > 1 and cf.cross_fit == "snapshots"
         if by_time and not data.protocol.get("has_times", True):
             raise InputError(
-                f"the CF table in {recipe.cf_dir} has snapshots in time, and {recipe.data_dir} was "
-                "split at random, without times: fit it with cross_fit=folds"
+                f"the CF vectors in {recipe.cf_dir} have snapshots in time, and {recipe.data_dir} "
+                "was split at random, without times: fit it with cross_fit=folds"
             )
         backbone, revision = load_backbone_path(recipe.backbone, offline=recipe.offline)
         files = {
@@ -178,15 +179,20 @@ class StageRun:
         lora = self.stage.lora_config()
         if lora and model.lora_parameters():  # of init_from, whose rank and modules hold
             lora = type(lora)(**model.config.lora)
-        return CTRTrainer(
-            model,
-            self.training_arguments(),
-            self.inputs.data.splits["train"],
-            self.inputs.data.splits["validation"],
-            processor,
-            peft_config=lora,
-            cf=self.inputs.cf,
-        )
+        try:
+            return CTRTrainer(
+                model,
+                self.training_arguments(),
+                self.inputs.data.splits["train"],
+                self.inputs.data.splits["validation"],
+                processor,
+                peft_config=lora,
+                cf=self.inputs.cf,
+            )
+        # Of trackers that are not installed, and of the Hub that push_to_hub asks.
+        except (RuntimeError, ImportError, OSError, httpx.HTTPError) as problem:
+            reason = " ".join(str(problem).split())
+            raise InputError(f"stage {self.stage.name!r} cannot begin: {reason}") from problem
 
     def training_arguments(self) -> CTRTrainingArguments:
         """The stage's `training` section, in its folder."""

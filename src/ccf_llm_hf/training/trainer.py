@@ -5,6 +5,7 @@ import json
 import math
 import re
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,12 @@ from ccf_llm_hf.data.grouping import (
 )
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import auc, fit_temperature, uauc
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import FUSION_FILE
 from ccf_llm_hf.modeling.configuration_ccf_llm import IGNORED_LABEL
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 from ccf_llm_hf.modeling.ranking_ccf_llm import score
-from ccf_llm_hf.training.arguments import CTRTrainingArguments
+from ccf_llm_hf.training.arguments import DEFAULT_RATES, CTRTrainingArguments
 from ccf_llm_hf.training.collator import (
     GroupDataLoader,
     GroupDataset,
@@ -189,7 +191,13 @@ class CTRTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        named = (self.model if model is None else model).named_parameters()
+        named = list((self.model if model is None else model).named_parameters())
+        for pattern in self.args.rates():
+            if pattern not in DEFAULT_RATES and not any(re.search(pattern, n) for n, _ in named):
+                warnings.warn(
+                    f"learning_rate_mapping: {pattern!r} is found in no parameter's name",
+                    stacklevel=2,
+                )
         rates = {id(parameter): self._rate_of(name) for name, parameter in named}
         groups = []
         for group in optimizer.param_groups:
@@ -255,7 +263,7 @@ class CTRTrainer(Trainer):
             self.model,
             self.processing_class,
             mine,
-            max_tokens=self.args.tokens_per_batch,
+            tokens_per_batch=self.args.tokens_per_batch,
             progress=self.args.process_index == 0 and not self.args.disable_tqdm,
         )
         scored = [
@@ -327,6 +335,11 @@ class CTRTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         folder = Path(resume_from_checkpoint)
+        if not (folder / FUSION_FILE).is_file():
+            raise InputError(
+                f"resume_from_checkpoint {folder} is no trainer checkpoint: name a folder "
+                f"{PREFIX_CHECKPOINT_DIR}-N of the run"
+            )
         self.model.load_trained_weights(folder)
         saved = json.loads((folder / CONFIG_NAME).read_text())
         self.model.config.logit_temperature = saved["logit_temperature"]
@@ -402,7 +415,7 @@ def group_split(
     max_candidates: int,
     fits: Sequence[int] | None = None,
 ) -> list[Group]:
-    """A split's rows as groups of the processor's window; `fits` is the CF snapshot of each row.
+    """A split's rows as groups of the processor's window; `fits` is the CF fit of each row.
 
     Raises:
         InputError: the split holds other histories than the processor reads.
@@ -411,7 +424,7 @@ def group_split(
     return group_rows(
         split,
         history_window=processor.history_window,
-        cf_snapshots=fits,
+        cf_fits=fits,
         max_candidates=max_candidates,
         fold_in_items=processor.fold_in_items,
     )
