@@ -383,7 +383,7 @@ def test_rendering_again_changes_nothing_and_leaves_words_of_others_alone(tmp_pa
     readme.write_text(first + "By hand.\n", encoding="utf-8")
     write_card(tmp_path, replace(read_facts(tmp_path), name="other"))
     assert readme.read_text(encoding="utf-8") == first + "By hand.\n"
-    assert "other: README.md was written by hand and stays" in capsys.readouterr().err
+    assert f"{tmp_path.name}/README.md was written by hand and stays" in capsys.readouterr().err
     assert read_facts(tmp_path).name == "other", "the facts are kept for when it is rendered"
     readme.unlink()
     assert "# other\n" in write_card(tmp_path).read_text(encoding="utf-8")
