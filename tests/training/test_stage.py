@@ -229,3 +229,13 @@ def test_a_kill_while_a_changed_stage_is_deleted_leaves_no_weights_without_a_rec
     monkeypatch.undo()
     run.check_unchanged()
     assert not list(run.folder.parent.glob(".deleted-*"))
+
+
+@pytest.mark.parametrize("flag", [{"push_to_hub": True}, {"report_to": "no_such_tracker"}])
+def test_what_cannot_be_reached_is_told_before_the_first_step(stage_run, monkeypatch, flag):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    training = flag | ({"hub_model_id": "acme/films"} if "push_to_hub" in flag else {})
+    run = stage_run(training=training)
+    with pytest.raises(InputError, match=r"stage 'stage' cannot begin: ") as refused:
+        run.build_trainer()
+    assert "\n" not in str(refused.value)

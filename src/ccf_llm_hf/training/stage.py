@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from accelerate import PartialState
+from huggingface_hub.errors import HTTPError
 from transformers import AutoTokenizer, set_seed
 
 from ccf_llm_hf.cf.vectors import CFVectors
@@ -189,8 +189,10 @@ class StageRun:
                 peft_config=lora,
                 cf=self.inputs.cf,
             )
-        # Of trackers that are not installed, and of the Hub that push_to_hub asks.
-        except (RuntimeError, ImportError, OSError, httpx.HTTPError) as problem:
+        except InputError:
+            raise
+        # Of trackers that are unknown or not installed, and of the Hub that push_to_hub asks.
+        except (ValueError, RuntimeError, ImportError, OSError, HTTPError) as problem:
             reason = " ".join(str(problem).split())
             raise InputError(f"stage {self.stage.name!r} cannot begin: {reason}") from problem
 
