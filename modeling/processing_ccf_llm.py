@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +43,8 @@ PROMPT_SETTINGS = (
     "rating_scale",
     "title_years",
     "item_template",
+    "evidence_fields",
+    "evidence_items",
     "templates",
 )
 TOKEN_FIELDS = (
@@ -84,9 +87,12 @@ class Request:
         labels: 0/1 a candidate, or None.
         earlier: with `history_lengths` and signed histories, items before `history`, which no
             prompt shows and every candidate's user vector is folded in from.
+        evidence: with `history_lengths`, per candidate the earlier items that stand in its own
+            block, before it; see `CCFLLMProcessor.evidence`.
         stream: score the lines of `history` themselves, each after the lines before it and their
             answers; `labels` are theirs, `candidates` none. For `wording="answered"`; the history
             is taken as it stands.
+        hidden: of a stream, whether each line is hidden from those after it.
     """
 
     user: User = None
@@ -95,7 +101,9 @@ class Request:
     history_lengths: list[int] | None = None
     labels: list[int] | None = None
     earlier: list[Any] = field(default_factory=list)
+    evidence: list[list[Any]] | None = None
     stream: bool = False
+    hidden: list[bool] | None = None
 
     @property
     def scored(self) -> list[Any]:
@@ -146,17 +154,22 @@ class PackedRow:
             answers.append((len(self.tokens["input_ids"]) - 1, item))
         self.answers.append(answers)
 
-    def add_stream(self, prefix: Span, lines: list[tuple[int, Span, Span]]) -> None:
+    def add_stream(self, prefix: Span, lines: list[tuple[int, Span, Span | None]]) -> None:
         """Prefix, then lines of (item, words up to the answer, answer), each scored where its words
-        end. An answer belongs to the history that the next line sees, not to that of its own."""
+        end. An answer belongs to the history that the next line sees, not to that of its own. A
+        line without an answer is hidden: a block by itself, as a candidate is."""
         sequence, answers = len(self.answers), []
         self._extend(prefix, sequence, start=self.num_shared, block=0, depth=0)
         start = self.num_shared + len(prefix.ids)
-        for depth, (item, line, answer) in enumerate(lines):
-            self._extend(line, sequence, start, block=0, depth=depth)
+        depth = 0
+        for block, (item, line, answer) in enumerate(lines, start=1):
+            self._extend(line, sequence, start, block=0 if answer else block, depth=depth)
             answers.append((len(self.tokens["input_ids"]) - 1, item))
+            if answer is None:
+                continue
+            depth += 1
             start += len(line.ids)
-            self._extend(answer, sequence, start, block=0, depth=depth + 1)
+            self._extend(answer, sequence, start, block=0, depth=depth)
             start += len(answer.ids)
         self.answers.append(answers)
 
@@ -237,6 +250,9 @@ class CCFLLMProcessor(ProcessorMixin):
             its six tokens can be half of what an item costs. A gate reads the whole title anyway.
         item_template: an item in words, of its title and its fields, such as `{title} by {author}`;
             see [`render_item`]. A gate reads it too.
+        evidence_fields: fields, such as author, by which items of a history bear on a candidate;
+            see [`evidence`]. Of a history given whole they are found wherever in it they stand.
+        evidence_items: how many of them stand in a candidate's block, at most.
         templates: replaces entries of `TEMPLATES[wording]`.
         item_fields: what is known of each catalog item besides its title, as text or lists of text.
 
@@ -264,6 +280,8 @@ class CCFLLMProcessor(ProcessorMixin):
         rating_scale: tuple[float, float] | None = None,
         title_years: bool = True,
         item_template: str = "{title}",
+        evidence_fields: list[str] | None = None,
+        evidence_items: int = 8,
         templates: dict[str, str] | None = None,
         item_fields: list[dict[str, Any]] | None = None,
     ) -> None:
@@ -288,6 +306,10 @@ class CCFLLMProcessor(ProcessorMixin):
         self.rating_scale = rating_scale and (float(rating_scale[0]), float(rating_scale[1]))
         self.title_years = title_years
         self.item_template, self.templates = item_template, self.prompt.templates
+        self.evidence_fields = list(evidence_fields or [])
+        self.evidence_items = evidence_items
+        if evidence_items < 0:
+            raise ValueError(f"evidence_items={evidence_items} must not be below 0.")
         self._set_catalog(item_ids or [], item_titles or [], user_ids or [], item_fields)
         self._warned: set[str] = set()
 
@@ -321,6 +343,12 @@ class CCFLLMProcessor(ProcessorMixin):
                 f"{len(item_ids)} item ids but {len(self.item_fields)} item_fields: give one each."
             )
         known = {"title"}.union(*self.item_fields) if item_ids else None
+        for name in self.evidence_fields:
+            if known is not None and name not in known:
+                raise ValueError(
+                    f"evidence_fields has {name!r}, which no item of the catalog has: use "
+                    f"{', '.join(sorted(known))}."
+                )
         for _, name in PIECE.findall(self.item_template):
             if known is not None and name not in known:
                 raise ValueError(
@@ -421,6 +449,50 @@ class CCFLLMProcessor(ProcessorMixin):
         fields = item if isinstance(item, dict) else {}
         return None, render_item(self.item_template, {**fields, "title": title})
 
+    def evidence(
+        self,
+        history: Sequence[Item],
+        candidates: Sequence[Item],
+        lengths: Sequence[int] | None = None,
+    ) -> list[list[Item]]:
+        """For each candidate the items of a history that share a value of `evidence_fields` with
+        it, oldest first: `evidence_items` at most, those that share most, the latest of equals.
+
+        Args:
+            history: oldest first.
+            candidates: items.
+            lengths: how many of `history` each candidate may see; default all.
+        """
+        places: dict[tuple[str, str], list[int]] = {}
+        for place, item in enumerate(history if self.evidence_fields else []):
+            for topic in self.topics(item):
+                places.setdefault(topic, []).append(place)
+        found = []
+        for candidate, length in zip(
+            candidates, lengths or [len(history)] * len(candidates), strict=True
+        ):
+            shared = Counter(
+                place
+                for topic in self.topics(candidate)
+                for place in places.get(topic, [])
+                if place < length
+            )
+            best = sorted(shared, key=lambda place: (-shared[place], -place))
+            found.append([history[place] for place in sorted(best[: self.evidence_items])])
+        return found
+
+    def topics(self, item: Item) -> frozenset[tuple[str, str]]:
+        """(field, value) pairs of an item's `evidence_fields`, letters lowered."""
+        row, _ = self.resolve_item(item)
+        fields = item if row is None and isinstance(item, dict) else {}
+        fields = fields if row is None else self.item_fields[row]
+        found = set()
+        for name in self.evidence_fields:
+            value = fields.get(name)
+            values = value if isinstance(value, (list, tuple)) else [value]
+            found |= {(name, str(one).lower()) for one in values if one not in (None, "")}
+        return frozenset(found)
+
     def likes(self, item: Item) -> bool:
         """Whether a history item was liked: yes, unless it is a dict whose `liked` is False or
         whose `rating` does not lie above the midpoint of `rating_scale`.
@@ -469,8 +541,13 @@ class CCFLLMProcessor(ProcessorMixin):
         if request.history_lengths is not None or request.stream:
             return request
         earlier, history = self.window(request.history)
-        lengths = [len(history)] * len(request.candidates)
-        return replace(request, history=history, history_lengths=lengths, earlier=earlier)
+        return replace(
+            request,
+            history=history,
+            history_lengths=[len(history)] * len(request.candidates),
+            earlier=earlier,
+            evidence=self.evidence(request.history, request.candidates),
+        )
 
     def count_tokens(self, request: Request) -> int:
         """Tokens that a request adds to a batch, that is, without the instruction, which a batch
@@ -478,16 +555,28 @@ class CCFLLMProcessor(ProcessorMixin):
         row, request = PackedRow([], len(self.item_ids)), self.cut(request)
         spans = [self.prompt.prefix(0)]
         spans += [self._history_item(item, row) for item in request.history]
-        spans += [self._block(item, row)[1] for item in request.candidates]
+        spans += [span for _, span in self._blocks(request, row)]
         return sum(len(span.ids) for span in spans)
 
     def _history_item(self, item: Item, packed: PackedRow) -> Span:
         kind = "history" if self.likes(item) else "disliked"
         return self.prompt.item(kind, *self._slot(item, packed))
 
-    def _block(self, item: Item, packed: PackedRow) -> tuple[int, Span]:
+    def _blocks(self, request: Request, packed: PackedRow) -> list[tuple[int, Span]]:
+        evidence = request.evidence or [[]] * len(request.candidates)
+        return [
+            self._block(item, packed, lines)
+            for item, lines in zip(request.candidates, evidence, strict=True)
+        ]
+
+    def _block(
+        self, item: Item, packed: PackedRow, evidence: Sequence[Item] = ()
+    ) -> tuple[int, Span]:
+        block = Span()
+        for line in evidence:
+            block.append(self._history_item(line, packed))
         slot = self._slot(item, packed)
-        return slot[0], self.prompt.item("candidate", *slot)
+        return slot[0], block.append(self.prompt.item("candidate", *slot))
 
     def _slot(self, item: Item, packed: PackedRow) -> tuple[int, str]:
         row, text = self.item_text(item)
@@ -579,7 +668,7 @@ class CCFLLMProcessor(ProcessorMixin):
                 'history_lengths, and a processor of wording="answered".'
             )
         kind = "lines" if request.stream else "candidates"
-        for name in ("history_lengths", "labels"):
+        for name in ("history_lengths", "labels", "evidence", "hidden"):
             values = getattr(request, name)
             if values is not None and len(values) != len(request.scored):
                 raise ValueError(
@@ -590,17 +679,19 @@ class CCFLLMProcessor(ProcessorMixin):
         user = self.resolve_user(request.user)
         prefix = self.prompt.prefix(user)
         if request.stream:
+            hidden = request.hidden or [False] * len(history)
+            answers = [Span().add(self.prompt.answer(self.likes(item))) for item in history]
             packed.add_stream(
                 prefix,
                 [
-                    (*self._block(item, packed), Span().add(self.prompt.answer(self.likes(item))))
-                    for item in history
+                    (*self._block(item, packed), None if hide else answer)
+                    for item, answer, hide in zip(history, answers, hidden, strict=True)
                 ],
             )
+            history = [item for item, hide in zip(history, hidden, strict=True) if not hide]
         else:
             shown = [self._history_item(item, packed) for item in history]
-            blocks = [self._block(item, packed) for item in request.candidates]
-            packed.add_sequence(prefix, shown, blocks, lengths)
+            packed.add_sequence(prefix, shown, self._blocks(request, packed), lengths)
         packed.users.append(user)
         packed.labels.append(request.labels)
         if self.histories == "signed":
@@ -644,6 +735,8 @@ class CCFLLMProcessor(ProcessorMixin):
             "rating_scale": self.rating_scale,
             "title_years": self.title_years,
             "item_template": self.item_template,
+            "evidence_fields": self.evidence_fields,
+            "evidence_items": self.evidence_items,
             "templates": self.templates,
             "ids_fingerprint": self.ids_fingerprint,
         }

@@ -49,7 +49,7 @@ TEMPLATES: dict[str, dict[str, str]] = {
     # likes, the lines say, and they say it of strangers too.
     "answered": {
         "prefix": "Whether one user likes each of these items, Yes or No:",
-        "candidate_slot": "{item}:",
+        "candidate_slot": "{item}",
         "candidate_title": "\n{item}:",
         "candidate_title_slot": "\n{item}:",
     },
@@ -72,6 +72,12 @@ class Span:
         self.ids += ids
         self.items += [item] * len(ids)
         self.users += [user] * len(ids)
+        return self
+
+    def append(self, other: "Span") -> "Span":
+        self.ids += other.ids
+        self.items += other.items
+        self.users += other.users
         return self
 
 

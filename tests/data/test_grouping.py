@@ -3,7 +3,8 @@
 import datasets
 import pytest
 
-from ccf_llm_hf.data.grouping import group_streams
+from ccf_llm_hf.data.grouping import frozen_lines, group_split, group_streams
+from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 
 MIDPOINT = 3.5
 
@@ -69,3 +70,50 @@ def test_a_stream_sees_the_fit_of_its_rows_or_the_last() -> None:
     with pytest.warns(UserWarning, match="1 of 2 streams have rows of several CF fits"):
         mixed = group_streams(split, cf_fits=[*by_user[:-1], 0])
     assert [one.fit for one in mixed] == [1, -1]
+
+
+@pytest.mark.parametrize("lines", [1, 2, 48])
+def test_lines_of_a_topic_stand_together(lines: int) -> None:
+    split = signed_split(ratings=True)
+    topics = [{"b": "x", "d": "x"}.get(item, item) for item in split["item_id"]]
+    streams = group_streams(split, lines, topics=topics, fold_in_items=3)
+    assert sorted(row for stream in streams for row in stream.rows) == list(range(len(split)))
+    of_u = [[line["id"] for line in one.history] for one in streams if one.user == "u"]
+    together = ["a", "a", "b", "d", "c", "e"]
+    assert sorted(of_u) == sorted(together[i : i + lines] for i in range(0, 6, lines))
+    for stream in streams:
+        assert stream.labels == [split[row]["label"] for row in stream.rows]
+        assert [line["liked"] for line in stream.history] == stream.labels
+    before = [[line["id"] for line in one.earlier] for one in streams if one.user == "u"]
+    expected = {i: together[max(0, i - 3) : i] for i in range(0, 6, lines)}
+    assert sorted(before) == sorted(expected.values())
+
+
+def test_evidence_of_a_split_is_in_its_histories_or_in_the_frozen_lines(tokenizer) -> None:
+    split = signed_split(ratings=False, stored=2)
+    ids = ["a", "b", "c", "d", "e", "z"]
+    fields = [{"author": "one" if item in "az" else "two"} for item in ids]
+    processor = CCFLLMProcessor(
+        *(tokenizer, ids, ids),
+        wording="answered",
+        histories="signed",
+        history_window=(1, 1),
+        fold_in_items=9,
+        item_fields=fields,
+        evidence_fields=["author"],
+    )
+    found = {}
+    for group in group_split(split, processor):
+        found |= dict(zip(group.rows, group.evidence or [], strict=True))
+    places = {(row["user_id"], row["item_id"]): place for place, row in enumerate(split)}
+    # Only the two latest items are stored: c and a, whose label here is that of their row.
+    assert found[places["u", "d"]] == [{"id": "c", "liked": 0}]
+    assert found[places["v", "b"]] == []
+    lines = frozen_lines(split)
+    assert [line["id"] for line in lines["u"]] == ["a", "b", "c", "a", "d", "e"]
+    for group in group_split(split, processor, lines=lines):
+        for item, evidence in zip(group.candidates, group.evidence or [], strict=True):
+            assert evidence == processor.evidence(lines[str(group.user)], [item])[0]
+            assert len(evidence) == sum(
+                (line["id"] in "az") == (item in "az") for line in lines[str(group.user)]
+            )

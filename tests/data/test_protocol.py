@@ -242,6 +242,7 @@ def test_positions_count_a_users_rows_through_the_splits() -> None:
 @pytest.mark.parametrize("signed", [False, True])
 def test_random_histories_hold_training_rows_before_ones_own(signed: bool) -> None:
     table = drawn(20, 30)
+    table["rating"] = 5.0 * table["label"] + table.index / 1000
     found = all_rows(table, signed=signed)
     for user, rows in table.groupby("user_id"):
         train = rows[rows["split"] == 0].sort_values("timestamp")
@@ -257,6 +258,8 @@ def test_random_histories_hold_training_rows_before_ones_own(signed: bool) -> No
             assert row["item_id"] not in row["history"]
             if signed:
                 assert row["history_labels"] == shown.loc[before, "label"].tolist()
+                ratings = shown.loc[before, "rating"].tolist()
+                assert row["history_ratings"] == pytest.approx(ratings, rel=1e-6)
 
 
 def test_random_histories_are_cut_as_others_are() -> None:

@@ -107,6 +107,91 @@ def test_candidates_of_several_times_share_the_lines(build: BuildModel) -> None:
     torch.testing.assert_close(packed, alone(model, processor), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("arm", ["gate", "concat", "text_only"])
+def test_evidence_in_a_block_reads_as_the_last_lines_before_it(
+    build: BuildModel, arm: str, backbone: str, attn: str
+) -> None:
+    model, processor = build(arm, "answered", backbone, attn=attn, prompt=SIGNED)
+    evidence: list[list] = [LINES[4:], [], LINES[1:2]]
+    request = Request("u0", LINES[:4], ["i2", "i6", "i1"], [4] * 3, evidence=evidence)
+    expected = [
+        logits(model, processor, Request("u0", [*LINES[:4], *lines], [item], [4 + len(lines)]))[0]
+        for item, lines in zip(request.candidates, evidence, strict=True)
+    ]
+    (packed,) = logits(model, processor, request)
+    torch.testing.assert_close(packed, torch.cat(expected), atol=1e-4, rtol=0)
+    (parts,) = score(model, processor, [request], tokens_per_batch=3)
+    torch.testing.assert_close(parts, packed, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_hidden_line_is_scored_and_not_seen(build: BuildModel, arm: str, attn: str) -> None:
+    model, processor = build(arm, "answered", attn=attn, prompt=SIGNED, **FOLDED)
+    hidden = [not line["liked"] for line in LINES]
+    (found,) = logits(model, processor, replace(stream(), hidden=hidden))
+    for place, line in enumerate(LINES):
+        seen = [line for line, hide in zip(LINES[:place], hidden[:place], strict=True) if not hide]
+        request = Request("u0", seen, [line], [len(seen)], earlier=EARLIER)
+        expected = logits(model, processor, request)[0][0]
+        torch.testing.assert_close(found[place], expected, atol=1e-4, rtol=0)
+
+
+def by_author(tokenizer: PreTrainedTokenizerFast, **settings: object) -> CCFLLMProcessor:
+    authors: list[dict] = [
+        {"author": "King"},
+        {"author": ["king", "Straub"]},
+        {"author": "Roberts"},
+    ]
+    ids = ["a", "b", "c", "d"]
+    return CCFLLMProcessor(
+        tokenizer,
+        ids,
+        ids,
+        wording="answered",
+        histories="signed",
+        history_window=(1, 1),
+        item_fields=[*authors, {}],
+        evidence_fields=["author"],
+        **settings,
+    )
+
+
+def test_evidence_shares_a_value_and_comes_before(tokenizer: PreTrainedTokenizerFast) -> None:
+    processor = by_author(tokenizer)
+    history = ["a", {"id": "c", "liked": False}, {"id": "b", "liked": False}, "d"]
+    new = {"title": "Ghost Story", "author": "straub"}
+    shared = [history[0], history[2]]
+    assert processor.evidence(history, ["a", new, "c", "d"]) == [
+        shared,
+        [history[2]],
+        [history[1]],
+        [],
+    ]
+    assert processor.evidence(history, ["a", "c"], [2, 1]) == [["a"], []]
+    # Two values in common weigh more than being the latest.
+    both = {"title": "The Talisman", "author": ["King", "Straub"]}
+    assert by_author(tokenizer, evidence_items=1).evidence(["b", "a"], [both]) == [["b"]]
+    assert by_author(tokenizer, evidence_items=1).evidence(["a", "b"], ["a"]) == [["b"]]
+    assert by_author(tokenizer, evidence_items=0).evidence(["a", "b"], ["a"]) == [[]]
+    cut = processor.cut(Request(None, history, ["a", "d"]))
+    assert (cut.history, cut.evidence) == (["d"], [shared, []])
+    asked = len(processor.pack([cut])["input_ids"][0]) - len(processor.prompt.instruction())
+    assert processor.count_tokens(Request(None, history, ["a", "d"])) == asked
+
+
+def test_evidence_that_cannot_be_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="evidence_fields has 'genre'"):
+        CCFLLMProcessor(tokenizer, ["a"], ["A"], evidence_fields=["genre"])
+    with pytest.raises(ValueError, match="evidence_items=-1"):
+        by_author(tokenizer, evidence_items=-1)
+    lines = by_author(tokenizer)
+    with pytest.raises(ValueError, match="evidence has 1 values for 2 candidates"):
+        lines.pack([Request(None, ["a"], ["b", "c"], [1, 1], evidence=[["a"]])])
+
+
 @pytest.mark.parametrize("arm", ["gate", "concat", "text_only"])
 def test_streams_packed_side_by_side_do_not_meet(build: BuildModel, arm: str) -> None:
     model, processor = build(arm, "answered", prompt=SIGNED, **FOLDED)
@@ -173,13 +258,14 @@ def test_what_a_stream_says_and_where_it_is_read(
     batch = processor.pack([request])
     ids = batch["input_ids"][0]
     said = {
-        "slot": "<|ccf_item|>: Yes<|ccf_item|>: No",
+        "slot": "<|ccf_item|> Yes<|ccf_item|> No",
         "title": "\nHeat (1995): Yes\nAlien: No",
         "title_slot": "\nHeat (1995)<|ccf_item|>: Yes\nAlien<|ccf_item|>: No",
     }[form]
     assert tokenizer.decode(ids) == processor.templates["prefix"] + said
     places = batch["answer_positions"][0]
-    assert all(token.endswith(":") for token in tokenizer.batch_decode(ids[places, None]))
+    read_at = "<|ccf_item|>" if form == "slot" else ":"
+    assert all(token.endswith(read_at) for token in tokenizer.batch_decode(ids[places, None]))
     assert tokenizer.batch_decode(ids[places + 1, None]) == [" Yes", " No"]
     assert batch["history_depths"][0, places].tolist() == [0, 1]
     assert torch.equal(batch["position_ids"][0], torch.arange(len(ids)))

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from ccf_llm_hf.data.grouping import group_split
 from ccf_llm_hf.data.prepare import PrepareConfig, prepare
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.ranking_ccf_llm import score
@@ -21,7 +22,6 @@ from ccf_llm_hf.training.recipe import Recipe, Stage
 from ccf_llm_hf.training.resume import train_or_resume
 from ccf_llm_hf.training.run import run_recipe
 from ccf_llm_hf.training.stage import RunInputs
-from ccf_llm_hf.training.trainer import group_split
 
 TRAIN = Path(__file__).parents[2] / "examples" / "train.py"
 FORMS = {"history_format": "title", "candidate_format": "title"}
@@ -56,6 +56,19 @@ def answered(run: Any, folder: str = "run", prompt: dict | None = None, **sectio
     return made
 
 
+def test_some_streams_hide_their_dislikes(stage_run):
+    shares = {}
+    for share in (0.0, 0.4, 1.0):
+        trainer = answered(
+            stage_run, f"hide{share}", training=SMALL | {"likes_only_share": share}
+        ).build_trainer()
+        for stream in trainer.train_groups:
+            assert stream.hidden in (None, [not label for label in stream.labels])
+        hiding = [stream.hidden is not None for stream in trainer.train_groups]
+        shares[share] = sum(hiding) / len(hiding)
+    assert shares[0.0] == 0 and shares[1.0] == 1 and 0.1 < shares[0.4] < 0.7
+
+
 def test_training_rows_are_lines_and_validation_rows_candidates(stage_run):
     trainer = answered(stage_run).build_trainer()
     streams, split = trainer.train_groups, trainer.train_dataset
@@ -64,6 +77,7 @@ def test_training_rows_are_lines_and_validation_rows_candidates(stage_run):
     assert sorted(row for stream in streams for row in stream.rows) == list(range(len(split)))
     assert not any(group.stream for group in trainer.eval_groups)
     assert GroupDataset(streams)[~0].labels == [-100] * len(streams[0].rows)
+    assert all(stream.hidden is None for stream in streams)
     batch = trainer.data_collator(streams[:3])
     assert batch["labels"].shape == batch["answer_positions"].shape
     loss = trainer.compute_loss(trainer.model, batch)

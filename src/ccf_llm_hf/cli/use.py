@@ -78,12 +78,19 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     from ccf_llm_hf.inference.gate import gate_report
     from ccf_llm_hf.inference.score_table import sample_users, score_table, write_scores
 
-    split = load_prepared(data).splits[arguments.split]
+    prepared = load_prepared(data)
+    split = prepared.splits[arguments.split]
     if arguments.sample_rows:
         split = sample_users(split, arguments.sample_rows)
     compare = {name: _load_scores(path, data, arguments.split) for name, path in paths.items()}
     model, processor = load_checkpoint(arguments.checkpoint, backbone=arguments.backbone)
-    scores = score_table(model, processor, split, tokens_per_batch=arguments.tokens_per_batch)
+    scores = score_table(
+        model,
+        processor,
+        split,
+        lines=prepared.lines(),
+        tokens_per_batch=arguments.tokens_per_batch,
+    )
     write_scores(scores, arguments.out)
     report = evaluate_scores(
         scores,

@@ -2,7 +2,7 @@
 or one stream of answered lines."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.modeling.processing_ccf_llm import Request, window_start
+from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor, Request, window_start
 
 
 @dataclass
@@ -38,6 +38,56 @@ def check_histories(split: datasets.Dataset, wanted: str) -> None:
             f"this model reads histories of {wanted}, but the data was prepared with {stored}: "
             f"prepare it with --histories {wanted}"
         )
+
+
+def group_split(
+    split: datasets.Dataset,
+    processor: CCFLLMProcessor,
+    max_candidates: int = 64,
+    cf_fits: Sequence[int] | None = None,
+    lines: Mapping[str, list[Any]] | None = None,
+) -> list[Group]:
+    """A split's rows as groups of the processor's window, each candidate with its evidence.
+
+    Args:
+        split: a prepared split.
+        processor: whose window, evidence and histories are meant.
+        max_candidates, cf_fits: see `group_rows`.
+        lines: the whole histories of users, where those of the split are frozen (`frozen_lines`);
+            default the histories as the split stores them.
+
+    Raises:
+        InputError: the split holds other histories than the processor reads.
+    """
+    check_histories(split, processor.histories)
+    groups = group_rows(
+        split,
+        history_window=processor.history_window,
+        cf_fits=cf_fits,
+        max_candidates=max_candidates,
+        fold_in_items=processor.fold_in_items,
+    )
+    for group in groups if processor.evidence_fields else []:
+        if lines is None:
+            pool = [*group.earlier, *group.history]
+            lengths = [len(group.earlier) + length for length in group.history_lengths or []]
+        else:
+            pool, lengths = lines.get(str(group.user), []), None
+        group.evidence = processor.evidence(pool, group.candidates, lengths)
+    return groups
+
+
+def frozen_lines(train: datasets.Dataset) -> dict[str, list[dict[str, Any]]]:
+    """Every user's training rows as items of a history, in their order: what rows of validation and
+    test may see where histories are frozen."""
+    table = _read(train)
+    stored, dropped = _lengths(table)
+    frame = table.select(["user_id", "item_id", "label"]).to_pandas()
+    frame = frame.iloc[np.lexsort((stored + dropped, frame["user_id"]))]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for user, item, label in frame.itertuples(index=False):
+        lines.setdefault(user, []).append({"id": item, "liked": label})
+    return lines
 
 
 def group_rows(
@@ -93,10 +143,12 @@ def group_streams(
     lines: int = 48,
     cf_fits: Sequence[int] | None = None,
     fold_in_items: int = 0,
+    topics: Sequence[Any] | None = None,
 ) -> list[Group]:
     """Cut a split into streams of answered lines; every row is a line, and a label, of exactly one.
 
-    A user's rows stand in the order of the data, rows equal in time one after the other.
+    A user's rows stand in the order of the data, rows equal in time one after the other; with
+    `topics` those of one topic stand together, which is for data whose order means nothing.
 
     Args:
         split: rows with user_id, item_id, label, history and history_labels.
@@ -105,6 +157,7 @@ def group_streams(
         cf_fits: CF fit per row; default the last for all. A stream has one: that of its
             rows, or the last if they differ.
         fold_in_items: length of `earlier`, at most; what is not stored is left out.
+        topics: what each row is about, an author for example. Lines then have labels alone.
 
     Returns:
         Groups in order of their first row.
@@ -112,20 +165,32 @@ def group_streams(
     table = _read(split)
     stored, dropped = _lengths(table)
     order = stored + dropped
+    if topics is not None:
+        order = _order_by_topic(table["user_id"], topics, order)
     fits = np.full(len(table), -1) if cf_fits is None else np.asarray(cf_fits)
     users, user_names = _coded(table["user_id"])
     items = table["item_id"].to_numpy()
     labels = table["label"].to_numpy()
+
+    def labeled(runs: list[np.ndarray]) -> list[list[Any]]:
+        values = [labels[run].tolist() for run in runs]
+        return _with_values([items[run].tolist() for run in runs], "liked", values)
+
     parts = _parts([users], order, lines)
+    histories = labeled(parts)
     first, last = (np.array([part[end] for part in parts], dtype=np.int64) for end in (0, -1))
-    unshown = np.minimum(stored[first], fold_in_items)
-    earlier = _histories(table, first, stored[first] - unshown)
-    plain = _with_values(
-        [items[part].tolist() for part in parts], "liked", [labels[part].tolist() for part in parts]
-    )
-    # A row's own rating stands in the histories of later rows alone.
-    counts = np.array([(order[part] < order[part[-1]]).sum() for part in parts], dtype=np.int64)
-    rated = _histories(table, last, np.maximum(stored[last] - counts, 0))
+    if topics is None:
+        unshown = np.minimum(stored[first], fold_in_items)
+        earlier = _histories(table, first, stored[first] - unshown)
+        # A row's own rating stands in the histories of later rows alone.
+        counts = [int((order[part] < order[part[-1]]).sum()) for part in parts]
+        rated = _histories(table, last, np.maximum(stored[last] - counts, 0))
+        histories = [_with_ratings(*known) for known in zip(histories, rated, counts, strict=True)]
+    else:
+        in_order = np.lexsort((order, users))
+        ends = np.searchsorted(users[in_order], users[first]) + order[first]
+        starts = ends - np.minimum(order[first], fold_in_items)
+        earlier = labeled([in_order[a:b] for a, b in zip(starts, ends, strict=True)])
     shared = [fits[part[0]] if len(set(fits[part])) == 1 else None for part in parts]
     if None in shared:
         warnings.warn(
@@ -136,17 +201,24 @@ def group_streams(
     return [
         Group(
             user=user_names[users[part[0]]],
-            history=_with_ratings(history, ratings, int(count)),
+            history=history,
             labels=labels[part].tolist(),
             rows=part.tolist(),
             fit=-1 if fit is None else int(fit),
             earlier=before,
             stream=True,
         )
-        for part, history, ratings, count, fit, before in zip(
-            parts, plain, rated, counts, shared, earlier, strict=True
-        )
+        for part, history, fit, before in zip(parts, histories, shared, earlier, strict=True)
     ]
+
+
+def _order_by_topic(users: pa.ChunkedArray, topics: Sequence[Any], order: np.ndarray) -> np.ndarray:
+    """An order of each user's rows in which a topic's rows follow its first one."""
+    frame = pd.DataFrame({"user": users.to_pandas(), "topic": list(topics)})
+    frame["place"] = np.argsort(np.argsort(order, kind="stable"))
+    frame["first"] = frame.groupby(["user", "topic"])["place"].transform("min")
+    ranked = frame.sort_values(["first", "place"])
+    return ranked.groupby("user").cumcount().sort_index().to_numpy()
 
 
 def _with_ratings(history: list[Any], rated: list[Any], count: int) -> list[Any]:

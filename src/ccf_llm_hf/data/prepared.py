@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -40,6 +40,13 @@ class PreparedData:
     splits: "DatasetDict"
     items: "Dataset"
     protocol: dict
+
+    def lines(self) -> "dict[str, list[dict[str, Any]]] | None":
+        """The users' whole histories as rows of validation and test may see them, if these are
+        frozen; else None, since each row then has a history of its own."""
+        from ccf_llm_hf.data.grouping import frozen_lines
+
+        return frozen_lines(self.splits["train"]) if self.protocol["frozen_histories"] else None
 
 
 def split_file(split: str) -> str:

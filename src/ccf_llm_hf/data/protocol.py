@@ -197,7 +197,7 @@ def build_samples(
     earlier, earlier_labels = item[shown], label[shown] if signed else None
     ratings = None
     if signed and "rating" in interactions and interactions["rating"].notna().all():
-        ratings = interactions["rating"].to_numpy()[order]
+        ratings = interactions["rating"].to_numpy()[order][shown]
     stop = np.cumsum(shown) - shown
     start, dropped = stop[_find_run_starts(user)], None
     if signed:

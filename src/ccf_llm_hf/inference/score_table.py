@@ -1,13 +1,15 @@
 """The table of a checkpoint's scores on a prepared split."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pandas as pd
 import torch
 
-from ccf_llm_hf.data.grouping import check_histories, group_rows
+from ccf_llm_hf.data.grouping import group_split
 from ccf_llm_hf.io import write_file
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
@@ -21,6 +23,7 @@ def score_table(
     processor: CCFLLMProcessor,
     split: datasets.Dataset,
     *,
+    lines: Mapping[str, list[Any]] | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     max_candidates: int = MAX_CANDIDATES,
     progress: bool = True,
@@ -31,6 +34,8 @@ def score_table(
         model: a model.
         processor: its processor, whose history window is used.
         split: a prepared split (see `data.load_prepared`).
+        lines: the users' whole histories, where those of the split are frozen
+            (`PreparedData.lines`); evidence is found in them.
         tokens_per_batch: tokens of a batch, at most (but for a single longer row of candidates).
         max_candidates: rows of one user that are packed behind one history.
         progress: show a bar on stderr.
@@ -42,13 +47,7 @@ def score_table(
     Raises:
         InputError: the data's histories hold something else than the model reads.
     """
-    check_histories(split, processor.histories)
-    groups = group_rows(
-        split,
-        history_window=processor.history_window,
-        max_candidates=max_candidates,
-        fold_in_items=processor.fold_in_items,
-    )
+    groups = group_split(split, processor, max_candidates, lines=lines)
     logits = np.full(len(split), np.nan, dtype=np.float32)
     scores = score(model, processor, groups, tokens_per_batch=tokens_per_batch, progress=progress)
     for group, values in zip(groups, scores, strict=True):

@@ -63,6 +63,21 @@ class CTRTrainingArguments(TrainingArguments):
             "answered histories, whose streams are as long as the window, knows no such bound."
         },
     )
+    likes_only_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the streams of answered lines whose dislikes are hidden from later "
+            "lines, so that histories of likes alone, all that strangers give, are read well."
+        },
+    )
+    has_times: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the order of a user's rows means something. If not, lines that share "
+            "a value of the processor's evidence_fields stand together in a stream, and validation "
+            "finds evidence in all training rows of the user."
+        },
+    )
     max_train_labels: int = field(
         default=0, metadata={"help": "Train on a seeded sample of about this many labels; 0: all."}
     )
@@ -173,8 +188,9 @@ class CTRTrainingArguments(TrainingArguments):
         for name in ("max_train_labels", "max_eval_labels", "early_stopping_patience"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} must not be below 0")
-        if not 0 <= self.cf_distillation <= 1:
-            raise InputError(f"cf_distillation={self.cf_distillation} must be from 0 to 1")
+        for name in ("cf_distillation", "likes_only_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)} must be from 0 to 1")
         rates = {f"learning_rate_mapping of {k}": v for k, v in self.rates().items()}
         for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
             rates[name] = getattr(self, name)

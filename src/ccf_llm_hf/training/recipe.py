@@ -80,7 +80,13 @@ DECIDED = {
         "rating_scale",
     ),
     "lora": ("inference_mode", "base_model_name_or_path", "revision", "task_type", "peft_type"),
-    "training": ("output_dir", "seed", "resume_from_checkpoint", "remove_unused_columns"),
+    "training": (
+        "output_dir",
+        "seed",
+        "has_times",
+        "resume_from_checkpoint",
+        "remove_unused_columns",
+    ),
 }
 CHOICES = {
     "fusion": FUSIONS,

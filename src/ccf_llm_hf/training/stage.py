@@ -199,7 +199,10 @@ class StageRun:
     def training_arguments(self) -> CTRTrainingArguments:
         """The stage's `training` section, in its folder."""
         return CTRTrainingArguments(
-            output_dir=str(self.folder.resolve()), seed=self.recipe.seed, **self.stage.training
+            output_dir=str(self.folder.resolve()),
+            seed=self.recipe.seed,
+            has_times=self.inputs.data.protocol.get("has_times", True),
+            **self.stage.training,
         )
 
     def build_processor(self) -> CCFLLMProcessor:

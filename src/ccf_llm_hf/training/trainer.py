@@ -25,7 +25,8 @@ from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.grouping import (
     Group,
     check_histories,
-    group_rows,
+    frozen_lines,
+    group_split,
     group_streams,
     sample_group,
 )
@@ -142,13 +143,17 @@ class CTRTrainer(Trainer):
             install_cross_fit(model, self.cf)
         self.train_groups: list[Group] = []
         self.eval_groups: list[Group] = []
+        frozen = train_dataset is not None and not args.has_times
+        self.lines = frozen_lines(train_dataset) if frozen else None
         if train_dataset is not None:
-            groups = group_training(train_dataset, processing_class, args.max_candidates, self.cf)
+            groups = group_training(train_dataset, processing_class, args, self.cf)
             self.train_groups = sample_groups(groups, args.max_train_labels, args.seed)
             self.batch_sampler = plan_batches(self.train_groups, processing_class, args)
             args = _with_plan(args, self.batch_sampler)
         if eval_dataset is not None:
-            groups = group_split(eval_dataset, processing_class, args.max_candidates)
+            groups = group_split(
+                eval_dataset, processing_class, args.max_candidates, lines=self.lines
+            )
             self.eval_groups = sample_users(groups, args.max_eval_labels, args.seed)
         if args.early_stopping_patience:
             stopping = EarlyStoppingCallback(args.early_stopping_patience)
@@ -317,7 +322,9 @@ class CTRTrainer(Trainer):
     def _groups_of(self, dataset: Dataset | None) -> list[Group]:
         if dataset is None:
             return self.eval_groups
-        return group_split(dataset, self.processing_class, self.args.max_candidates)
+        return group_split(
+            dataset, self.processing_class, self.args.max_candidates, lines=self.lines
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
@@ -393,7 +400,10 @@ def choose_trained(model: CCFLLMForCTR, *, fusion: bool, lora: bool) -> None:
 
 
 def group_training(
-    split: Dataset, processor: CCFLLMProcessor, max_candidates: int, cf: CFVectors | None
+    split: Dataset,
+    processor: CCFLLMProcessor,
+    args: CTRTrainingArguments,
+    cf: CFVectors | None,
 ) -> list[Group]:
     """Training rows as groups, or as streams where histories are answered; with `cf`, each of the
     fit that was not fitted on it.
@@ -403,31 +413,19 @@ def group_training(
     """
     fits = None if cf is None else choose_fits(split, cf)
     if not processor.answered:
-        return group_split(split, processor, max_candidates, fits)
+        return group_split(split, processor, args.max_candidates, fits)
     check_histories(split, processor.histories)
     lines = max(1, sum(processor.history_window) - 1)
-    return group_streams(split, lines, fits, processor.fold_in_items)
-
-
-def group_split(
-    split: Dataset,
-    processor: CCFLLMProcessor,
-    max_candidates: int,
-    fits: Sequence[int] | None = None,
-) -> list[Group]:
-    """A split's rows as groups of the processor's window; `fits` is the CF fit of each row.
-
-    Raises:
-        InputError: the split holds other histories than the processor reads.
-    """
-    check_histories(split, processor.histories)
-    return group_rows(
-        split,
-        history_window=processor.history_window,
-        cf_fits=fits,
-        max_candidates=max_candidates,
-        fold_in_items=processor.fold_in_items,
-    )
+    topics = None
+    if processor.evidence_fields and not args.has_times:
+        of_item = {item: min(processor.topics(item), default=item) for item in processor.item_ids}
+        topics = [str(of_item.get(item, item)) for item in split["item_id"]]
+    streams = group_streams(split, lines, fits, processor.fold_in_items, topics)
+    draws = np.random.default_rng(args.seed).random(len(streams))
+    for stream, draw in zip(streams, draws, strict=True):
+        if draw < args.likes_only_share:
+            stream.hidden = [not label for label in stream.labels]
+    return streams
 
 
 def sample_groups(groups: list[Group], max_labels: int, seed: int) -> list[Group]:
