@@ -50,7 +50,12 @@ def train(inputs: Inputs, args: CTRTrainingArguments) -> dict[str, float]:
     tokenizer = AutoTokenizer.from_pretrained(backbone, revision=revision)
     histories = data.protocol.get("histories", "likes")
     processor = CCFLLMProcessor(
-        tokenizer, cf.item_ids, cf.item_titles, cf.user_ids, histories=histories
+        tokenizer,
+        cf.item_ids,
+        cf.item_titles,
+        cf.user_ids,
+        histories=histories,
+        field_values=cf.field_values,
     )
     set_seed(args.seed)
     model = CCFLLMForCTR.from_backbone(

@@ -56,6 +56,7 @@ CF_FILE = "cf_embeddings.safetensors"
 FUSION_FILE = "fusion.safetensors"
 CATALOG_FILE = "item_catalog.jsonl"
 USERS_FILE = "user_ids.jsonl"
+FIELDS_FILE = "field_values.jsonl"  # only where values of item fields have CF vectors
 ADAPTER_FOLDER = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -79,6 +80,7 @@ CF_TENSORS = (
     "default_item",
     "offset",
 )
+FIELD_TENSOR = "field_vectors"
 HUB_ARGUMENTS = (
     "revision",
     "token",
@@ -114,6 +116,25 @@ def read_ids(file: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_field_values(file: str | Path) -> list[tuple[str, str]]:
+    """(field, value) pairs in the order of their CF vectors, from JSON lines.
+
+    Raises:
+        ValueError: naming the file and line that is no such pair.
+    """
+    pairs = []
+    with Path(file).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                pairs.append((str(row["field"]), str(row["value"])))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{file}, line {number}: not a JSON object with field and value."
+                ) from error
+    return pairs
+
+
 def write_ids(file: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows as JSON lines under a temporary name, then rename."""
     partial = file.with_name(file.name + ".partial")
@@ -142,8 +163,11 @@ def find_file(
     )
 
 
-def check_catalog(path: str, hub: dict[str, Any], fingerprint: str) -> None:
+def check_catalog(path: str, hub: dict[str, Any], fingerprint: str, with_fields: bool) -> None:
     """Refuse CF tables beside another catalog than theirs, at load instead of by an IndexError.
+
+    Args:
+        with_fields: values of item fields have CF vectors too, and a file.
 
     Raises:
         OSError: naming the files, when they are there and do not match `fingerprint`.
@@ -153,7 +177,9 @@ def check_catalog(path: str, hub: dict[str, Any], fingerprint: str) -> None:
     if not items or not users or not fingerprint:
         return
     found = ids_fingerprint(
-        [row["id"] for row in read_ids(users)], [row["id"] for row in read_ids(items)]
+        [row["id"] for row in read_ids(users)],
+        [row["id"] for row in read_ids(items)],
+        read_field_values(str(find_file(path, FIELDS_FILE, hub))) if with_fields else (),
     )
     if found != fingerprint:
         raise OSError(
@@ -369,7 +395,7 @@ class CheckpointMixin(PreTrainedModel):
         cf, fusion = {}, {}
         for name, value in self.state_dict().items():
             field = name.removeprefix("model.cf.")
-            if field in CF_TENSORS:
+            if field in (*CF_TENSORS, FIELD_TENSOR):
                 cf[field] = value
             elif not name.startswith("model.language_model."):
                 fusion[name] = value
@@ -518,7 +544,7 @@ class CheckpointMixin(PreTrainedModel):
         config: CCFLLMConfig = kwargs.pop("config", None) or cls.config_class.from_pretrained(
             path, **hub
         )
-        check_catalog(path, hub, config.ids_fingerprint)
+        check_catalog(path, hub, config.ids_fingerprint, config.num_field_values > 0)
         if config.checkpoint_form == "full":
             return cls._load_full(path, *args, config=config, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
@@ -617,6 +643,7 @@ class CheckpointMixin(PreTrainedModel):
         without_cf = {
             "num_users": len(processor.user_ids),
             "num_items": len(processor.item_ids),
+            "num_field_values": 0,
             "cf_model": "",
             "ids_fingerprint": processor.ids_fingerprint,
             "cf_user_precision": None,
@@ -668,10 +695,10 @@ class CheckpointMixin(PreTrainedModel):
 
 def check_same_ids(processor: "CCFLLMProcessor", cf: Any) -> None:
     """Raise a `ValueError` when CF vectors are of other users or items than a processor's."""
-    if cf is not None and ids_fingerprint(cf.user_ids, cf.item_ids) != processor.ids_fingerprint:
+    if cf is not None and cf.fingerprint != processor.ids_fingerprint:
         raise ValueError(
             "cf and processor name other users or items, or in another order: make the processor "
-            "of cf.item_ids, cf.item_titles and cf.user_ids."
+            "of cf.item_ids, cf.item_titles, cf.user_ids and, as field_values, cf.field_values."
         )
 
 
@@ -680,9 +707,10 @@ def cf_settings(cf: Any) -> dict[str, Any]:
     return {
         "num_users": len(cf.user_ids),
         "num_items": len(cf.item_ids),
+        "num_field_values": len(cf.field_values),
         "cf_dim": cf.item_vectors.shape[2],
         "cf_model": cf.model_name,
-        "ids_fingerprint": ids_fingerprint(cf.user_ids, cf.item_ids),
+        "ids_fingerprint": cf.fingerprint,
         "cf_user_precision": cf.user_precision,
     }
 

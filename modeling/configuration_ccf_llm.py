@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -23,9 +24,13 @@ CUSTOM_PIPELINES = {
 }
 
 
-def ids_fingerprint(user_ids: list[str], item_ids: list[str]) -> str:
-    """Sha256 (hex) over the raw ids in table order; a CF table fits only the catalog it names."""
-    return hashlib.sha256(json.dumps([user_ids, item_ids]).encode()).hexdigest()
+def ids_fingerprint(
+    user_ids: list[str], item_ids: list[str], field_values: Sequence[tuple[str, str]] = ()
+) -> str:
+    """Sha256 (hex) over the raw ids in table order, and the (field, value) pairs that have CF
+    vectors, if any; a CF table fits only the catalog it names."""
+    named = [user_ids, item_ids, *([list(field_values)] if field_values else [])]
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def check_release(settings: dict[str, Any]) -> None:
@@ -49,6 +54,7 @@ class CCFLLMConfig(PreTrainedConfig):
             about its default user; 0 for a dimension that is fixed there. None: not known.
         cf_dim: width of a CF vector.
         num_users, num_items: rows of the CF tables; the item table covers the whole catalog.
+        num_field_values: values of item fields that have CF vectors.
         num_title_tokens: total number of title tokens of the catalog.
         alignment_multiplier: hidden width of ALG over `cf_dim` (our choice: 10).
         slot_scale: RMS that a fresh ALG gives to its output; the backbone's token embeddings' RMS.
@@ -80,6 +86,7 @@ class CCFLLMConfig(PreTrainedConfig):
         cf_dim: int = 32,
         num_users: int = 0,
         num_items: int = 0,
+        num_field_values: int = 0,
         num_title_tokens: int = 0,
         alignment_multiplier: int = 10,
         slot_scale: float = 1.0,
@@ -120,6 +127,7 @@ class CCFLLMConfig(PreTrainedConfig):
         self.cf_dim = cf_dim
         self.num_users = num_users
         self.num_items = num_items
+        self.num_field_values = num_field_values
         self.num_title_tokens = num_title_tokens
         self.alignment_multiplier = alignment_multiplier
         self.slot_scale = slot_scale

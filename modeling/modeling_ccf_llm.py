@@ -26,7 +26,7 @@ from transformers.utils import ModelOutput
 
 from .adapter_ccf_llm import Adapter
 from .attention_ccf_llm import Layout, attention_inputs, use_tiles
-from .checkpoint_ccf_llm import CF_TENSORS, CheckpointMixin
+from .checkpoint_ccf_llm import CF_TENSORS, FIELD_TENSOR, CheckpointMixin
 from .configuration_ccf_llm import IGNORED_LABEL, CCFLLMConfig
 
 if TYPE_CHECKING:
@@ -36,19 +36,24 @@ if TYPE_CHECKING:
 
 FOLD_IN_STEPS = 8  # of Newton's method; a test holds their result against the optimum
 NewTitles = tuple[Tensor, Tensor]  # token ids of new items' titles, flat, and their lengths
+NewFields = tuple[Tensor, Tensor]  # `(n, most)` rows of new items' field values, and their weights
 
 
 class CFTable(nn.Module):
     """Frozen vectors of the CF model: users `(num_users, cf_dim)`, items `(num_items, cf_dim)`.
 
     A user or item that the CF model was not fitted on is unknown and stands at the model's default
-    vector; so do rows past the table. Vectors enter ALG at unit RMS per dimension; `*_scale` holds
-    that RMS.
+    vector; so do rows past the table. Rows past the item table are new items: where values of their
+    fields, such as the author, have vectors `(num_field_values, cf_dim)`, the default plus these.
+    Vectors enter ALG at unit RMS per dimension; `*_scale` holds that RMS.
     """
 
+    field_vectors: Tensor | None
+    item_vectors: Tensor
     item_known: Tensor
     user_known: Tensor
     default_user: Tensor
+    default_item: Tensor
     offset: Tensor
 
     def __init__(self, config: CCFLLMConfig) -> None:
@@ -61,44 +66,83 @@ class CFTable(nn.Module):
         self.register_buffer("default_user", torch.zeros(dim))
         self.register_buffer("default_item", torch.zeros(dim))
         self.register_buffer("offset", torch.zeros(()))
+        values = config.num_field_values
+        self.register_buffer(FIELD_TENSOR, torch.zeros(values, dim) if values else None)
         self.register_buffer("user_scale", torch.ones(dim))
         self.register_buffer("item_scale", torch.ones(dim))
         self.user_precision = config.cf_user_precision
 
     def fill(self, cf: Any) -> None:
-        """Take the tensors of a `CFVectors`, of its last fit, and measure their scales."""
+        """Take the tensors of a `CFVectors`, of its last fit, and measure their scales.
+
+        Where fits are of folds of users, no user is known: training meets strangers alone, folded
+        in, and so does serving.
+        """
         for name in CF_TENSORS:
             buffer = getattr(self, name)
             buffer.copy_(torch.as_tensor(getattr(cf, name))[-1].to(buffer.dtype))
+        if self.field_vectors is not None:
+            self.field_vectors.copy_(cf.field_vectors)
+        if cf.cross_fit == "users":
+            self.user_known.zero_()
         for side in ("user", "item"):
             vectors, known = getattr(self, f"{side}_vectors"), getattr(self, f"{side}_known")
             getattr(self, f"{side}_scale").copy_(rms_of_known(vectors, known))
 
-    def lookup(self, side: str, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors `(..., cf_dim)` of `user` or `item` rows `(...)`, and whether each is known."""
+    def lookup(
+        self, side: str, rows: Tensor, new: NewFields | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Vectors `(..., cf_dim)` of `user` or `item` rows `(...)`, and whether each is known.
+
+        Args:
+            new: fields of the items past the table: rows of `field_vectors` `(n, most)`, -1 where
+                padded, and what each counts.
+        """
         vectors, known = getattr(self, f"{side}_vectors"), getattr(self, f"{side}_known")
         default = getattr(self, f"default_{side}")
         if len(vectors) == 0:
-            return default.expand(*rows.shape, -1), torch.zeros_like(rows, dtype=torch.bool)
-        inside = rows.clamp(max=len(vectors) - 1)
-        seen = known[inside] & (rows < len(vectors))
-        return torch.where(seen.unsqueeze(-1), vectors[inside], default), seen
+            found = default.expand(*rows.shape, -1)
+            seen = torch.zeros_like(rows, dtype=torch.bool)
+        else:
+            inside = rows.clamp(max=len(vectors) - 1)
+            seen = known[inside] & (rows < len(vectors))
+            found = torch.where(seen.unsqueeze(-1), vectors[inside], default)
+        return self.add_new(rows, found, seen, new) if side == "item" else (found, seen)
 
-    def scaled(self, side: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def add_new(
+        self, rows: Tensor, found: Tensor, seen: Tensor, new: NewFields | None
+    ) -> tuple[Tensor, Tensor]:
+        """What `lookup` found of item rows, with the new items that a value of a field tells of."""
+        if new is None or not len(new[0]) or self.field_vectors is None:
+            return found, seen
+        values, weights = new
+        there = values >= 0
+        parts = self.field_vectors[values.clamp(min=0)] * (weights * there).unsqueeze(-1)
+        made = self.default_item + parts.sum(1)  # (n, cf_dim)
+        beyond = rows - len(self.item_vectors)
+        place = beyond.clamp(min=0, max=len(made) - 1)
+        told = there.any(1)[place] & (beyond >= 0)
+        return torch.where(told.unsqueeze(-1), made[place], found), seen | told
+
+    def scaled(
+        self, side: str, rows: Tensor, new: NewFields | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As `lookup`, at the scale that ALG takes."""
-        vectors, seen = self.lookup(side, rows)
+        vectors, seen = self.lookup(side, rows, new)
         return vectors / getattr(self, f"{side}_scale"), seen
 
-    def logits(self, users: Tensor, items: Tensor) -> Tensor:
-        """The CF model's own logits of rows `(...)`."""
-        return self.folded_logits(self.lookup("user", users)[0], items)
+    def logits(self, users: Tensor, items: Tensor, new: NewFields | None = None) -> Tensor:
+        """The CF model's own logits of rows `(...)`; `new` as in `lookup`."""
+        return self.folded_logits(self.lookup("user", users)[0], items, new)
 
-    def folded_logits(self, users: Tensor, items: Tensor) -> Tensor:
+    def folded_logits(self, users: Tensor, items: Tensor, new: NewFields | None = None) -> Tensor:
         """As `logits`, for user vectors `(..., cf_dim)` in place of table rows."""
-        return (users * self.lookup("item", items)[0]).sum(-1) + self.offset
+        return (users * self.lookup("item", items, new)[0]).sum(-1) + self.offset
 
     @torch.no_grad()
-    def folded_users(self, items: Tensor, targets: Tensor, depths: Tensor) -> Tensor:
+    def folded_users(
+        self, items: Tensor, targets: Tensor, depths: Tensor, new: NewFields | None = None
+    ) -> Tensor:
         """The user vectors that histories ask for: the mode of the CF model's posterior.
 
         The CF model's own objective for one user, with the item vectors held (our choice): it
@@ -106,15 +150,16 @@ class CFTable(nn.Module):
 
         Args:
             items: `(n, longest)` table rows of the histories, oldest first; -1 where padded, rows
-                past the table are unknown. Both count for nothing.
+                past the table are new. What is not known counts for nothing.
             targets: `(n, longest)` float32, what the CF model would have been fitted to: 1 liked,
                 0 disliked, graded between where ratings are.
             depths: `(n,)` how many of its items each history has.
+            new: as in `lookup`.
 
         Returns:
             `(n, cf_dim)` float32; the default user where the history is empty.
         """
-        vectors, seen = self.lookup("item", items.clamp(min=0))
+        vectors, seen = self.lookup("item", items.clamp(min=0), new)
         place = torch.arange(items.shape[1], device=items.device)
         counts = seen & (items >= 0) & (place < depths[:, None])
         default, offset = self.default_user, self.offset
@@ -252,6 +297,7 @@ class CCFLLMPreTrainedModel(PreTrainedModel):
         "default_user",
         "default_item",
         "offset",
+        FIELD_TENSOR,
         "user_scale",
         "item_scale",
     ]
@@ -319,9 +365,9 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         words = self.item_text(items, self.get_input_embeddings(), new_titles)
         return words.to(self.cold_item.dtype)
 
-    def aligned_items(self, items: Tensor) -> Tensor:
+    def aligned_items(self, items: Tensor, new_fields: NewFields | None = None) -> Tensor:
         """c' of items `(n,)`: aligned CF vectors, the cold-item vector where there is none."""
-        vectors, known = self.cf.scaled("item", items)
+        vectors, known = self.cf.scaled("item", items, new_fields)
         cold = self.config.slot_scale * self.cold_item
         return torch.where(known.unsqueeze(-1), self.item_alignment(vectors.to(cold.dtype)), cold)
 
@@ -347,6 +393,7 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         item_slots: Tensor,
         user_slots: Tensor,
         new_titles: NewTitles | None,
+        new_fields: NewFields | None,
     ) -> Tensor:
         """Put fused vectors where the prompt has slots; `(1, length, hidden_size)`.
 
@@ -355,7 +402,8 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         row, column = (item_slots >= 0).nonzero(as_tuple=True)
         if len(row):
             items, place = torch.unique(item_slots[row, column], return_inverse=True)
-            fused = self.fuse(self.item_words(items, new_titles), self.aligned_items(items))
+            words = self.item_words(items, new_titles)
+            fused = self.fuse(words, self.aligned_items(items, new_fields))
             embeddings = embeddings.index_put((row, column), fused[place].to(embeddings.dtype))
         row, column = (user_slots >= 0).nonzero(as_tuple=True)
         if len(row):
@@ -387,6 +435,8 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         history_depths: Tensor,
         new_title_ids: Tensor | None = None,
         new_title_lengths: Tensor | None = None,
+        new_field_values: Tensor | None = None,
+        new_field_weights: Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> BaseModelOutput:
         """Hidden states `(1, new tokens, hidden_size)` of a row made by the processor.
@@ -395,6 +445,7 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
             input_ids, item_slots, user_slots: `(1, new tokens)`.
             position_ids, sequence_ids, block_ids, history_depths: `(1, cached + new tokens)`.
             new_title_ids, new_title_lengths: titles of items past the catalog.
+            new_field_values, new_field_weights: their fields, see `CFTable.lookup`.
             past_key_values: cache of the row's leading tokens; the new tokens are added to it.
         """
         cached = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -405,11 +456,9 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
             )
         slots = self.check_slots(input_ids, item_slots, user_slots)
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(slots, 0))
-        new = None
-        if new_title_ids is not None:
-            assert new_title_lengths is not None  # the processor writes both or neither
-            new = (new_title_ids, new_title_lengths)
-        embeddings = self.fill_slots(embeddings, item_slots, user_slots, new)
+        titles = pair(new_title_ids, new_title_lengths)
+        fields = pair(new_field_values, new_field_weights)
+        embeddings = self.fill_slots(embeddings, item_slots, user_slots, titles, fields)
         layout = Layout(sequence_ids[0], block_ids[0], history_depths[0], position_ids[0])
         outputs = self.language_model(
             inputs_embeds=embeddings,
@@ -419,6 +468,11 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
             **attention_inputs(self.language_model.config, layout, cached, embeddings.dtype),
         )
         return BaseModelOutput(last_hidden_state=outputs.last_hidden_state)
+
+
+def pair(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Two tensors of which a batch has both or neither."""
+    return None if first is None or second is None else (first, second)
 
 
 @dataclass
@@ -480,6 +534,8 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         history_unshown: Tensor | None = None,
         new_title_ids: Tensor | None = None,
         new_title_lengths: Tensor | None = None,
+        new_field_values: Tensor | None = None,
+        new_field_weights: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         past_key_values: Cache | None = None,
@@ -498,6 +554,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
                 `cf_fold_in`; -1 where padded.
             history_unshown: `(num_sequences,)`, how many of these come before the prompt's.
             new_title_ids, new_title_lengths: titles of items past the catalog.
+            new_field_values, new_field_weights: their fields, see `CFTable.lookup`.
             labels: `(batch, num_candidates)` 0/1, -100 where padded.
             num_items_in_batch: labels of the whole optimizer step; the loss is then the sum over
                 this batch divided by it, else the mean.
@@ -513,6 +570,8 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
             history_depths=history_depths,
             new_title_ids=new_title_ids,
             new_title_lengths=new_title_lengths,
+            new_field_values=new_field_values,
+            new_field_weights=new_field_weights,
             past_key_values=past_key_values,
         ).last_hidden_state
         answers = hidden[0][answer_positions].float()  # (batch, num_candidates, hidden_size)
@@ -528,6 +587,8 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
                 history_items,
                 history_targets,
                 history_unshown,
+                new_field_values,
+                new_field_weights,
             )
         logits = logits.masked_fill(~candidate_mask, 0.0)
         loss = None if labels is None else cross_entropy(logits, labels, num_items_in_batch)
@@ -545,15 +606,18 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         history_items: Tensor | None = None,
         history_targets: Tensor | None = None,
         history_unshown: Tensor | None = None,
+        new_field_values: Tensor | None = None,
+        new_field_weights: Tensor | None = None,
     ) -> Tensor:
         """The CF model's own logits `(batch, num_candidates)`; with `cf_fold_in` those of users
         folded in from the history that each candidate sees.
 
         Arguments as in `forward`, but `sequence_ids` and `history_depths` of the new tokens alone.
         """
+        new = pair(new_field_values, new_field_weights)
         if not self.config.cf_fold_in:
             users = candidate_users[:, None].expand_as(candidate_items)
-            return self.cf.logits(users, candidate_items)
+            return self.cf.logits(users, candidate_items, new)
         if history_items is None or history_targets is None or history_unshown is None:
             raise ValueError(
                 "This model folds users in from signed histories: build the batch with a processor "
@@ -564,13 +628,21 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         asked = torch.stack([sequences.flatten(), depths.flatten()])
         (sequence, depth), place = torch.unique(asked, dim=1, return_inverse=True)
         folded = self.cf.folded_users(
-            history_items[sequence], history_targets[sequence], history_unshown[sequence] + depth
+            history_items[sequence],
+            history_targets[sequence],
+            history_unshown[sequence] + depth,
+            new,
         )
         users = folded[place].view(*sequences.shape, -1)  # (batch, num_candidates, cf_dim)
-        return self.cf.folded_logits(users, candidate_items)
+        return self.cf.folded_logits(users, candidate_items, new)
 
     @torch.no_grad()
-    def item_gates(self, items: Tensor, new_titles: NewTitles | None = None) -> Tensor:
+    def item_gates(
+        self,
+        items: Tensor,
+        new_titles: NewTitles | None = None,
+        new_fields: NewFields | None = None,
+    ) -> Tensor:
         """Share taken from text per dimension, `(n,)` -> `(n, hidden_size)`.
 
         It depends on the item alone. Fusions without a gate give their constant: 0 CF only, 0.5
@@ -580,13 +652,16 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
             items: catalog rows; rows past the catalog count on through `new_titles`.
             new_titles: token ids of new items' titles, flat, and their lengths (the processor's
                 `new_title_ids` and `new_title_lengths`).
+            new_fields: their fields, see `CFTable.lookup` (`new_field_values` and
+                `new_field_weights`).
         """
         width = self.config.text_config.hidden_size
         if self.model.gate is None:
             share = 0.5 if self.config.fusion == "sum" else 0.0
             return torch.full((len(items), width), share, device=items.device)
         text = self.model.item_words(items, new_titles)
-        return self.model.gate(text, self.model.aligned_items(items)).expand(-1, width)
+        aligned = self.model.aligned_items(items, new_fields)
+        return self.model.gate(text, aligned).expand(-1, width)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Calibrated probabilities: `sigmoid(logits / logit_temperature)`."""

@@ -35,13 +35,14 @@ class CTRRankingPipeline(Pipeline):
     - `user`: raw id; without it, or with one that the model has not seen, the history alone speaks.
     - `history`: liked items, oldest first.
     - `candidates`: items to rank, each a raw id, a title, or `{"id": ..., "title": ...}`; a title
-      outside the catalog is a new item. Default: the `preselect` catalog items that the CF model
-      scores highest for this user and that are not in the history.
+      outside the catalog is a new item, whose dict may hold fields such as `author`. Default: the
+      `preselect` catalog items that the CF model scores highest for this user and that are not in
+      the history.
     - `top_k`: length of the list.
 
     Each dict becomes a list of dicts, best first: `item_id` (None for a new item), `title`,
     `probability`, `logit`, `text_share` and `cf_share` (how much of the item's slot comes from its
-    title and from its CF vector), `known` (whether the CF model was fitted on the item).
+    title and from its CF vector), `known` (whether the CF model has a vector of the item).
 
     Args (of the pipeline, and of every call):
         top_k: length of the lists whose input names none (default 10).

@@ -16,18 +16,29 @@ from transformers.utils import logging
 from .attention_ccf_llm import SHARED
 from .checkpoint_ccf_llm import (
     CATALOG_FILE,
+    FIELDS_FILE,
     HUB_ARGUMENTS,
     USERS_FILE,
     check_catalog,
     copy_code,
     find_file,
     load_tokenizer,
+    read_field_values,
     read_ids,
     write_ids,
     write_json,
 )
 from .configuration_ccf_llm import AUTO_MAP, IGNORED_LABEL, check_release, ids_fingerprint
-from .prompt_ccf_llm import ANSWERS, NO_SLOT, PIECE, HybridPrompt, Span, check_choice, render_item
+from .prompt_ccf_llm import (
+    ANSWERS,
+    NO_SLOT,
+    PIECE,
+    HybridPrompt,
+    Span,
+    check_choice,
+    field_values,
+    render_item,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -59,6 +70,7 @@ TOKEN_FIELDS = (
 
 User = str | int | None
 Item = str | int | dict[str, Any]
+Values = tuple[tuple[int, float], ...]  # rows of the CF table's field values, and their weights
 Count = TypeVar("Count")  # an int, or a NumPy array of them
 
 
@@ -114,12 +126,12 @@ class Request:
 class PackedRow:
     """One flat row of tokens, all requests one after the other, and where their answers are read.
 
-    Titles outside the catalog get slot numbers past the table, in order of first mention.
+    Items outside the catalog get slot numbers past the table, in order of first mention.
     """
 
     def __init__(self, shared: list[int], num_items: int) -> None:
         self.num_items = num_items
-        self.new_titles: dict[str, int] = {}
+        self.new_items: dict[tuple[str, Values], int] = {}
         self.tokens: dict[str, list[int]] = {name: [] for name in TOKEN_FIELDS}
         self.num_shared = len(shared)
         self._extend(Span().add(shared), SHARED, start=0, block=0, depth=0)
@@ -130,9 +142,9 @@ class PackedRow:
         self.histories: list[list[tuple[int, float]]] = []  # signed: (table row, target)
         self.unshown: list[int] = []  # how many of these come before what the prompt shows
 
-    def add_title(self, title: str) -> int:
-        """Slot number of a title outside the catalog."""
-        return self.new_titles.setdefault(title, self.num_items + len(self.new_titles))
+    def add_item(self, text: str, values: Values) -> int:
+        """Slot number of an item outside the catalog."""
+        return self.new_items.setdefault((text, values), self.num_items + len(self.new_items))
 
     def add_sequence(
         self,
@@ -221,7 +233,19 @@ class PackedRow:
             flat = [token for title in new_title_tokens for token in title]
             batch["new_title_ids"] = torch.tensor(flat, dtype=torch.long)
             batch["new_title_lengths"] = torch.tensor([len(title) for title in new_title_tokens])
+        if any(values for _, values in self.new_items):
+            pair = pad_values([values for _, values in self.new_items])
+            batch["new_field_values"], batch["new_field_weights"] = pair
         return batch
+
+
+def pad_values(values: Sequence[Values]) -> tuple[Tensor, Tensor]:
+    """Field values of n new items as the CF table takes them: `(n, most)` int64, -1 where padded,
+    and float32."""
+    most = max(map(len, values), default=0)
+    padded = [[*of_item, *[(-1, 0.0)] * (most - len(of_item))] for of_item in values]
+    table = torch.tensor(padded, dtype=torch.float64).view(len(values), most, 2)
+    return table[..., 0].long(), table[..., 1].float()
 
 
 class CCFLLMProcessor(ProcessorMixin):
@@ -255,6 +279,9 @@ class CCFLLMProcessor(ProcessorMixin):
         evidence_items: how many of them stand in a candidate's block, at most.
         templates: replaces entries of `TEMPLATES[wording]`.
         item_fields: what is known of each catalog item besides its title, as text or lists of text.
+        field_values: (field, value) pairs that have CF vectors, in the order of these: those of
+            `CFVectors`. By them an item outside the catalog, given as a dict with such a field, has
+            a CF vector.
 
     Raises:
         ValueError: on an item template without a title or of a field that no item has, an unknown
@@ -284,6 +311,7 @@ class CCFLLMProcessor(ProcessorMixin):
         evidence_items: int = 8,
         templates: dict[str, str] | None = None,
         item_fields: list[dict[str, Any]] | None = None,
+        field_values: Sequence[tuple[str, str]] = (),
     ) -> None:
         check_choice("histories", histories, HISTORIES)
         if wording == "answered" and histories != "signed":
@@ -307,6 +335,9 @@ class CCFLLMProcessor(ProcessorMixin):
         self.title_years = title_years
         self.item_template, self.templates = item_template, self.prompt.templates
         self.evidence_fields = list(evidence_fields or [])
+        self.field_values = [(field, value) for field, value in field_values]
+        self._value_index = {pair: row for row, pair in enumerate(self.field_values)}
+        self.cf_fields = list(dict.fromkeys(field for field, _ in self.field_values))
         self.evidence_items = evidence_items
         if evidence_items < 0:
             raise ValueError(f"evidence_items={evidence_items} must not be below 0.")
@@ -319,11 +350,14 @@ class CCFLLMProcessor(ProcessorMixin):
         item_titles: list[str],
         user_ids: list[str],
         item_fields: list[dict[str, Any]] | None = None,
+        field_values: Sequence[tuple[str, str]] = (),
     ) -> "CCFLLMProcessor":
         """The same tokenizer and prompt over another catalog, for `model.replace_catalog`."""
         prompt = {name: getattr(self, name) for name in PROMPT_SETTINGS}
         catalog = (item_ids, item_titles, user_ids)
-        return type(self)(self.tokenizer, *catalog, **prompt, item_fields=item_fields)
+        return type(self)(
+            self.tokenizer, *catalog, **prompt, item_fields=item_fields, field_values=field_values
+        )
 
     def _set_catalog(
         self,
@@ -372,7 +406,7 @@ class CCFLLMProcessor(ProcessorMixin):
     @property
     def ids_fingerprint(self) -> str:
         """Ties this catalog to the CF tables of a model."""
-        return ids_fingerprint(self.user_ids, self.item_ids)
+        return ids_fingerprint(self.user_ids, self.item_ids, self.field_values)
 
     @property
     def uses_slots(self) -> bool:
@@ -417,7 +451,7 @@ class CCFLLMProcessor(ProcessorMixin):
 
         A dict may hold `id`, `title`, and in a history `liked` or `rating` (see `likes`). A bare
         value is looked up as id, then as title, else taken as the title of a new item, which has
-        text but no CF vector.
+        text but no CF vector. (One given as a dict has, by its fields, see `new_values`.)
         """
         if isinstance(item, dict):
             raw, title = item.get("id"), item.get("title")
@@ -448,6 +482,18 @@ class CCFLLMProcessor(ProcessorMixin):
             return row, self.item_texts[row]
         fields = item if isinstance(item, dict) else {}
         return None, render_item(self.item_template, {**fields, "title": title})
+
+    def new_values(self, item: Item) -> Values:
+        """Rows of the CF table's field values that a new item has, and what each counts; none of a
+        catalog item, whose vector holds them. A field's vector is the mean of its values'."""
+        if not isinstance(item, dict) or self.resolve_item(item)[0] is not None:
+            return ()
+        found: list[tuple[int, float]] = []
+        for name in self.cf_fields:
+            values = field_values(item, name)
+            rows = [self._value_index.get((name, value)) for value in values]
+            found += [(row, 1 / len(values)) for row in rows if row is not None]
+        return tuple(found)
 
     def evidence(
         self,
@@ -486,12 +532,8 @@ class CCFLLMProcessor(ProcessorMixin):
         row, _ = self.resolve_item(item)
         fields = item if row is None and isinstance(item, dict) else {}
         fields = fields if row is None else self.item_fields[row]
-        found = set()
-        for name in self.evidence_fields:
-            value = fields.get(name)
-            values = value if isinstance(value, (list, tuple)) else [value]
-            found |= {(name, str(one).lower()) for one in values if one not in (None, "")}
-        return frozenset(found)
+        names = self.evidence_fields
+        return frozenset((name, value) for name in names for value in field_values(fields, name))
 
     def likes(self, item: Item) -> bool:
         """Whether a history item was liked: yes, unless it is a dict whose `liked` is False or
@@ -580,7 +622,7 @@ class CCFLLMProcessor(ProcessorMixin):
 
     def _slot(self, item: Item, packed: PackedRow) -> tuple[int, str]:
         row, text = self.item_text(item)
-        return (row if row is not None else packed.add_title(text)), text
+        return (packed.add_item(text, self.new_values(item)) if row is None else row), text
 
     def __call__(
         self,
@@ -646,7 +688,8 @@ class CCFLLMProcessor(ProcessorMixin):
             Tensors `(1, length)` per token, and `answer_positions`, `candidate_items`,
             `candidate_mask`, `labels` `(batch, num_candidates)`, `candidate_users` `(batch,)`; with
             signed histories also `history_items` and `history_targets` `(batch, longest)` and
-            `history_unshown` `(batch,)`.
+            `history_unshown` `(batch,)`; with new items `new_title_ids` and `new_title_lengths`,
+            and `new_field_values` and `new_field_weights` where these have CF vectors.
 
         Raises:
             ValueError: labels for some requests only, or lists whose lengths differ.
@@ -656,7 +699,7 @@ class CCFLLMProcessor(ProcessorMixin):
         packed = PackedRow(self.prompt.instruction(), len(self.item_ids))
         for request in requests:
             self._write(packed, request)
-        new = [self.prompt.tokens(title) if title else [] for title in packed.new_titles]
+        new = [self.prompt.tokens(text) if text else [] for text, _ in packed.new_items]
         return BatchFeature(packed.tensors(new, signed=self.histories == "signed"))
 
     def _write(self, packed: PackedRow, request: Request) -> None:
@@ -714,6 +757,10 @@ class CCFLLMProcessor(ProcessorMixin):
         rows = [{**fields, "id": item, "title": title} for item, title, fields in items]
         write_ids(folder / CATALOG_FILE, rows)
         write_ids(folder / USERS_FILE, [{"id": user} for user in self.user_ids])
+        values = [{"field": field, "value": value} for field, value in self.field_values]
+        if values:
+            write_ids(folder / FIELDS_FILE, values)
+            files.append(str(folder / FIELDS_FILE))
         write_json(folder / PROCESSOR_FILE, self.to_dict())
         copy_code(folder)
         return [
@@ -736,6 +783,7 @@ class CCFLLMProcessor(ProcessorMixin):
             "title_years": self.title_years,
             "item_template": self.item_template,
             "evidence_fields": self.evidence_fields,
+            "cf_fields": self.cf_fields,
             "evidence_items": self.evidence_items,
             "templates": self.templates,
             "ids_fingerprint": self.ids_fingerprint,
@@ -771,8 +819,13 @@ class CCFLLMProcessor(ProcessorMixin):
                 {name: value for name, value in row.items() if name not in ("id", "title")}
                 for row in catalog
             ],
+            field_values=(
+                read_field_values(str(find_file(path, FIELDS_FILE, hub)))
+                if settings.get("cf_fields")
+                else ()
+            ),
         )
-        check_catalog(path, hub, settings["ids_fingerprint"])
+        check_catalog(path, hub, settings["ids_fingerprint"], bool(processor.cf_fields))
         return processor
 
 

@@ -209,6 +209,14 @@ def render_item(template: str, fields: dict[str, Any]) -> str:
     return words + template[template.rindex("}") + 1 :]
 
 
+def field_values(fields: dict[str, Any], name: str) -> list[str]:
+    """The distinct values of an item's field as they are compared: trimmed, without case."""
+    value = fields.get(name)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    texts = ["" if one is None else str(one).strip().casefold() for one in values]
+    return list(dict.fromkeys(text for text in texts if text))
+
+
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Raises `ValueError` on a value that is none of those allowed."""
     if value not in allowed:

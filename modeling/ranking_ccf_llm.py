@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.utils import logging
 
-from .modeling_ccf_llm import CCFLLMForCTR
-from .processing_ccf_llm import CCFLLMProcessor, Request
+from .modeling_ccf_llm import CCFLLMForCTR, NewFields
+from .processing_ccf_llm import CCFLLMProcessor, Request, Values, pad_values
 
 TOKENS_PER_BATCH = 2048  # of one forward pass
 CONTENT = ("input_ids", "item_slots", "user_slots")
 LAYOUT = ("position_ids", "sequence_ids", "block_ids", "history_depths")
-NEW_TITLES = ("new_title_ids", "new_title_lengths")
+NEW_ITEMS = ("new_title_ids", "new_title_lengths", "new_field_values", "new_field_weights")
 HISTORIES = ("history_items", "history_targets", "history_unshown")
 
 
@@ -110,7 +110,7 @@ def _score_long_row(
     """
     context = int((batch["block_ids"][0] == 0).sum())
     answers = batch["answer_positions"][0]
-    extra = {name: batch[name] for name in NEW_TITLES if name in batch}
+    extra = {name: batch[name] for name in NEW_ITEMS if name in batch}
     histories = {name: batch[name] for name in HISTORIES if name in batch}
     cache = DynamicCache()
     row = {name: batch[name] for name in CONTENT + LAYOUT}
@@ -147,21 +147,40 @@ def cf_logits(
     user: Any,
     history: Sequence[Any],
     rows: Tensor,
+    new: NewFields | None = None,
 ) -> Tensor:
     """The CF model's own logits `(n,)` of catalog rows `(n,)` for a user.
 
-    An unknown user, or a row past the catalog, stands at the CF model's default vector. A model
-    that folds users in takes the user's vector from the history's window instead.
+    Rows past the catalog are new items, of which `new` has the fields. An unknown user, or a new
+    item of which it has none, stands at the CF model's default vector. A model that folds users in
+    takes the user's vector from the history's window instead.
     """
     if not model.config.cf_fold_in:
-        return model.cf.logits(torch.full_like(rows, processor.resolve_user(user)), rows)
+        return model.cf.logits(torch.full_like(rows, processor.resolve_user(user)), rows, new)
     earlier, shown = processor.window(history)
     known = [*earlier, *shown]
-    found = [processor.resolve_item(item)[0] for item in known]
-    items = torch.tensor([[-1 if row is None else row for row in found]], device=rows.device).long()
+    items, of_history = number_items(processor, known, rows.device)
     targets = torch.tensor([[processor.target(item) for item in known]], device=rows.device)
     depth = torch.tensor([len(known)], device=rows.device)
-    return model.cf.folded_logits(model.cf.folded_users(items, targets.float(), depth), rows)
+    users = model.cf.folded_users(items[None], targets.float(), depth, of_history)
+    return model.cf.folded_logits(users, rows, new)
+
+
+def number_items(
+    processor: CCFLLMProcessor, items: Sequence[Any], device: torch.device
+) -> tuple[Tensor, NewFields]:
+    """Rows `(n,)` of items, those of new ones past the catalog, and the fields of these."""
+    rows: list[int] = []
+    new: list[Values] = []
+    past = len(processor.item_ids)
+    for item in items:
+        row, _ = processor.resolve_item(item)
+        rows.append(past + len(new) if row is None else row)
+        if row is None:
+            new.append(processor.new_values(item))
+    values, weights = pad_values(new)
+    numbers = torch.tensor(rows, dtype=torch.long, device=device)
+    return numbers, (values.to(device), weights.to(device))
 
 
 def preselect(
@@ -199,8 +218,8 @@ class ItemShare:
 
     `item_id` is None for an item outside the catalog. `text_share` is the mean of the gate over
     dimensions, in (0, 1), and `cf_share` the rest; the gate depends on the item alone. `known`
-    tells whether the CF model was fitted on the item; if not, the CF share is that of the learned
-    cold-item vector.
+    tells whether the CF model has a vector of the item, by its own rows or by a value of its fields
+    such as the author; if not, the CF share is that of the learned cold-item vector.
     """
 
     item_id: str | None
@@ -228,38 +247,40 @@ def item_shares(
 ) -> list[ItemShare]:
     """Where each item's slot takes its content from; items as the processor takes them."""
     resolved = [processor.resolve_item(item) for item in items]
-    texts = [processor.item_text(item) for item in items]
-    known = model.cf.item_known
+    rows, new = number_items(processor, items, model.device)
+    known = model.cf.lookup("item", rows, new)[1].tolist()
+    shares = _text_shares(model, processor, items, rows, new)
     return [
         ItemShare(
             item_id=None if row is None else processor.item_ids[row],
             title=title,
             text_share=share,
             cf_share=1.0 - share,
-            known=row is not None and bool(known[row]),
+            known=is_known,
         )
-        for (row, title), share in zip(resolved, _text_shares(model, processor, texts), strict=True)
+        for (row, title), share, is_known in zip(resolved, shares, known, strict=True)
     ]
 
 
 @torch.no_grad()
 def _text_shares(
-    model: CCFLLMForCTR, processor: CCFLLMProcessor, resolved: Sequence[tuple[int | None, str]]
+    model: CCFLLMForCTR,
+    processor: CCFLLMProcessor,
+    items: Sequence[Any],
+    rows: Tensor,
+    new_fields: NewFields,
 ) -> list[float]:
-    """Mean over dimensions of each item's gate, new items by the words of their titles; a prompt
-    without slots is all words."""
+    """Mean over dimensions of each item's gate, new items by their words; a prompt without slots is
+    all words."""
     if not processor.uses_slots:
-        return [1.0] * len(resolved)
-    past = len(processor.item_ids)
-    new = list(dict.fromkeys(title for row, title in resolved if row is None))
-    rows = [past + new.index(title) if row is None else row for row, title in resolved]
-    index = torch.tensor(rows, dtype=torch.long, device=model.device)
-    words = [processor.prompt.tokens(title) if title else [] for title in new]
+        return [1.0] * len(items)
+    texts = [text for row, text in map(processor.item_text, items) if row is None]
+    words = [processor.prompt.tokens(text) if text else [] for text in texts]
     new_titles = (
         torch.tensor([token for ids in words for token in ids], device=model.device).long(),
         torch.tensor([len(ids) for ids in words], device=model.device).long(),
     )
-    return model.item_gates(index, new_titles=new_titles).mean(dim=-1).tolist()
+    return model.item_gates(rows, new_titles, new_fields).mean(dim=-1).tolist()
 
 
 def rank(

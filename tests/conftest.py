@@ -116,6 +116,7 @@ def build(
             wording=wording,
             history_format=form,
             candidate_format=form,
+            field_values=cf.field_values,
             **(prompt or {}),
         )
         torch.manual_seed(2)

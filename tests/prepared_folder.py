@@ -44,9 +44,9 @@ def earlier_likes(rows: pd.DataFrame) -> list[list[str]]:
     return histories
 
 
-def write_prepared(folder: Path, rows: pd.DataFrame) -> Path:
+def write_prepared(folder: Path, rows: pd.DataFrame, fields: dict[str, list] | None = None) -> Path:
     """Write train (first 60 %), validation and test (20 % each) of time-ordered rows, each with the
-    user's earlier likes as `history`."""
+    user's earlier likes as `history`; `fields` are columns of the items."""
     rows = rows.assign(history=earlier_likes(rows))
     for name in ("data", "items", "interactions"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,9 @@ def write_prepared(folder: Path, rows: pd.DataFrame) -> Path:
         part.assign(not_cold=warm).to_parquet(folder / "data" / f"{split}.parquet", index=False)
         start = end
     ids = [f"i{item}" for item in range(ITEMS)]
-    items = pd.DataFrame({"item_id": ids, "title": [f"Film {key} \u2028é" for key in ids]})
+    titles = [f"Film {key} \u2028é" for key in ids]
+    items = pd.DataFrame({"item_id": ids, "title": titles, **(fields or {})})
     items.to_parquet(folder / "items" / "items.parquet", index=False)
-    (folder / "protocol.json").write_text(json.dumps({"format": FORMAT, "name": "synthetic"}))
+    protocol = {"format": FORMAT, "name": "synthetic", "item_fields": list(fields or {})}
+    (folder / "protocol.json").write_text(json.dumps(protocol))
     return folder

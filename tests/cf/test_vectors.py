@@ -200,7 +200,7 @@ def test_the_cross_fit_is_saved_and_absent_in_files_of_snapshots_in_time(
 def test_a_bad_cross_fit_is_refused(cf: CFVectors, folds: CFVectors) -> None:
     with pytest.raises(InputError, match="2 fits by fold"):
         replace(cf, cross_fit="folds")
-    with pytest.raises(InputError, match="'user' is neither"):
+    with pytest.raises(InputError, match="'user' is none of"):
         replace(cf, cross_fit="user")
     with pytest.raises(InputError, match="ascend"):
         replace(folds, cross_fit="snapshots")

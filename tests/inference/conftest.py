@@ -44,6 +44,8 @@ def film_table() -> CFVectors:
         offset=torch.tensor([0.25]),
         snapshot_times=torch.tensor([0]),
         model_name="mf",
+        field_values=[("studio", "pixar")],
+        field_vectors=torch.tensor([[0.5] * DIM]),
     )
 
 
@@ -57,6 +59,7 @@ def build_checkpoint(folder: Path, tokenizer_folder: Path, backbone: Path, text_
         history_format="title" if text_only else "slot",
         candidate_format="title" if text_only else "title_slot",
         history_window=(3, 2),
+        field_values=[] if table is None else table.field_values,
     )
     torch.manual_seed(0)
     model = CCFLLMForCTR.from_backbone(

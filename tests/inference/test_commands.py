@@ -28,6 +28,19 @@ def test_rank_and_explain_print_text_and_json(capsys, checkpoint):
     assert explained["history"][0]["title"] == "Toy Story (1995)"
 
 
+def test_a_new_item_is_given_with_its_fields(capsys, checkpoint):
+    new = json.dumps({"title": "Up", "studio": " PIXAR"})
+    argv = [str(checkpoint), "--history", "1", new, "--json"]
+    assert cli.main(["rank", *argv, "--candidates", "2", new, "Up", "{up}"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    known = [(item["title"], item["known"]) for item in document["items"]]
+    assert sorted(known) == [("Jumanji (1995)", True), ("Up", False), ("Up", True), ("{up}", False)]
+    assert document["history"] == ["1", json.loads(new)]
+    assert cli.main(["explain", *argv, "--item", new]) == 0
+    explained = json.loads(capsys.readouterr().out)
+    assert explained["item"]["known"] and explained["history"][1]["known"]
+
+
 def test_rank_takes_a_stored_users_history(capsys, checkpoint, prepared):
     argv = ["rank", str(checkpoint), "--user", "a", "--data", str(prepared), "--json"]
     assert cli.main([*argv, "--candidates", "1", "2"]) == 0

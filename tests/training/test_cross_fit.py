@@ -10,13 +10,16 @@ from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.grouping import Group
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CF_TENSORS
+from ccf_llm_hf.training.arguments import CTRTrainingArguments
 from ccf_llm_hf.training.collator import PackingCollator
 from ccf_llm_hf.training.cross_fit import (
     STRIDE,
+    check_folded,
     decode_rows,
     encode_rows,
     install_cross_fit,
 )
+from ccf_llm_hf.training.trainer import CTRTrainer
 
 PRECISION = {"user_precision": "[2.0, 1.0, 3.0, 1.0, 1.0, 0.0]"}
 FOLD_IN = {"cf_logit": True, "cf_fold_in": True}
@@ -87,31 +90,36 @@ def test_rows_and_padding_carry_their_fit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fusion", "settings", "wording"),
+    ("fusion", "settings", "wording", "cross_fit"),
     [
-        ("gate", {"cf_logit": True}, "shared_prefix"),
-        ("gate", FOLD_IN, "shared_prefix"),
-        ("gate", FOLD_IN, "answered"),
-        ("scalar_gate", {}, "shared_prefix"),
-        ("sum", {"cf_logit": True}, "shared_prefix"),
-        ("cf_only", {}, "shared_prefix"),
+        ("gate", {"cf_logit": True}, "shared_prefix", "folds"),
+        ("gate", FOLD_IN, "shared_prefix", "folds"),
+        ("gate", FOLD_IN, "answered", "folds"),
+        ("scalar_gate", {}, "shared_prefix", "snapshots"),
+        ("sum", {"cf_logit": True}, "shared_prefix", "snapshots"),
+        ("cf_only", {}, "shared_prefix", "snapshots"),
+        ("gate", FOLD_IN, "shared_prefix", "users"),
+        ("gate", FOLD_IN, "answered", "users"),
     ],
 )
 def test_a_packed_batch_equals_plain_models_of_each_fit(
-    build: BuildModel, cf: CFVectors, fusion: str, settings: dict, wording: str
+    build: BuildModel, cf: CFVectors, fusion: str, settings: dict, wording: str, cross_fit: str
 ) -> None:
+    alone = cf
+    if cross_fit == "users":  # then nobody has a vector of his own, in training as in serving
+        alone = replace(cf, user_known=torch.zeros_like(cf.user_known))
+    cf = replace(cf, cross_fit=cross_fit)
     signed = settings == FOLD_IN
     prompt = {"histories": "signed", "fold_in_items": 4} if signed else {}
     model, processor = build(fusion, wording, prompt=prompt, **settings)
     samples = streams() if wording == "answered" else groups(signed)
     plain = {}
     for fit in (-1, 0, 1, 2):
-        model.cf.fill(of_fit(cf, fit))
+        model.cf.fill(of_fit(alone, fit))
         plain[fit] = []
         for group in samples:
-            alone = processor.pack([group])
             with torch.no_grad():
-                plain[fit].append(model(**alone).logits[0])
+                plain[fit].append(model(**processor.pack([group])).logits[0])
     model.cf.fill(cf)
     install_cross_fit(model, cf)
     batch = PackingCollator(processor)(samples)
@@ -144,6 +152,50 @@ def test_evaluation_and_the_checkpoint_hold_the_last_fit(
         loaded = type(model).from_pretrained(tmp_path / "saved")
         torch.testing.assert_close(loaded(**batch).logits, expected)
     assert loaded.cf.item_vectors.shape == cf.item_vectors.shape[1:]
+
+
+def test_an_answer_moves_no_logit_up_to_its_own_line(build: BuildModel, cf: CFVectors) -> None:
+    cf = replace(cf, cross_fit="users")
+    model, processor = build("gate", "answered", prompt={"histories": "signed"}, **FOLD_IN)
+    install_cross_fit(model, cf)
+    stream = max(streams(), key=lambda group: len(group.history))
+    collate = PackingCollator(processor)
+    with torch.no_grad():
+        before = model(**collate([stream])).logits[0]
+        for place, line in enumerate(stream.history):
+            flipped = list(stream.history)
+            flipped[place] = line | {"liked": not line["liked"]}
+            after = model(**collate([replace(stream, history=flipped)])).logits[0]
+            assert torch.equal(after[: place + 1], before[: place + 1]), place
+            assert ((after - before)[place + 1 :].abs() > 1e-5).all(), place
+
+
+def test_folds_of_users_serve_every_user_as_a_stranger(build: BuildModel, cf: CFVectors) -> None:
+    cf = replace(cf, cross_fit="users")
+    model, processor = build(prompt={"histories": "signed"}, **FOLD_IN)
+    model.cf.fill(cf)
+    history = [{"id": "i1", "liked": False}, "i2"]
+    known, stranger = (
+        model(**processor(user=user, history=history, candidates=["i3", "i4"])).logits
+        for user in ("u0", "nobody")
+    )
+    assert torch.equal(known, stranger)
+    install_cross_fit(model, cf)
+    trained = model(**processor(user="u0", history=history, candidates=["i3", "i4"])).logits
+    torch.testing.assert_close(trained, known)
+
+
+def test_a_cf_logit_of_users_that_no_fit_knows_is_refused(build: BuildModel, cf: CFVectors) -> None:
+    users = replace(cf, cross_fit="users")
+    model, processor = build(cf_logit=True)
+    with pytest.raises(InputError, match=r"cross-fit by users.*set cf_fold_in: true"):
+        CTRTrainer(model, processing_class=processor, cf=users)
+    slots, processor = build()
+    taught = CTRTrainingArguments(output_dir="unused", cf_distillation=0.5)
+    with pytest.raises(InputError, match="cross-fit by users"):
+        CTRTrainer(slots, taught, processing_class=processor, cf=users)
+    check_folded(slots, users, reads_logit=False)
+    check_folded(build(**FOLD_IN)[0], users, reads_logit=True)
 
 
 def test_vectors_of_another_catalog_are_refused(build: BuildModel, cf: CFVectors) -> None:

@@ -13,6 +13,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from ccf_llm_hf.cf import MFConfig, fit_mf
+from ccf_llm_hf.cf.folds import fold_of_users
 from ccf_llm_hf.data.grouping import group_split
 from ccf_llm_hf.data.prepare import PrepareConfig, prepare
 from ccf_llm_hf.errors import InputError
@@ -21,11 +23,12 @@ from ccf_llm_hf.training.collator import GroupDataset
 from ccf_llm_hf.training.recipe import Recipe, Stage
 from ccf_llm_hf.training.resume import train_or_resume
 from ccf_llm_hf.training.run import run_recipe
-from ccf_llm_hf.training.stage import RunInputs
+from ccf_llm_hf.training.stage import RunInputs, StageRun
 
 TRAIN = Path(__file__).parents[2] / "examples" / "train.py"
 FORMS = {"history_format": "title", "candidate_format": "title"}
 ANSWERED = {"wording": "answered", "history_window": [8, 1], **FORMS}
+FOLDED = {"cf_logit": True, "cf_fold_in": True}
 SMALL = {"labels_per_step": 32, "tokens_per_batch": 512, "eval_strategy": "steps", "eval_steps": 2}
 
 
@@ -107,6 +110,25 @@ def test_training_meets_a_row_as_evaluation_does(stage_run, form):
         for some in (trainer.train_groups, groups)
     )
     assert lines == pytest.approx(rows, abs=1e-4)
+
+
+def test_folds_of_users_give_each_stream_one_fit(settings, tmp_path, recwarn):
+    strengths = {"l2_factors": 2.0, "l2_user_bias": 1.0, "l2_item_bias": 1.0}
+    config = MFConfig(dim=2, folds=3, cross_fit="users", **strengths)
+    fit_mf(settings["data_dir"], config).save(tmp_path / "cf")
+    stage = Stage(name="s", prompt=ANSWERED, lora={}, model=FOLDED, training=SMALL)
+    recipe = Recipe(**settings | {"cf_dir": str(tmp_path / "cf")}, output_dir="o", stages=[stage])
+    inputs = RunInputs.load(recipe)
+    run = StageRun(recipe, stage, inputs, tmp_path / "run", None)
+    streams = run.build_trainer().train_groups
+    fits = {group.user: group.fit for group in streams}
+    assert len({*fits.values()}) == 3
+    for group in streams:
+        assert group.fit == fits[group.user] == fold_of_users([group.user], 3)[0]
+    assert not [w for w in recwarn if "several CF fits" in str(w.message)]
+    stage.model = {"cf_logit": True}
+    with pytest.raises(InputError, match="cross-fit by users"):
+        run.build_trainer()
 
 
 class StopAt(TrainerCallback):

@@ -9,11 +9,12 @@ CROSS_FIT = (
     "which vectors a training row sees: folds, those fitted on all folds of the (user, item) pairs "
     "but its own; snapshots, for data with time, those fitted on the slices of time before its own"
 )
+USERS = "; users, for answered histories, those fitted on all folds of the users but its own"
 
 
 @dataclass
 class MFConfig:
-    """How to fit MF. The three L2 strengths left at None are chosen by AUC on all of validation."""
+    """How to fit MF. The L2 strengths left at None are chosen by AUC on all of validation."""
 
     dim: int = field(default=32, metadata={"help": "factor dimensions; biases add two more"})
     use_biases: bool = field(
@@ -31,6 +32,21 @@ class MFConfig:
     l2_item_bias: float | None = field(
         default=None, metadata={"help": "L2 of the item biases; default: chosen on validation"}
     )
+    item_fields: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "fields of the items, such as author, whose values have vectors and biases "
+            "too: an item's are its own plus the mean of each field's values'"
+        },
+    )
+    l2_value_factors: float | None = field(
+        default=None,
+        metadata={"help": "L2 of the values' factors; default: chosen on validation"},
+    )
+    l2_value_bias: float | None = field(
+        default=None,
+        metadata={"help": "L2 of the values' biases; default: chosen on validation"},
+    )
     snapshots: int = field(
         default=20,
         metadata={
@@ -38,8 +54,10 @@ class MFConfig:
             "(fewer where the tables would pass 1 GB)"
         },
     )
-    cross_fit: Literal["folds", "snapshots"] = field(default="folds", metadata={"help": CROSS_FIT})
-    folds: int = field(default=5, metadata={"help": "cross_fit=folds: folds, at least 2"})
+    cross_fit: Literal["folds", "users", "snapshots"] = field(
+        default="folds", metadata={"help": CROSS_FIT + USERS}
+    )
+    folds: int = field(default=5, metadata={"help": "cross_fit=folds, users: folds, at least 2"})
     iterations: int | None = field(
         default=None,
         metadata={
@@ -73,8 +91,13 @@ class MFConfig:
         if self.targets == "graded" and self.rows != "earlier":
             raise InputError("targets=graded needs rows=earlier: the train split holds labels only")
         _check_counts(self, "dim", "snapshots", "iterations")
-        _check_positive(self, "l2_factors", "l2_user_bias", "l2_item_bias")
-        _check_cross_fit(self)
+        strengths = ("l2_factors", "l2_user_bias", "l2_item_bias")
+        of_values = ("l2_value_factors", "l2_value_bias")
+        _check_positive(self, *strengths, *of_values)
+        for name in of_values:
+            if getattr(self, name) is not None and not self.item_fields:
+                raise InputError(f"{name} has no meaning without item_fields: leave it out")
+        _check_cross_fit(self, "folds", "users", "snapshots")
 
 
 @dataclass
@@ -109,7 +132,7 @@ class LightGCNConfig:
     def __post_init__(self) -> None:
         _check_counts(self, "dim", "layers", "max_steps", "snapshots")
         _check_positive(self, "l2", "learning_rate")
-        _check_cross_fit(self)
+        _check_cross_fit(self, "folds", "snapshots")
 
 
 @dataclass
@@ -161,12 +184,12 @@ def _check_counts(config: object, *names: str) -> None:
             raise InputError(f"{name}={value} must be at least 1")
 
 
-def _check_cross_fit(config: MFConfig | LightGCNConfig) -> None:
-    if config.cross_fit not in ("folds", "snapshots"):
-        raise InputError(f"cross_fit={config.cross_fit!r} must be folds or snapshots")
+def _check_cross_fit(config: MFConfig | LightGCNConfig, *allowed: str) -> None:
+    if config.cross_fit not in allowed:
+        raise InputError(f"cross_fit={config.cross_fit!r} must be {' or '.join(allowed)}")
     if config.folds < 2:
         raise InputError(f"folds={config.folds} must be at least 2")
-    idle = "snapshots" if config.cross_fit == "folds" else "folds"
+    idle = "folds" if config.cross_fit == "snapshots" else "snapshots"
     if getattr(config, idle) != getattr(type(config), idle):
         raise InputError(
             f"{idle}={getattr(config, idle)} has no meaning with cross_fit={config.cross_fit}: "

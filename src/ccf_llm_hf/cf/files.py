@@ -16,6 +16,7 @@ FORMAT_VERSION = "1"
 TENSOR_FILE = "cf_embeddings.safetensors"
 USER_FILE = "user_ids.jsonl"
 ITEM_FILE = "item_catalog.jsonl"
+FIELD_FILE = "field_values.jsonl"
 RESERVED = (
     "format_version",
     "cf_model",
@@ -56,20 +57,26 @@ def read_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
     return records
 
 
-def read_tensors(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The named tensors, fits first, and the metadata. Raises InputError that names the file.
+def read_tensors(
+    path: Path, names: Sequence[str], optional: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The named tensors, fits first, one that may be missing, which has no fits, and the metadata.
+    Raises InputError that names the file.
 
     The table of a checkpoint holds one fit and no dimension for it; it is read as a file of one.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            there = file.keys()
+            extra = {optional: file.get_tensor(optional)} if optional in there else {}
             if metadata.get("format_version") == CHECKPOINT_VERSION:
                 tensors = {name: file.get_tensor(name)[None] for name in CF_TENSORS}
-                return tensors | {"snapshot_times": torch.zeros(1, dtype=torch.long)}, metadata
+                times = torch.zeros(1, dtype=torch.long)
+                return tensors | extra | {"snapshot_times": times}, metadata
             missing = [key for key in RESERVED if key not in metadata]
-            missing += [name for name in names if name not in file.keys()]  # noqa: SIM118
-            tensors = {} if missing else {name: file.get_tensor(name) for name in names}
+            missing += [name for name in names if name not in there]
+            tensors = {} if missing else extra | {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is missing or damaged ({error}); fit or copy it again") from error
     if missing:

@@ -1,4 +1,4 @@
-"""Folds of (user, item) pairs: which one a training row is in follows from its ids alone."""
+"""Folds of (user, item) pairs, or of users: which one a training row is in follows from its ids."""
 
 import numpy as np
 
@@ -24,3 +24,8 @@ def fold_of(user_ids: Ids, item_ids: Ids, folds: int) -> np.ndarray:
     """
     mixed = hash_ids(user_ids) * USER_FACTOR + hash_ids(item_ids)
     return ((mixed >> HIGH_BITS) % np.uint64(folds)).astype(np.int64)
+
+
+def fold_of_users(user_ids: Ids, folds: int) -> np.ndarray:
+    """The fold of each user's rows, as `fold_of`: `(n,)` int64 in [0, folds)."""
+    return ((hash_ids(user_ids) >> HIGH_BITS) % np.uint64(folds)).astype(np.int64)

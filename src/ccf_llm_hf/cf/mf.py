@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,10 @@ logger = logging.getLogger(__name__)
 USER_BIAS_GRID = (0.5, 1.0, 2.0, 4.0, 8.0)
 ITEM_BIAS_GRID = (0.125, 0.25, 0.5, 1.0, 2.0)
 FACTOR_GRID = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+# With fields an item's own bias is what its values leave over.
+OWN_BIAS_GRID = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+VALUE_BIAS_GRID = (0.5, 1.0, 2.0, 4.0, 8.0)
+VALUE_FACTOR_GRID = (3.0, 4.0, 5.0, 6.0, 8.0)
 # Beyond so many rows more than 30 iterations no longer move AUC, and a part of the users is enough
 # to tell the strengths.
 MANY_ROWS = 300_000
@@ -50,68 +55,87 @@ def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFVectors:
     the validation split.
 
     The L2 strengths are chosen on the whole validation split (biases first, then factors). With
-    `cross_fit="folds"` each snapshot is solved for the rows of all folds but one, and rotated onto
-    the fit on all rows, which is the last. With `"snapshots"` each is solved for the rows before
-    its time, warm-started from the one before; snapshot 0 is fitted on what precedes the train
-    split (nothing, of the training rows), the last on all rows.
+    `cross_fit="folds"` or `"users"` each fit is solved for the rows of all folds but one, and
+    rotated onto the fit on all rows, which is the last. With `"snapshots"` each is solved for the
+    rows before its time, warm-started from the one before; snapshot 0 is fitted on what precedes
+    the train split (nothing, of the training rows), the last on all rows.
 
     Args:
         data_dir: folder written by `ccf-llm prepare`.
         config: default `MFConfig()`.
 
     Returns:
-        The vectors: dim + 2 with biases (user `[p, b_u, 1]`, item `[q, 1, b_i]`), else dim.
+        The vectors: dim + 2 with biases (user `[p, b_u, 1]`, item `[q, 1, b_i]`), else dim. With
+        `item_fields` an item's holds what its values add, an item without rows is known by any
+        value that occurs in the rows, and `field_vectors` has the values' own.
         `metadata` records the chosen strengths, validation AUC and UAUC, and
         `cross_fit_train_auc`: training rows scored by the snapshots that they see, which is near
         a held-out AUC unless labels leak.
 
     Raises:
-        InputError: the folder is no prepared one, train is empty, or a split has one class only.
+        InputError: the folder is no prepared one, its items lack a field, train is empty, or a
+            split has one class only.
     """
     config = config or MFConfig()
-    data = load_training_data(Path(data_dir), config.rows, config.targets)
-    grid = _fits_to_choose(config)
+    data = load_training_data(Path(data_dir), config.rows, config.targets, config.item_fields)
+    grid = sum(len(choices) for _, choices in _rounds(config) if len(choices) > 1)
     plan = _plan(data, config)
     with tqdm(total=grid + len(plan.rows), desc="fit mf", unit=" fits") as bar:
         penalties = _choose_penalties(data, config, bar)
         fits = _fit_tables(data, config, penalties, plan, bar)
-    vectors = _to_vectors(data, fits, plan, penalties, config.cross_fit)
+    vectors = _to_vectors(data, fits, plan, penalties)
     vectors.metadata |= _describe(data, config, penalties, fits, plan)
     return vectors
 
 
 def _plan(data: TrainingData, config: MFConfig) -> Plan:
     width = config.dim + 2 * config.use_biases
-    if config.cross_fit == "folds":
-        return plan_folds(data, config.folds, width)
+    if config.cross_fit != "snapshots":
+        return plan_folds(data, config.folds, width, config.cross_fit)
     return plan_snapshots(data, config.snapshots, width)
 
 
-def _fits_to_choose(config: MFConfig) -> int:
-    users, items, factors = _grids(config)
-    return sum(size for size in (len(users) * len(items), len(factors)) if size > 1)
+def _rounds(config: MFConfig) -> list[tuple[int, list[dict[str, Any]]]]:
+    """The strengths to choose, one round after the other: the dimensions of its fits, and what to
+    choose from. Biases without factors come first (convex), then the factors on top. Values' are
+    as strong as items' until a round of their own (our choice, which spares fits)."""
 
+    def grid(name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+        given = getattr(config, f"l2_{name}")
+        return default if given is None else (given,)
 
-def _grids(config: MFConfig) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]:
-    def grid(value: float | None, default: tuple[float, ...]) -> tuple[float, ...]:
-        return default if value is None else (value,)
+    def tie(name: str, value: float) -> float:
+        given = getattr(config, f"l2_{name}")
+        return value if given is None else given
 
-    if not config.use_biases:
-        return (1.0,), (1.0,), grid(config.l2_factors, FACTOR_GRID)
-    return (
-        grid(config.l2_user_bias, USER_BIAS_GRID),
-        grid(config.l2_item_bias, ITEM_BIAS_GRID),
-        grid(config.l2_factors, FACTOR_GRID),
-    )
+    users = grid("user_bias", USER_BIAS_GRID)
+    items = grid("item_bias", OWN_BIAS_GRID if config.item_fields else ITEM_BIAS_GRID)
+    biases: list[dict[str, Any]] = [
+        {"user_bias": user, "item_bias": item, "value_bias": tie("value_bias", item)}
+        for user in users
+        for item in items
+    ]
+    factors: list[dict[str, Any]] = [
+        {"factors": value, "value_factors": tie("value_factors", value)}
+        for value in grid("factors", FACTOR_GRID)
+    ]
+    rounds = [(0, biases)] * config.use_biases
+    if config.item_fields and config.use_biases and config.l2_value_bias is None:
+        pairs = [{"item_bias": i, "value_bias": v} for i in items for v in VALUE_BIAS_GRID]
+        rounds.append((0, pairs))
+    rounds.append((config.dim, factors))
+    if config.item_fields and config.l2_value_factors is None:
+        rounds.append((config.dim, [{"value_factors": value} for value in VALUE_FACTOR_GRID]))
+    return rounds
 
 
 def _choose_penalties(data: TrainingData, config: MFConfig, bar: tqdm) -> Penalties:
-    """Biases without factors first (convex), then the factors on top; best validation AUC wins."""
-    users, items, factors = _grids(config)
+    """Best validation AUC wins, round by round."""
     data = _sample(data, config.seed)
-    pairs = [Penalties(1.0, user, item, config.use_biases) for user in users for item in items]
-    best = _best(data, config, pairs, 0, bar)
-    return _best(data, config, [replace(best, factors=value) for value in factors], config.dim, bar)
+    best = Penalties(1.0, 1.0, 1.0, config.use_biases)
+    for dim, choices in _rounds(config):
+        best = _best(data, config, [replace(best, **choice) for choice in choices], dim, bar)
+    return best
 
 
 def _best(
@@ -119,7 +143,7 @@ def _best(
 ) -> Penalties:
     if len(candidates) == 1:
         return candidates[0]
-    start = draw_parameters(len(data.users), len(data.items), dim, config.seed)
+    start = draw_parameters(len(data.users), len(data.items), dim, config.seed, data.fields)
     labels, found = data.validation.labels.numpy(), []
     for penalties in candidates:
         fit = _solve(data.train, penalties, start, config)
@@ -143,12 +167,15 @@ def _sample(data: TrainingData, seed: int) -> TrainingData:
     train = data.train[users[data.train.users]]
     items = torch.bincount(train.items, minlength=len(data.items)) > 0
     kept = users[data.validation.users] | (data.validation.users < 0)
+    if data.field_values:  # an item without rows can be known by its values
+        items[data.validation.items[kept & (data.validation.items >= 0)]] = True
     return replace(
         data,
         train=_renumber(train, users, items),
         validation=_renumber(data.validation[kept], users, items),
         users=data.users[users.numpy()],
         items=data.items[items.numpy()],
+        fields=data.fields.restrict(items),
     )
 
 
@@ -173,18 +200,15 @@ def _fit_tables(
     """In time each table starts from the one before it. A fold starts where the fit on all rows
     started, not where it ended: that knows its labels, and one of many optima would keep them.
     """
-    start = draw_parameters(len(data.users), len(data.items), config.dim, config.seed)
+    start = draw_parameters(len(data.users), len(data.items), config.dim, config.seed, data.fields)
 
     def fit(rows: slice | Tensor, warm: Parameters) -> Parameters:
         part = data.train[rows]
-        if len(part):
-            found = _solve(part, penalties, warm, config)
-        else:
-            found = Parameters(*(torch.zeros_like(tensor) for tensor in start.tensors()))
+        found = _solve(part, penalties, warm, config) if len(part) else start.zeros()
         bar.update()
         return found
 
-    if config.cross_fit == "folds":
+    if config.cross_fit != "snapshots":
         whole = fit(plan.rows[-1], start)
         return [*(_rotate_fit(fit(rows, start), whole) for rows in plan.rows[:-1]), whole]
     fits: list[Parameters] = []
@@ -195,7 +219,8 @@ def _fit_tables(
 
 
 def _rotate_fit(fit: Parameters, onto: Parameters) -> Parameters:
-    """The same model, its factors rotated onto another fit's."""
+    """The same model without fields, its factors rotated onto another fit's."""
+    fit, onto = fit.whole(), onto.whole()
     users, items = rotate_onto(
         (fit.user_factors, fit.item_factors), (onto.user_factors, onto.item_factors)
     )
@@ -207,16 +232,15 @@ def _to_vectors(
     fits: list[Parameters],
     plan: Plan,
     penalties: Penalties,
-    cross_fit: str,
 ) -> CFVectors:
-    """Vectors of every snapshot; the unknown get the defaults, MF's own answer for them."""
+    """Vectors of every fit; the unknown get the defaults, MF's own answer for them."""
     biases = penalties.use_biases
     dim = fits[0].user_factors.shape[1]
     default_user = torch.tensor([0.0] * dim + [0.0, 1.0] * biases)
     default_item = torch.tensor([0.0] * dim + [1.0, 0.0] * biases)
     user_vectors = default_user.repeat(len(fits), len(data.users), 1)
     item_vectors = default_item.repeat(len(fits), len(data.items), 1)
-    for snapshot, fit in enumerate(fits):
+    for snapshot, fit in enumerate(fit.whole() for fit in fits):
         user_vectors[snapshot, :, :dim] = fit.user_factors
         item_vectors[snapshot, :, :dim] = fit.item_factors
         if biases:
@@ -231,16 +255,41 @@ def _to_vectors(
         user_known=torch.stack(
             [mark_seen(data.train.users[n], len(data.users)) for n in plan.rows]
         ),
-        item_known=torch.stack(
-            [mark_seen(data.train.items[n], len(data.items)) for n in plan.rows]
-        ),
+        item_known=torch.stack([_mark_known(data, n) for n in plan.rows]),
         default_user=default_user.repeat(len(fits), 1),
         default_item=default_item.repeat(len(fits), 1),
         offset=torch.cat([fit.offset for fit in fits]),
         snapshot_times=torch.as_tensor(plan.times, dtype=torch.int64),
         model_name="mf" if biases else "mf_nobias",
-        cross_fit=cross_fit,
+        cross_fit=plan.cross_fit,
+        **_to_field_vectors(data, fits[-1], biases),
     )
+
+
+def _mark_known(data: TrainingData, rows: slice | Tensor) -> Tensor:
+    """Items `(num_items,)` that rows tell something about: they, or a value of theirs, occur."""
+    seen = mark_seen(data.train.items[rows], len(data.items))
+    values = _mark_values(data, seen)
+    return seen.index_fill(0, data.fields.items[values[data.fields.values]], True)
+
+
+def _mark_values(data: TrainingData, seen: Tensor) -> Tensor:
+    """Values `(num_values,)` of the items that are marked."""
+    return mark_seen(data.fields.values[seen[data.fields.items]], data.fields.num_values)
+
+
+def _to_field_vectors(data: TrainingData, fit: Parameters, biases: bool) -> dict[str, Any]:
+    """What `CFVectors` has of the values that occur in the training rows."""
+    if not data.field_values:
+        return {}
+    known = _mark_values(data, mark_seen(data.train.items, len(data.items)))
+    columns = [fit.value_factors]
+    columns += [torch.zeros_like(fit.value_bias)[:, None], fit.value_bias[:, None]] * biases
+    pairs = zip(data.field_values, known.tolist(), strict=True)
+    return {
+        "field_values": [value for value, kept in pairs if kept],
+        "field_vectors": torch.cat(columns, dim=1)[known],
+    }
 
 
 def _describe(
@@ -264,10 +313,15 @@ def _describe(
             "l2_user_bias": f"{penalties.user_bias:g}",
             "l2_item_bias": f"{penalties.item_bias:g}",
         }
+    if config.item_fields:
+        facts["item_fields"] = json.dumps(config.item_fields)
+        facts["l2_value_factors"] = f"{penalties.value_factors:g}"
+        if penalties.use_biases:
+            facts["l2_value_bias"] = f"{penalties.value_bias:g}"
     precision = penalties.factors * factor_weights(last.item_factors.shape[1])
     prior = precision.tolist() + [penalties.user_bias, 0.0] * penalties.use_biases
     facts["user_precision"] = json.dumps([round(value, 6) for value in prior])
     if data.rating_scale:
         facts["rating_scale"] = json.dumps(data.rating_scale)
-    live = last.item_factors.abs().amax(0) > 0
+    live = last.user_factors.abs().amax(0) > 0
     return facts | {"live_factors": str(int(live.sum())), "seed": str(config.seed)}

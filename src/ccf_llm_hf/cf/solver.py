@@ -5,6 +5,11 @@ With logit z = p_u . q_i + b_u + b_i + b the objective is (our choice; Gaussian 
     sum over rows of log loss(z) + sum over d of factors * w_d / 2 (|P_d|^2 + |Q_d|^2)
                                  + user_bias / 2 |b_u|^2 + item_bias / 2 |b_i|^2
 
+With fields (LightFM's form, Kula 2015, arXiv 1507.08439) q_i is the item's own vector plus, for
+each field, the mean of its values' vectors, b_i likewise. Penalties are on these parts, and those
+on values have strengths of their own. (The mean is ours: by a sum, an item of many values would
+have a wider prior than one of a single value.)
+
 w_d grows from 1 to 2 over the dimensions. Equal weights would leave the factors free to rotate;
 these gather them in the first dimensions and put those without support at zero, so that
 a dimension keeps its meaning from one snapshot in time to the next.
@@ -17,6 +22,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,22 +62,89 @@ class Rows:
 
 
 @dataclass
+class ItemFields:
+    """Which values items have in their fields: `items[k]` has `values[k]`, at `weights[k]`.
+
+    Attributes:
+        items: `(n,)` int64, table rows.
+        values: `(n,)` int64, in [0, num_values).
+        weights: `(n,)` float32: 1 over the number of values that the item has in that field.
+        num_values: of all fields together.
+    """
+
+    items: Tensor
+    values: Tensor
+    weights: Tensor
+    num_values: int
+
+    @classmethod
+    def none(cls) -> "ItemFields":
+        """No fields."""
+        nobody = torch.zeros(0, dtype=torch.int64)
+        return cls(nobody, nobody, torch.zeros(0), 0)
+
+    def add_to(self, own: Tensor, of_values: Tensor) -> Tensor:
+        """What items `(num_items, ...)` have of their own, plus that of their values."""
+        if not self.num_values:
+            return own
+        weights = self.weights.view(-1, *[1] * (own.dim() - 1))
+        return own.index_add(0, self.items, weights * of_values[self.values])
+
+    def restrict(self, present: Tensor) -> "ItemFields":
+        """The same of a smaller table, which has the items `(num_items,)` that are marked."""
+        kept = present[self.items]
+        place = present.cumsum(0) - 1
+        return replace(
+            self,
+            items=place[self.items[kept]],
+            values=self.values[kept],
+            weights=self.weights[kept],
+        )
+
+
+@dataclass
 class Parameters:
-    """The model: factors `(users, dim)`, `(items, dim)`, biases `(users,)`, `(items,)`, `(1,)`."""
+    """The model: factors `(users, dim)`, `(items, dim)`, biases `(users,)`, `(items,)`, `(1,)`,
+    and those of the values of fields, `(values, dim)` and `(values,)`, with who has them.
+
+    An item's are its own; `whole` adds its values'.
+    """
 
     user_factors: Tensor
     item_factors: Tensor
     user_bias: Tensor
     item_bias: Tensor
     offset: Tensor
+    value_factors: Tensor
+    value_bias: Tensor
+    fields: ItemFields
 
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in the order of the fields."""
-        return list(vars(self).values())
+    def zeros(self) -> "Parameters":
+        """A model that knows nothing, of the same sizes."""
+        tensors: dict[str, Any] = {
+            name: torch.zeros_like(value)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
+
+    def whole(self) -> "Parameters":
+        """The same model without fields: each item has what its values give it."""
+        if not self.fields.num_values:
+            return self
+        return replace(
+            self,
+            item_factors=self.fields.add_to(self.item_factors, self.value_factors),
+            item_bias=self.fields.add_to(self.item_bias, self.value_bias),
+            value_factors=self.value_factors[:0],
+            value_bias=self.value_bias[:0],
+            fields=ItemFields.none(),
+        )
 
     def logits(self, rows: Rows) -> Tensor:
         """`(n,)` logits; an index below zero is an unknown user or item, at the prior's mode."""
-        return torch.cat([self._logits(piece) for piece in rows.pieces()])
+        whole = self.whole()
+        return torch.cat([whole._logits(piece) for piece in rows.pieces()])
 
     def _logits(self, rows: Rows) -> Tensor:
         known_user, known_item = rows.users >= 0, rows.items >= 0
@@ -89,10 +162,15 @@ class Penalties:
     user_bias: float
     item_bias: float
     use_biases: bool = True
+    value_factors: float = 1.0
+    value_bias: float = 1.0
 
 
-def draw_parameters(num_users: int, num_items: int, dim: int, seed: int) -> Parameters:
+def draw_parameters(
+    num_users: int, num_items: int, dim: int, seed: int, fields: ItemFields | None = None
+) -> Parameters:
     """Biases at zero, factors at random: at zero they would sit on a saddle point."""
+    fields = fields or ItemFields.none()
     generator = torch.Generator().manual_seed(seed)
     return Parameters(
         INITIAL_SCALE * torch.randn(num_users, dim, generator=generator),
@@ -100,6 +178,9 @@ def draw_parameters(num_users: int, num_items: int, dim: int, seed: int) -> Para
         torch.zeros(num_users),
         torch.zeros(num_items),
         torch.zeros(1),
+        INITIAL_SCALE * torch.randn(fields.num_values, dim, generator=generator),
+        torch.zeros(fields.num_values),
+        fields,
     )
 
 
@@ -117,8 +198,8 @@ def solve(rows: Rows, penalties: Penalties, start: Parameters, *, iterations: in
         iterations: of L-BFGS, at most.
 
     Returns:
-        New parameters; users and items without rows end at the prior's mode, zero, and so do factor
-        dimensions that move no logit by `LIVE_LOGIT`.
+        New parameters; users, items and values without rows end at the prior's mode, zero, and so
+        do factor dimensions that move no logit by `LIVE_LOGIT`.
     """
     dim = start.user_factors.shape[1]
     matrix = _Matrix(rows, len(start.user_bias), len(start.item_bias))
@@ -126,31 +207,40 @@ def solve(rows: Rows, penalties: Penalties, start: Parameters, *, iterations: in
         start.user_factors[matrix.users],
         start.user_bias[matrix.users],
         matrix.user_counts,
-        penalties,
+        penalties.factors,
         penalties.user_bias,
+        penalties.use_biases,
         bias_column=dim,
     )
     items = _Side(
         start.item_factors[matrix.items],
         start.item_bias[matrix.items],
         matrix.item_counts,
-        penalties,
+        penalties.factors,
         penalties.item_bias,
+        penalties.use_biases,
         bias_column=dim + 1,
     )
+    values = _Values(start, matrix, penalties) if start.fields.num_values else None
     with limit_threads(len(rows)):
-        offset = _minimize(matrix, users, items, start.offset, iterations, penalties.use_biases)
-    found = Parameters(*(torch.zeros_like(tensor) for tensor in start.tensors()))
+        offset = _minimize(
+            matrix, users, items, values, start.offset, iterations, penalties.use_biases
+        )
+    found = start.zeros()
     found.user_factors[matrix.users] = users.vectors()[:, :dim]
     found.item_factors[matrix.items] = items.vectors()[:, :dim]
     if penalties.use_biases:
         found.user_bias[matrix.users] = users.vectors()[:, dim]
         found.item_bias[matrix.items] = items.vectors()[:, dim + 1]
+    if values is not None:
+        found.value_factors[values.present] = values.side.vectors()[:, :dim]
+        if penalties.use_biases:
+            found.value_bias[values.present] = values.side.vectors()[:, dim + 1]
     found.offset = offset
     # What is left of a dimension on its way to zero is noise, and would look like signal rescaled.
-    dead = _largest(found.user_factors) * _largest(found.item_factors) < LIVE_LOGIT
-    found.user_factors[:, dead] = 0
-    found.item_factors[:, dead] = 0
+    dead = _largest(found.user_factors) * _largest(found.whole().item_factors) < LIVE_LOGIT
+    for factors in (found.user_factors, found.item_factors, found.value_factors):
+        factors[:, dead] = 0
     return found
 
 
@@ -161,8 +251,8 @@ def _largest(factors: Tensor) -> Tensor:
 class _Side:
     """The vectors of users, `[p, b_u, 1]`, or items, `[q, 1, b_i]`, as L-BFGS varies them.
 
-    A vector is `constant + variable * scale`; the constant column has scale zero. Without biases
-    both last columns are left out.
+    Those of values, `[q, 0, b]`, are parts of items'. A vector is `constant + variable * scale`;
+    the constant column has scale zero. Without biases both last columns are left out.
     """
 
     def __init__(
@@ -170,20 +260,22 @@ class _Side:
         factors: Tensor,
         bias: Tensor,
         counts: Tensor,
-        penalties: Penalties,
+        factor_penalty: float,
         bias_penalty: float,
+        use_biases: bool,
         bias_column: int,
+        constant: float = 1.0,
     ) -> None:
         dim = factors.shape[1]
-        width = dim + 2 * penalties.use_biases
+        width = dim + 2 * use_biases
         evidence = CURVATURE * counts.float()
         self.constant, self.weights = torch.zeros(width), torch.zeros(width)
         start, self.scale = torch.zeros(len(bias), width), torch.zeros(len(bias), width)
-        self.weights[:dim] = penalties.factors * factor_weights(dim)
+        self.weights[:dim] = factor_penalty * factor_weights(dim)
         start[:, :dim] = factors
         self.scale[:, :dim] = (self.weights[:dim] + FACTOR_SQUARE * evidence[:, None]).rsqrt()
-        if penalties.use_biases:
-            self.constant[2 * dim + 1 - bias_column] = 1
+        if use_biases:
+            self.constant[2 * dim + 1 - bias_column] = constant
             self.weights[bias_column] = bias_penalty
             start[:, bias_column] = bias
             self.scale[:, bias_column] = (bias_penalty + evidence).rsqrt()
@@ -200,6 +292,55 @@ class _Side:
     def set_gradient(self, of_loss: Tensor, vectors: Tensor) -> None:
         """The objective's gradient with respect to the variable; `of_loss` is overwritten."""
         self.variable.grad = of_loss.addcmul_(vectors, self.weights).mul_(self.scale)
+
+
+class _Values:
+    """The values of fields that the fitted items have: their vectors, and who has them.
+
+    Attributes:
+        present: the values, as rows of the whole table.
+        side: their vectors.
+    """
+
+    def __init__(self, start: Parameters, matrix: "_Matrix", penalties: Penalties) -> None:
+        marked = torch.zeros(len(start.item_bias), dtype=torch.bool)
+        marked[matrix.items] = True
+        fields = start.fields.restrict(marked)
+        self.present, values = _occurring(fields.values, fields.num_values)
+        by_item = fields.items.argsort(stable=True)
+        by_value = values.argsort(stable=True)
+        self._of_items = _csr(
+            torch.bincount(fields.items, minlength=len(matrix.items)),
+            values[by_item].int(),
+            fields.weights[by_item],
+            len(self.present),
+        )
+        self._of_values = _csr(
+            torch.bincount(values, minlength=len(self.present)),
+            fields.items[by_value].int(),
+            fields.weights[by_value],
+            len(matrix.items),
+        )
+        squares = fields.weights.square() * matrix.item_counts[fields.items]
+        evidence = torch.zeros(len(self.present)).index_add(0, values, squares)
+        self.side = _Side(
+            start.value_factors[self.present],
+            start.value_bias[self.present],
+            evidence,
+            penalties.value_factors,
+            penalties.value_bias,
+            penalties.use_biases,
+            bias_column=start.item_factors.shape[1] + 1,
+            constant=0.0,
+        )
+
+    def spread(self, vectors: Tensor) -> Tensor:
+        """What each item has of its values, `(items, width)`."""
+        return self._of_items @ vectors
+
+    def gather(self, gradients: Tensor) -> Tensor:
+        """Gradients with respect to values, `(values, width)`, from those of items."""
+        return self._of_values @ gradients
 
 
 class _Matrix:
@@ -274,14 +415,15 @@ def _minimize(
     matrix: _Matrix,
     users: _Side,
     items: _Side,
+    values: _Values | None,
     start_offset: Tensor,
     iterations: int,
     free_offset: bool,
 ) -> Tensor:
-    """Move both sides' variables to the optimum; returns the offset."""
+    """Move all sides' variables to the optimum; returns the offset."""
     shift, scale = torch.zeros(1), (CURVATURE * len(matrix.labels)) ** -0.5 * free_offset
     optimizer = torch.optim.LBFGS(
-        [users.variable, items.variable, shift],
+        [users.variable, items.variable, *([values.side.variable] if values else []), shift],
         max_iter=min(ITERATIONS_AT_ONCE, iterations),
         max_eval=100 * ITERATIONS_AT_ONCE,
         history_size=LBFGS_HISTORY,
@@ -293,18 +435,22 @@ def _minimize(
 
     def closure() -> float:
         nonlocal least
-        user, item = users.vectors(), items.vectors()
+        user, own = users.vectors(), items.vectors()
+        item = own if values is None else own + values.spread(value := values.side.vectors())
         logits = matrix.logits(user, item) + start_offset + shift * scale
         losses = F.binary_cross_entropy_with_logits(logits, matrix.labels, reduction="none")
         residuals = logits.sigmoid_().sub_(matrix.labels)
         of_users, of_items = matrix.gradients(residuals, user, item)
-        users.set_gradient(of_users, user)
-        items.set_gradient(of_items, item)
-        shift.grad = residuals.sum().unsqueeze(0) * scale
         # In double precision: the last iterations gain less than a float's resolution of the sum.
-        value = float(losses.sum(dtype=torch.float64)) + users.penalty(user) + items.penalty(item)
-        least = min(least, value)
-        return value
+        total = float(losses.sum(dtype=torch.float64)) + users.penalty(user) + items.penalty(own)
+        if values is not None:
+            total += values.side.penalty(value)
+            values.side.set_gradient(values.gather(of_items), value)
+        users.set_gradient(of_users, user)
+        items.set_gradient(of_items, own)
+        shift.grad = residuals.sum().unsqueeze(0) * scale
+        least = min(least, total)
+        return total
 
     for _ in range(0, iterations, ITERATIONS_AT_ONCE):
         before = least
@@ -329,4 +475,5 @@ def refresh(previous: Parameters, start: Parameters) -> Parameters:
         previous,
         user_factors=previous.user_factors + start.user_factors,
         item_factors=previous.item_factors + start.item_factors,
+        value_factors=previous.value_factors + start.value_factors,
     )

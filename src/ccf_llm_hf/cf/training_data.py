@@ -1,7 +1,8 @@
 """What a CF model is fitted on: training rows in order of time, cut into folds or slices."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ccf_llm_hf.cf.folds import fold_of
-from ccf_llm_hf.cf.solver import Rows
+from ccf_llm_hf.cf.folds import fold_of, fold_of_users
+from ccf_llm_hf.cf.solver import ItemFields, Rows
 from ccf_llm_hf.data.prepared import (
     earlier_interactions,
     has_times,
     rating_midpoint,
+    read_item_fields,
     read_items,
     read_rows,
 )
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.modeling.prompt_ccf_llm import field_values
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +35,7 @@ class TrainingData:
     codes `(n,)`; user and item ids in table order. In `validation` an index below zero is unknown.
     `split_times` are those of the train split alone, which snapshots are cut by; `rating_scale` is
     `(midpoint, slope)` of graded labels. Without `has_times` times are positions among a user's
-    rows.
+    rows. `fields` says which of `field_values`, (field, value) pairs, the items have.
     """
 
     train: Rows
@@ -44,18 +47,24 @@ class TrainingData:
     split_times: np.ndarray
     rating_scale: tuple[float, float] | None = None
     has_times: bool = True
+    fields: ItemFields = field(default_factory=ItemFields.none)
+    field_values: list[tuple[str, str]] = field(default_factory=list)
 
 
-def load_training_data(folder: Path, which: str = "train", targets: str = "labels") -> TrainingData:
+def load_training_data(
+    folder: Path, which: str = "train", targets: str = "labels", item_fields: Sequence[str] = ()
+) -> TrainingData:
     """Rows to fit and validation rows of a prepared folder.
 
     Args:
         folder: written by `ccf-llm prepare`.
         which: `train`, or `earlier` for every interaction before the validation split.
         targets: `labels`, or `graded` for sigmoid(slope (rating - midpoint)).
+        item_fields: names of the fields to read.
 
     Raises:
-        InputError: the folder is no prepared one, a split lacks a class, or the catalog an item.
+        InputError: the folder is no prepared one, a split lacks a class, the catalog an item, or
+            the items a field.
     """
     train = read_rows(folder, "train").sort_values("timestamp", kind="stable", ignore_index=True)
     validation, items = read_rows(folder, "validation"), read_items(folder)
@@ -89,7 +98,23 @@ def load_training_data(folder: Path, which: str = "train", targets: str = "label
         split_times,
         scale,
         has_times(folder),
+        *_read_fields(folder, item_fields),
     )
+
+
+def _read_fields(folder: Path, names: Sequence[str]) -> tuple[ItemFields, list[tuple[str, str]]]:
+    if not names:
+        return ItemFields.none(), []
+    places: dict[tuple[str, str], int] = {}
+    items, values, weights = [], [], []
+    for row, fields in enumerate(read_item_fields(folder, names)):
+        for name in names:
+            found = field_values(fields, name)
+            items += [row] * len(found)
+            values += [places.setdefault((name, value), len(places)) for value in found]
+            weights += [1 / len(found) for _ in found]
+    tensors = torch.tensor(items), torch.tensor(values), torch.tensor(weights)
+    return ItemFields(*tensors, num_values=len(places)), list(places)
 
 
 def _rows(table: pd.DataFrame, users: pd.Index, items: pd.Index) -> Rows:
@@ -154,7 +179,7 @@ class Plan:
         times: `(tables,)` int64, the time before which the rows of each lie.
         rows: of each table; the last is fitted on all.
         sees: `(n,)` int64, the table that each row sees; -1 before the train split.
-        cross_fit: `snapshots` or `folds`.
+        cross_fit: `snapshots`, `folds` or `users`.
     """
 
     times: np.ndarray
@@ -170,14 +195,17 @@ def plan_snapshots(data: TrainingData, snapshots: int, width: int) -> Plan:
     return Plan(times, [slice(0, size) for size in sizes], sees, "snapshots")
 
 
-def plan_folds(data: TrainingData, folds: int, width: int) -> Plan:
-    """A table for each fold, on the rows of the others, and one on all rows; fewer folds where the
-    tables would pass a gigabyte, with a warning."""
+def plan_folds(data: TrainingData, folds: int, width: int, cross_fit: str = "folds") -> Plan:
+    """A table for each fold of pairs, or of `users`, on the rows of the others, and one on all
+    rows; fewer folds where the tables would pass a gigabyte, with a warning."""
     count = min(folds, max(2, limit_tables(data, width) - 1))
     if count < folds:
         logger.warning("%d folds instead of %d, to keep within 1 GB", count, folds)
     users, items = data.users.to_numpy(), data.items["item_id"].to_numpy()
-    fold = torch.from_numpy(fold_of(users[data.train.users], items[data.train.items], count))
+    if cross_fit == "users":
+        fold = torch.from_numpy(fold_of_users(users, count))[data.train.users]
+    else:
+        fold = torch.from_numpy(fold_of(users[data.train.users], items[data.train.items], count))
     rows = [(fold != left_out).nonzero().flatten() for left_out in range(count)]
     times = np.full(count + 1, data.times[-1] + 1)
-    return Plan(times, [*rows, slice(0, len(data.train))], fold, "folds")
+    return Plan(times, [*rows, slice(0, len(data.train))], fold, cross_fit)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ccf_llm_hf.cf.files import (
+    FIELD_FILE,
     FORMAT_VERSION,
     ITEM_FILE,
     RESERVED,
@@ -24,11 +25,12 @@ from ccf_llm_hf.cf.files import (
     read_tensors,
     write_lines,
 )
-from ccf_llm_hf.cf.folds import fold_of
+from ccf_llm_hf.cf.folds import fold_of, fold_of_users
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.io import write_files
 from ccf_llm_hf.modeling.configuration_ccf_llm import ids_fingerprint
 
+FIELD_TENSOR = "field_vectors"
 # Keeps the gathered vectors below 100 MB when millions of pairs are scored.
 PAIRS_AT_ONCE = 1 << 18
 
@@ -42,8 +44,12 @@ class CFVectors:
     serving take it. The others are cross-fit: [`training_fits`] gives a training row the one
     that was not fitted on its label. With `cross_fit="snapshots"`, fit s was fitted on
     interactions earlier than `snapshot_times[s]` only; with `"folds"`, on all folds of the (user,
-    item) pairs but fold s (see `cf.folds`; both our choice). Where there is one fit only,
-    training rows see it too, in-sample.
+    item) pairs but fold s; with `"users"`, on the rows of all folds of the users but fold s (see
+    `cf.folds`; all our choice). Where there is one fit only, training rows see it too, in-sample.
+
+    The values of items' fields, such as an author, may have vectors. What they give to the items of
+    the catalog is in `item_vectors` already; an item outside it stands at `default_item` plus, for
+    each field, the mean of its values' vectors, a value without one counting as zero.
 
     Args:
         user_ids: raw ids in table order.
@@ -52,14 +58,19 @@ class CFVectors:
         user_vectors: `(fits, num_users, dim)` float32.
         item_vectors: `(fits, num_items, dim)` float32.
         user_known: `(fits, num_users)` bool, True where at least one row was fitted on.
-        item_known: `(fits, num_items)` bool.
+        item_known: `(fits, num_items)` bool, True where at least one row was fitted on, of the item
+            or of one with the same value in a field. The gate is told no more: how far a vector
+            lies from the default says how much evidence is behind it.
         default_user: `(fits, dim)` float32, stands for an unknown user in the model's logit.
         default_item: `(fits, dim)` float32.
         offset: `(fits,)` float32, global bias.
         snapshot_times: `(fits,)` int64, Unix seconds, ascending; with folds all the same.
         model_name: which CF model, for example `mf`.
         metadata: further facts of the fit, strings only.
-        cross_fit: `snapshots` or `folds`; a file without it is of `snapshots`.
+        cross_fit: `snapshots`, `folds` or `users`; a file without it is of `snapshots`.
+        field_values: (field, value) pairs that have vectors, values as `field_values` of the
+            prompt's code gives them, without case.
+        field_vectors: `(len(field_values), dim)` float32, of the last fit; None without fields.
 
     Raises:
         InputError: the shapes contradict each other, ids repeat, a vector is not finite, the times
@@ -80,17 +91,21 @@ class CFVectors:
     model_name: str
     metadata: dict[str, str] = field(default_factory=dict)
     cross_fit: str = "snapshots"
+    field_values: list[tuple[str, str]] = field(default_factory=list)
+    field_vectors: Tensor | None = None
 
     def __post_init__(self) -> None:
         self._check_ids()
         self._check_shapes()
-        for name in ("user_vectors", "item_vectors", "default_user", "default_item", "offset"):
-            if not torch.isfinite(getattr(self, name)).all():
+        finite = ("user_vectors", "item_vectors", "default_user", "default_item", "offset")
+        for name in (*finite, "field_vectors"):
+            tensor = getattr(self, name)
+            if tensor is not None and not torch.isfinite(tensor).all():
                 raise InputError(f"CF vectors: {name} holds NaN or infinity; refit or clean it")
         self._check_cross_fit()
 
     def _check_cross_fit(self) -> None:
-        if self.cross_fit == "folds":
+        if self.cross_fit in ("folds", "users"):
             if self.num_fits < 3:
                 raise InputError(
                     f"CF vectors: {self.num_fits} fits by fold; there must be one for "
@@ -98,13 +113,14 @@ class CFVectors:
                 )
         elif self.cross_fit != "snapshots":
             raise InputError(
-                f"CF vectors: cross_fit {self.cross_fit!r} is neither snapshots nor folds"
+                f"CF vectors: cross_fit {self.cross_fit!r} is none of snapshots, folds and users"
             )
         elif (self.snapshot_times.diff() <= 0).any():
             raise InputError("CF vectors: snapshot_times must ascend strictly; sort the snapshots")
 
     def _check_ids(self) -> None:
-        for name, ids in (("user_ids", self.user_ids), ("item_ids", self.item_ids)):
+        for name in ("user_ids", "item_ids", "field_values"):
+            ids = getattr(self, name)
             index = pd.Index(ids)
             if not index.is_unique:
                 twice = index[index.duplicated()][0]
@@ -140,6 +156,12 @@ class CFVectors:
                     f"CF vectors: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but "
                     f"the ids and the other tensors ask for {dtype} of shape {shape}"
                 )
+        of_values = (0, dim) if self.field_vectors is None else tuple(self.field_vectors.shape)
+        if of_values != (len(self.field_values), dim):
+            raise InputError(
+                f"CF vectors: field_vectors has shape {of_values}, but the field_values and the "
+                f"other tensors ask for {(len(self.field_values), dim)}"
+            )
 
     @property
     def dim(self) -> int:
@@ -154,7 +176,7 @@ class CFVectors:
     @property
     def fingerprint(self) -> str:
         """Sha256 over the ids in table order; a checkpoint's catalog must have the same."""
-        return ids_fingerprint(self.user_ids, self.item_ids)
+        return ids_fingerprint(self.user_ids, self.item_ids, self.field_values)
 
     @cached_property
     def _user_index(self) -> pd.Index:
@@ -248,7 +270,7 @@ class CFVectors:
             `(n,)` int64; 0 before every snapshot (snapshot 0 of our own fits knows nothing).
 
         Raises:
-            InputError: the fits are folds.
+            InputError: the fits are of folds.
         """
         if self.cross_fit != "snapshots":
             raise InputError(
@@ -264,7 +286,8 @@ class CFVectors:
         item_ids: Sequence[str] | np.ndarray,
         timestamps: Sequence[int] | np.ndarray | Tensor,
     ) -> Tensor:
-        """The fit that each training row shall see: one that was not fitted on it.
+        """The fit that each training row shall see: one that was not fitted on it. With
+        `cross_fit="users"` that is one fit a user.
 
         Args:
             user_ids: n raw ids.
@@ -276,28 +299,34 @@ class CFVectors:
         """
         if self.cross_fit == "snapshots":
             return self.snapshot_for(timestamps)
-        return torch.from_numpy(fold_of(user_ids, item_ids, self.num_fits - 1))
+        folds = self.num_fits - 1
+        if self.cross_fit == "users":
+            return torch.from_numpy(fold_of_users(user_ids, folds))
+        return torch.from_numpy(fold_of(user_ids, item_ids, folds))
 
     def last(self) -> "CFVectors":
         """The same with the last fit only, which is what a checkpoint carries."""
-        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
-        last = {name: getattr(self, name)[-1:].clone() for name in names}
+        last = {name: getattr(self, name)[-1:].clone() for name in _names_of_fits()}
         return replace(self, **last, cross_fit="snapshots")
 
     def save(self, folder: str | Path) -> None:
-        """Write `cf_embeddings.safetensors`, `user_ids.jsonl` and `item_catalog.jsonl`.
+        """Write `cf_embeddings.safetensors`, `user_ids.jsonl`, `item_catalog.jsonl` and, with
+        fields, `field_values.jsonl`.
 
-        Other files of the folder stay. All three are complete before the first is put in place, and
-        the ids' fingerprint gives away a mixture of two saves.
+        Other files of the folder stay. All are complete before the first is put in place, and the
+        ids' fingerprint gives away a mixture of two saves.
         """
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         tensors = {k: v.contiguous() for k, v in tensors.items() if isinstance(v, Tensor)}
+        values = [{"field": field, "value": value} for field, value in self.field_values]
         catalog = zip(self.item_ids, self.item_titles, strict=True)
 
         def write(new: Path) -> None:
             save_file(tensors, new / TENSOR_FILE, metadata=self._file_metadata())
             write_lines(new / USER_FILE, [{"id": user} for user in self.user_ids])
             write_lines(new / ITEM_FILE, [{"id": i, "title": title} for i, title in catalog])
+            if values:
+                write_lines(new / FIELD_FILE, values)
 
         try:
             write_files(folder, write)
@@ -331,15 +360,18 @@ class CFVectors:
                 others; the message names it.
         """
         folder = Path(folder)
-        names = [f.name for f in fields(cls) if f.type is Tensor]
-        tensors, metadata = read_tensors(folder / TENSOR_FILE, names)
+        tensors, metadata = read_tensors(folder / TENSOR_FILE, _names_of_fits(), FIELD_TENSOR)
+        values: list[tuple[str, str]] = []
+        if FIELD_TENSOR in tensors:
+            lines = read_lines(folder / FIELD_FILE, ("field", "value"))
+            values = [(line["field"], line["value"]) for line in lines]
         users = read_lines(folder / USER_FILE, ("id",))
         items = read_lines(folder / ITEM_FILE, ("id", "title"))
         user_ids, item_ids = [u["id"] for u in users], [i["id"] for i in items]
-        if metadata["ids_fingerprint"] != ids_fingerprint(user_ids, item_ids):
+        if metadata["ids_fingerprint"] != ids_fingerprint(user_ids, item_ids, values):
             raise InputError(
                 f"{folder / TENSOR_FILE} was not written with the ids in {USER_FILE} and "
-                f"{ITEM_FILE} beside it; restore the three files of one fit"
+                f"{ITEM_FILE} beside it; restore the files of one fit"
             )
         with _naming(folder / TENSOR_FILE):
             return cls(
@@ -350,6 +382,7 @@ class CFVectors:
                 model_name=metadata["cf_model"],
                 metadata={k: v for k, v in metadata.items() if k not in (*RESERVED, "cross_fit")},
                 cross_fit=metadata.get("cross_fit", "snapshots"),
+                field_values=values,
             )
 
     @classmethod
@@ -415,13 +448,17 @@ class CFVectors:
 
     def _after_nothing(self, fitted_before: int) -> "CFVectors":
         """Put a snapshot that knows nobody in front, for rows before `fitted_before`."""
-        names = [f.name for f in fields(self) if isinstance(getattr(self, f.name), Tensor)]
         doubled: dict[str, Any] = {
             name: torch.cat([torch.zeros_like(getattr(self, name)), getattr(self, name)])
-            for name in names
+            for name in _names_of_fits()
         }
         doubled["snapshot_times"] = torch.tensor([0, fitted_before])
         return replace(self, **doubled)
+
+
+def _names_of_fits() -> list[str]:
+    """The tensors that have a row a fit."""
+    return [f.name for f in fields(CFVectors) if f.type is Tensor]
 
 
 def _table(side: str, vectors: Mapping[Any, Any]) -> tuple[list[str], Tensor]:

@@ -66,7 +66,8 @@ def _fit_cf(arguments: argparse.Namespace, _: list[str]) -> Output:
     }
     text = "wrote {out}: {num_users} users, {num_items} items, vectors fitted on all training rows"
     if vectors.num_fits > 1:
-        text += f" and cross-fit in {vectors.num_fits - 1} {vectors.cross_fit}"
+        parts = "folds of users" if vectors.cross_fit == "users" else vectors.cross_fit
+        text += f" and cross-fit in {vectors.num_fits - 1} {parts}"
     return Output(text.format(**facts), facts | vectors.metadata)
 
 

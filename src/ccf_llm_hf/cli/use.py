@@ -1,6 +1,7 @@
 """The commands that use a model: `evaluate`, `rank`, `score` and `explain`."""
 
 import argparse
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -141,6 +142,15 @@ def _pair(text: str, names: set[str]) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
+def _item(text: str) -> Any:
+    """An id or title as it is; a JSON object as a dict."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, dict) else text
+
+
 def _user_arguments(parser: argparse.ArgumentParser) -> None:
     checkpoint_arguments(parser)
     parser.add_argument("--user", help="user id; one the model has not seen is a new user")
@@ -150,7 +160,8 @@ def _user_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="ITEM",
-        help="liked items, oldest first: ids or titles",
+        type=_item,
+        help="liked items, oldest first: ids, titles, or JSON as of --candidates",
     )
     history.add_argument("--data", help="prepared folder to take the history of --user from")
 
@@ -185,7 +196,9 @@ def _rank_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="ITEM",
-        help="ids or titles (default: the catalog)",
+        type=_item,
+        help="ids, titles, or JSON for a new item with fields, such as "
+        '\'{"title": "Emma", "author": "Jane Austen"}\' (default: the catalog)',
     )
     parser.add_argument("--top-k", type=int, default=10, help="items to return (default: 10)")
     parser.add_argument(
@@ -259,7 +272,9 @@ def _score(arguments: argparse.Namespace, _: list[str]) -> Output:
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     _user_arguments(parser)
-    parser.add_argument("--item", required=True, help="id or title of the candidate")
+    parser.add_argument(
+        "--item", required=True, type=_item, help="the candidate: id, title, or JSON as of rank"
+    )
 
 
 def _explain(arguments: argparse.Namespace, _: list[str]) -> Output:

@@ -195,7 +195,7 @@ def group_streams(
     if None in shared:
         warnings.warn(
             f"{shared.count(None)} of {len(parts)} streams have rows of several CF fits: they see "
-            "the last fit, which knows their labels",
+            "the last fit, which knows their labels; fit with cross_fit=users",
             stacklevel=2,
         )
     return [

@@ -1,6 +1,7 @@
 """Read a prepared folder. Everything downstream of `prepare` gets its data through here."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,6 +139,21 @@ def read_items(data_dir: str | Path) -> pd.DataFrame:
         InputError: no such folder, or the file is damaged.
     """
     return _read_columns(data_dir, ITEMS_FILE, ("item_id", "title"))
+
+
+def read_item_fields(data_dir: str | Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Some fields of each item of the catalog, text, lists of text or None, in its order.
+
+    Raises:
+        InputError: no such folder, or its items have no such field.
+    """
+    there = load_protocol(Path(data_dir)).get("item_fields", [])
+    if missing := [name for name in names if name not in there]:
+        raise InputError(
+            f"{data_dir}: items have no field {missing[0]!r}, only {', '.join(there) or 'titles'}; "
+            "name one of these, or prepare the data with --item-fields"
+        )
+    return _read(Path(data_dir), ITEMS_FILE, tuple(names)).to_pylist()
 
 
 def rating_midpoint(rows: pd.DataFrame) -> float:

@@ -15,6 +15,7 @@ from ccf_llm_hf.modeling.checkpoint_ccf_llm import (
     CATALOG_FILE,
     CF_FILE,
     CODE_FILES,
+    FIELDS_FILE,
     FUSION_FILE,
     USERS_FILE,
 )
@@ -53,6 +54,7 @@ PUBLISHED = {
     EXAMPLE_FILE,
     CATALOG_FILE,
     USERS_FILE,
+    FIELDS_FILE,
     "LICENSE",
     *WEIGHT_FILES,
     *VOCABULARY_FILES,

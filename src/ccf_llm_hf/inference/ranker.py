@@ -18,6 +18,7 @@ from ccf_llm_hf.modeling.ranking_ccf_llm import (
     RankedItem,
     cf_logits,
     item_shares,
+    number_items,
     preselect,
     rank,
     score,
@@ -30,9 +31,11 @@ class CTRRanker:
     """Predict, rank and explain with a trained model.
 
     Items are given as raw ids, as titles, or as `{"id": ..., "title": ...}`; a title outside the
-    catalog is a new item, scored by its text. A user the model has not seen is a new user, scored
-    by the history. Histories hold liked items, oldest first; a model trained on signed ones takes
-    disliked items too, as `{"id": ..., "liked": False}`, or with a `rating`.
+    catalog is a new item, scored by its text, and by the CF vectors of its fields where it is given
+    with them (`{"title": ..., "author": ...}`) and the CF model knows them. A user the model has
+    not seen is a new user, scored by the history. Histories hold liked items, oldest first; a model
+    trained on signed ones takes disliked items too, as `{"id": ..., "liked": False}`, or with a
+    `rating`.
 
     Args:
         model: a `CCFLLMForCTR`.
@@ -110,7 +113,10 @@ class CTRRanker:
         for place, pair in enumerate(pairs):
             user, history, item = _read_pair(pair, place)
             read = self.processor
-            key = (user, tuple((*read.resolve_item(past), read.target(past)) for past in history))
+            seen = [
+                (read.item_text(past), read.new_values(past), read.target(past)) for past in history
+            ]
+            key = (user, tuple(seen))
             requests.setdefault(key, Request(user, history)).candidates.append(item)
             places.setdefault(key, []).append(place)
         logits = np.empty(len(pairs), dtype=np.float32)
@@ -251,11 +257,9 @@ class CTRRanker:
             raise InputError(str(error)) from error
 
     def _cf_logit(self, user: User, history: Sequence[Item], item: Item) -> float:
-        """The CF model's own logit; a new user or item stands at the CF model's default vector."""
-        row = self.processor.resolve_item(item)[0]
-        rows = torch.tensor([len(self.processor.item_ids) if row is None else row])
-        rows = rows.to(self.model.device)
-        return cf_logits(self.model, self.processor, user, history, rows).item()
+        """The CF model's own logit; see `cf_logits`."""
+        rows, new = number_items(self.processor, [item], self.model.device)
+        return cf_logits(self.model, self.processor, user, history, rows, new).item()
 
     def _preselect(self, user: User, history: Sequence[Item], count: int) -> list[Item]:
         """Ids of the catalog items that the CF model scores highest, without the history's."""

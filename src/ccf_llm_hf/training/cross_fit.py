@@ -23,6 +23,7 @@ from ccf_llm_hf.modeling.modeling_ccf_llm import (
     CCFLLMForCTR,
     CFTable,
     ItemText,
+    NewFields,
     fold_in,
     rms_of_known,
 )
@@ -50,6 +51,7 @@ class CrossFitTable(CFTable):
 
     fits_offset: Tensor
     fits_default_user: Tensor
+    fits_user_known: Tensor
 
     def __init__(self, config: CCFLLMConfig, cf: CFVectors) -> None:
         super().__init__(config)
@@ -64,38 +66,48 @@ class CrossFitTable(CFTable):
             )
             scales = [rms_of_known(vectors, known) for vectors, known in every]
             self._keep(f"{side}_scale", torch.stack(scales))
+        if cf.cross_fit == "users":  # as in the last fit, which is what is saved
+            self.fits_user_known.zero_()
 
     def _keep(self, name: str, fits: Tensor) -> None:
         self.register_buffer(f"fits_{name}", fits, persistent=False)
 
-    def lookup(self, side: str, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """As `CFTable.lookup`, each row by its own fit."""
+    def lookup(
+        self, side: str, rows: Tensor, new: NewFields | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `CFTable.lookup`, each row by its own fit, new items by the last."""
         fits, rows = decode_rows(rows)
         vectors = getattr(self, f"fits_{side}_vectors")  # (fits, rows, cf_dim)
         known = getattr(self, f"fits_{side}_known")
         default = getattr(self, f"fits_default_{side}")[fits]
         count = vectors.shape[1]
         if count == 0:
-            return default, torch.zeros_like(rows, dtype=torch.bool)
-        inside = rows.clamp(min=0, max=count - 1)
-        seen = known[fits, inside] & (rows >= 0) & (rows < count)
-        return torch.where(seen.unsqueeze(-1), vectors[fits, inside], default), seen
+            found, seen = default, torch.zeros_like(rows, dtype=torch.bool)
+        else:
+            inside = rows.clamp(min=0, max=count - 1)
+            seen = known[fits, inside] & (rows >= 0) & (rows < count)
+            found = torch.where(seen.unsqueeze(-1), vectors[fits, inside], default)
+        return self.add_new(rows, found, seen, new) if side == "item" else (found, seen)
 
-    def scaled(self, side: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def scaled(
+        self, side: str, rows: Tensor, new: NewFields | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As `lookup`, at the scale that ALG takes, which differs from fit to fit."""
-        vectors, seen = self.lookup(side, rows)
+        vectors, seen = self.lookup(side, rows, new)
         fits, _ = decode_rows(rows)
         return vectors / getattr(self, f"fits_{side}_scale")[fits], seen
 
-    def folded_logits(self, users: Tensor, items: Tensor) -> Tensor:
+    def folded_logits(self, users: Tensor, items: Tensor, new: NewFields | None = None) -> Tensor:
         """As `CFTable.folded_logits`, at the global bias of the items' fits."""
         fits, _ = decode_rows(items)
-        return (users * self.lookup("item", items)[0]).sum(-1) + self.fits_offset[fits]
+        return (users * self.lookup("item", items, new)[0]).sum(-1) + self.fits_offset[fits]
 
     @torch.no_grad()
-    def folded_users(self, items: Tensor, targets: Tensor, depths: Tensor) -> Tensor:
+    def folded_users(
+        self, items: Tensor, targets: Tensor, depths: Tensor, new: NewFields | None = None
+    ) -> Tensor:
         """As `CFTable.folded_users`, each history by its own fit."""
-        vectors, seen = self.lookup("item", items)
+        vectors, seen = self.lookup("item", items, new)
         place = torch.arange(items.shape[1], device=items.device)
         fits = decode_rows(items)[0][:, 0]  # padding carries it too: a history may be empty
         return fold_in(
@@ -116,6 +128,19 @@ class CrossFitText(ItemText):
     ) -> Tensor:
         """As `ItemText`."""
         return super().forward(decode_rows(items)[1], words, new_titles)
+
+
+def check_folded(model: CCFLLMForCTR, cf: CFVectors, reads_logit: bool) -> None:
+    """Refuse a CF logit without folded-in users where no fit knows a training row's user.
+
+    Raises:
+        InputError: naming the mend.
+    """
+    if cf.cross_fit == "users" and reads_logit and not model.config.cf_fold_in:
+        raise InputError(
+            "the CF vectors are cross-fit by users, so no training row's user has one, which the "
+            "CF logit needs: set cf_fold_in: true, or fit with cross_fit=folds"
+        )
 
 
 def install_cross_fit(model: CCFLLMForCTR, cf: CFVectors) -> None:

@@ -214,6 +214,7 @@ class StageRun:
         settings = {**self.stage.prompt, "histories": self.choose_histories()}
         settings["rating_scale"] = self.choose_rating_scale()
         settings["item_fields"] = self.inputs.item_fields()
+        settings["field_values"] = [] if self.inputs.cf is None else self.inputs.cf.field_values
         try:
             return CCFLLMProcessor(tokenizer, *self.inputs.catalog(), **settings)
         except ValueError as problem:

@@ -44,7 +44,7 @@ from ccf_llm_hf.training.collator import (
     PackingCollator,
     TokenBudgetBatchSampler,
 )
-from ccf_llm_hf.training.cross_fit import choose_fits, install_cross_fit
+from ccf_llm_hf.training.cross_fit import check_folded, choose_fits, install_cross_fit
 from ccf_llm_hf.training.lora import inject_lora, record_of
 
 GATES_SHOWN = 2048
@@ -140,6 +140,7 @@ class CTRTrainer(Trainer):
         _prepare_lora(model, peft_config)
         choose_trained(model, fusion=processing_class.uses_slots, lora=peft_config is not None)
         if self.cf is not None:
+            check_folded(model, self.cf, model.config.cf_logit or taught)
             install_cross_fit(model, self.cf)
         self.train_groups: list[Group] = []
         self.eval_groups: list[Group] = []
