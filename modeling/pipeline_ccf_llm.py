@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from itertools import islice
 from numbers import Integral
 from os import PathLike
@@ -15,7 +16,7 @@ from transformers import Pipeline
 from .configuration_ccf_llm import CUSTOM_PIPELINES, TASK
 from .modeling_ccf_llm import CCFLLMForCTR
 from .processing_ccf_llm import CCFLLMProcessor, Request
-from .ranking_ccf_llm import RankedItem, rank
+from .ranking_ccf_llm import RankedItem, explain, rank
 from .ranking_ccf_llm import preselect as choose
 
 INPUT_KEYS = ("user", "history", "candidates", "top_k")
@@ -33,11 +34,12 @@ class CTRRankingPipeline(Pipeline):
     forward pass. Keys:
 
     - `user`: raw id; without it, or with one that the model has not seen, the history alone speaks.
-    - `history`: liked items, oldest first.
+    - `history`: liked items, oldest first; a model of signed histories takes disliked ones too, as
+      `{"id": ..., "liked": False}`.
     - `candidates`: items to rank, each a raw id, a title, or `{"id": ..., "title": ...}`; a title
-      outside the catalog is a new item, whose dict may hold fields such as `author`. Default: the
-      `preselect` catalog items that the CF model scores highest for this user and that are not in
-      the history.
+      outside the catalog is a new item, whose dict may hold fields such as `author`. Default:
+      `preselect` catalog items that are not in the history: of the highest CF scores for this user
+      above an unknown one's, and of fields shared with what was liked.
     - `top_k`: length of the list.
 
     Each dict becomes a list of dicts, best first: `item_id` (None for a new item), `title`,
@@ -47,6 +49,8 @@ class CTRRankingPipeline(Pipeline):
     Args (of the pipeline, and of every call):
         top_k: length of the lists whose input names none (default 10).
         preselect: catalog items to score where no candidates are given (default 100).
+        max_per_topic: most items of a list that may share an author, say, that is, a value of one
+            of the processor's `evidence_fields` (default: no limit).
     """
 
     model: CCFLLMForCTR
@@ -64,14 +68,21 @@ class CTRRankingPipeline(Pipeline):
         self.model.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
 
     def _sanitize_parameters(
-        self, top_k: int | None = None, preselect: int | None = None, **unknown: Any
+        self,
+        top_k: int | None = None,
+        preselect: int | None = None,
+        max_per_topic: int | None = None,
+        **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown:
             raise ValueError(
-                f"{TASK} has no parameter {min(unknown)!r}: use top_k, preselect or batch_size."
+                f"{TASK} has no parameter {min(unknown)!r}: use top_k, preselect, max_per_topic or "
+                "batch_size."
             )
         given = {"top_k": top_k, "preselect": preselect}
-        return {name: value for name, value in given.items() if value is not None}, {}, {}
+        varied = {} if max_per_topic is None else {"max_per_topic": max_per_topic}
+        _check_counts(varied)
+        return {name: value for name, value in given.items() if value is not None}, varied, {}
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         # transformers looks at the first of a list, and an empty one has none.
@@ -138,9 +149,7 @@ class CTRRankingPipeline(Pipeline):
         if not (user is None or isinstance(user, ID_TYPES)):
             raise ValueError(f"user {user!r} is no id: give one string or integer.")
         top_k = top_k if wanted is None else wanted
-        for name, value in (("top_k", top_k), ("preselect", preselect)):
-            if not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+        _check_counts({"top_k": top_k, "preselect": preselect})
         history = _item_list(input_.get("history") or [], "history")
         candidates = input_.get("candidates")
         if candidates is None:
@@ -151,13 +160,12 @@ class CTRRankingPipeline(Pipeline):
         return Request(None if user is None else str(user), history, candidates), int(top_k)
 
     def _forward(  # type: ignore[override]
-        self, input_tensors: list[Checked]
+        self, input_tensors: list[Checked], max_per_topic: int | None = None
     ) -> list[list[RankedItem]]:
         """The ranked list of each input; they share forward passes as far as these hold them."""
         longest = max(top_k for _, top_k in input_tensors)
-        ranked = rank(
-            self.model, self.processor, [request for request, _ in input_tensors], longest
-        )
+        requests = [request for request, _ in input_tensors]
+        ranked = rank(self.model, self.processor, requests, longest, max_per_topic=max_per_topic)
         return [items[:top_k] for items, (_, top_k) in zip(ranked, input_tensors, strict=True)]
 
     def postprocess(  # type: ignore[override]
@@ -166,10 +174,29 @@ class CTRRankingPipeline(Pipeline):
         """One ranked list as dicts."""
         return [vars(item) for item in model_outputs]
 
+    def explain(
+        self, inputs: Mapping[str, Any], max_lines: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Why the candidates of one input have their logits: a dict for each, in their order, with
+        the fields of [`Reasons`]; `max_lines` as in `explain`.
+
+        Raises:
+            ValueError: as a call does.
+        """
+        request, _ = self.preprocess(inputs)
+        reasons = explain(self.model, self.processor, request, max_lines=max_lines)
+        return [asdict(one) for one in reasons]
+
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Save the model and the processor: a checkpoint that this pipeline loads again."""
         self.model.save_pretrained(Path(save_directory), **kwargs)
         self.processor.save_pretrained(Path(save_directory))
+
+
+def _check_counts(counts: Mapping[str, Any]) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
 
 
 def _item_list(values: Any, name: str) -> list[Any]:

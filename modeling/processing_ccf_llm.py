@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -534,6 +535,15 @@ class CCFLLMProcessor(ProcessorMixin):
         fields = fields if row is None else self.item_fields[row]
         names = self.evidence_fields
         return frozenset((name, value) for name in names for value in field_values(fields, name))
+
+    @cached_property
+    def topic_rows(self) -> dict[tuple[str, str], list[int]]:
+        """Catalog rows by topic; see `topics`."""
+        rows: dict[tuple[str, str], list[int]] = {}
+        for row, item in enumerate(self.item_ids):
+            for topic in self.topics(item):
+                rows.setdefault(topic, []).append(row)
+        return rows
 
     def likes(self, item: Item) -> bool:
         """Whether a history item was liked: yes, unless it is a dict whose `liked` is False or

@@ -1,4 +1,4 @@
-"""The one scoring path: requests in, logits, chosen candidates and ranked lists out.
+"""The one scoring path: requests in, logits, chosen candidates, ranked lists and reasons out.
 
 The ranker, the pipeline, the evaluation of a split, the scoring of a table, the trainer's
 validation and the Space all go through `score`.
@@ -6,12 +6,15 @@ validation and the Space all go through `score`.
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.utils import logging
 
@@ -19,6 +22,7 @@ from .modeling_ccf_llm import CCFLLMForCTR, NewFields
 from .processing_ccf_llm import CCFLLMProcessor, Request, Values, pad_values
 
 TOKENS_PER_BATCH = 2048  # of one forward pass
+AVERAGE_OVER = 32  # titles, evenly spread over the catalog, that stand for any title
 CONTENT = ("input_ids", "item_slots", "user_slots")
 LAYOUT = ("position_ids", "sequence_ids", "block_ids", "history_depths")
 NEW_ITEMS = ("new_title_ids", "new_title_lengths", "new_field_values", "new_field_weights")
@@ -158,10 +162,20 @@ def cf_logits(
     if not model.config.cf_fold_in:
         return model.cf.logits(torch.full_like(rows, processor.resolve_user(user)), rows, new)
     earlier, shown = processor.window(history)
-    known = [*earlier, *shown]
-    items, of_history = number_items(processor, known, rows.device)
-    targets = torch.tensor([[processor.target(item) for item in known]], device=rows.device)
-    depth = torch.tensor([len(known)], device=rows.device)
+    return _folded_logits(model, processor, [*earlier, *shown], rows, new)
+
+
+def _folded_logits(
+    model: CCFLLMForCTR,
+    processor: CCFLLMProcessor,
+    history: Sequence[Any],
+    rows: Tensor,
+    new: NewFields | None = None,
+) -> Tensor:
+    """CF logits `(n,)` of rows `(n,)` for a user who is solved for from a history."""
+    items, of_history = number_items(processor, history, rows.device)
+    targets = torch.tensor([[processor.target(item) for item in history]], device=rows.device)
+    depth = torch.tensor([len(history)], device=rows.device)
     users = model.cf.folded_users(items[None], targets.float(), depth, of_history)
     return model.cf.folded_logits(users, rows, new)
 
@@ -190,26 +204,116 @@ def preselect(
     history: Sequence[Any],
     count: int = 100,
 ) -> list[dict[str, str]]:
-    """The `count` catalog items that the CF model scores highest, without the history's.
+    """`count` catalog items to score, none of them in the history (our choice).
+
+    In turn, the item that the CF model scores highest above an unknown user's score, which brings
+    what is this user's rather than what everybody likes (without a difference: the item that it
+    scores highest), one that shares a value of the processor's `evidence_fields`, such as its
+    author, with what was liked, and the one whose words, where a model has contextual text vectors,
+    are nearest to those of a liked item. The latter two may be items that nobody has rated. A new
+    user is folded in from the history if the CF model allows it.
 
     Raises:
-        ValueError: the model has no CF vectors, nothing tells items apart for a new user, or none
-            is left.
+        ValueError: nothing tells items apart for this user, or none is left.
     """
-    if not bool(model.cf.item_known.any()):
-        raise ValueError("this model has no CF vectors to choose items by: give candidates")
     rows = torch.arange(len(processor.item_ids), device=model.device)
-    logits = cf_logits(model, processor, user, history, rows)
-    if logits.max() == logits.min():
-        raise ValueError(
-            "this CF model has no item biases to choose by for a new user: give candidates"
-        )
+    logits = _retrieval_logits(model, processor, user, history, rows)
+    known = model.cf.item_known
     seen = {processor.resolve_item(item)[0] for item in history}
-    order = logits.argsort(descending=True, stable=True)[: count + len(seen)].tolist()
-    chosen = [row for row in order if row not in seen][:count]
+    sources = []
+    own = logits - model.cf.logits(torch.full_like(rows, len(processor.user_ids)), rows)
+    personal = own if bool((own.abs() > 1e-6).any()) else logits
+    if bool(known.any()) and bool(personal[known].max() > personal[known].min()):
+        # Those of no vector stand last: that all are at one place says nothing of them.
+        order = personal.masked_fill(~known, -torch.inf).argsort(descending=True, stable=True)
+        best = order[: count + len(seen)].tolist()
+        sources.append([row for row in best if row not in seen])
+    if by_topic := _by_topic(processor, history, logits.tolist(), seen):
+        sources.append(by_topic)
+    reader: Any = model
+    if getattr(reader.config, "item_text", "") == "contextual":
+        liked = [processor.resolve_item(item)[0] for item in history if processor.likes(item)]
+        vectors = reader.text_vectors(rows)
+        nearest = _by_text(vectors, [row for row in liked if row is not None], count + len(seen))
+        if nearest:
+            sources.append([row for row in nearest if row not in seen])
+    if not sources:
+        lack = "item biases" if known.any() else "CF vectors"
+        raise ValueError(
+            f"this model has no {lack} to choose items by for this user, and no liked item shares "
+            "one of its evidence_fields with another: give candidates"
+        )
+    chosen = _take_turns(sources, count)
     if not chosen:
         raise ValueError("the history holds every item of the catalog: give candidates")
     return [{"id": processor.item_ids[row]} for row in chosen]
+
+
+def _take_turns(sources: Sequence[Sequence[int]], count: int) -> list[int]:
+    """`count` rows, in turn the next of each source that no other has given."""
+    chosen: dict[int, None] = {}
+    left = [iter(source) for source in sources]
+    while left and len(chosen) < count:
+        for source in list(left):
+            row = next((row for row in source if row not in chosen), None)
+            if row is None:
+                left.remove(source)
+            else:
+                chosen[row] = None
+    return list(chosen)[:count]
+
+
+@torch.no_grad()
+def _retrieval_logits(
+    model: CCFLLMForCTR,
+    processor: CCFLLMProcessor,
+    user: Any,
+    history: Sequence[Any],
+    rows: Tensor,
+) -> Tensor:
+    """CF logits `(n,)` that choose candidates: those of a user that the CF model was fitted on are
+    its own, unless the score takes folded-in ones; a new user is folded in from all of the history.
+    """
+    users = torch.full_like(rows, processor.resolve_user(user))
+    fitted = bool(len(rows)) and bool(model.cf.lookup("user", users[:1])[1])
+    can_fold_in = bool(history) and model.config.cf_user_precision is not None
+    if can_fold_in and (model.config.cf_fold_in or not fitted):
+        return _folded_logits(model, processor, history, rows)
+    return model.cf.logits(users, rows)
+
+
+def _by_topic(
+    processor: CCFLLMProcessor,
+    history: Sequence[Any],
+    logits: Sequence[float],
+    seen: set[int | None],
+) -> list[int]:
+    """Catalog rows that share a topic with items of the history, best first.
+
+    A topic counts how much more often it was liked than disliked, and gets places in proportion,
+    its items in the order of their CF logits. Topics that were disliked as often get none.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    for item in history:
+        for topic in processor.topics(item):
+            counts[topic] += 1 if processor.likes(item) else -1
+    places: dict[int, float] = {}
+    for topic, count in counts.items():
+        rows = [row for row in processor.topic_rows.get(topic, ()) if row not in seen]
+        rows = sorted(rows, key=lambda row: -logits[row]) if count > 0 else []
+        for place, row in enumerate(rows, start=1):
+            places[row] = min(place / count, places.get(row, place / count))
+    return sorted(places, key=lambda row: places[row])
+
+
+def _by_text(vectors: Tensor, liked: Sequence[int], count: int) -> list[int]:
+    """The `count` rows of text vectors `(n, dim)` that are nearest to one of the liked rows, by
+    cosine, best first; none where nothing was liked."""
+    if not liked:
+        return []
+    unit = F.normalize(vectors.float(), dim=-1)
+    nearness = (unit @ unit[list(liked)].T).amax(dim=1)
+    return nearness.topk(min(count, len(nearness))).indices.tolist()
 
 
 @dataclass
@@ -280,7 +384,7 @@ def _text_shares(
         torch.tensor([token for ids in words for token in ids], device=model.device).long(),
         torch.tensor([len(ids) for ids in words], device=model.device).long(),
     )
-    return model.item_gates(rows, new_titles, new_fields).mean(dim=-1).tolist()
+    return model.item_gates(rows, new_titles if texts else None, new_fields).mean(dim=-1).tolist()
 
 
 def rank(
@@ -289,12 +393,26 @@ def rank(
     requests: Sequence[Request],
     top_k: int = 10,
     *,
+    max_per_topic: int | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
 ) -> list[list[RankedItem]]:
-    """Each request's `top_k` candidates of the highest logits, best first; ties keep order."""
+    """Each request's `top_k` candidates of the highest logits, best first; ties keep order.
+
+    With `max_per_topic`, an item is passed over whose author, say, has that many places already:
+    whose value of one of the processor's `evidence_fields`. A list is then shorter where the
+    candidates do not vary enough.
+
+    Raises:
+        ValueError: `max_per_topic` where the processor has no `evidence_fields`.
+    """
+    if max_per_topic is not None and not processor.evidence_fields:
+        raise ValueError(
+            f"max_per_topic={max_per_topic} counts by evidence_fields, and this model's processor "
+            "names none: leave it out."
+        )
     scores = score(model, processor, requests, tokens_per_batch=tokens_per_batch)
     return [
-        rank_scored(model, processor, request.candidates, logits, top_k)
+        rank_scored(model, processor, request.candidates, logits, top_k, max_per_topic)
         for request, logits in zip(requests, scores, strict=True)
     ]
 
@@ -305,9 +423,14 @@ def rank_scored(
     candidates: Sequence[Any],
     logits: Tensor,
     top_k: int,
+    max_per_topic: int | None = None,
 ) -> list[RankedItem]:
     """As `rank`, for candidates whose logits `(n,)` are known."""
-    best = logits.argsort(descending=True, stable=True)[:top_k]
+    best = logits.argsort(descending=True, stable=True)
+    if max_per_topic is not None:
+        topics = [processor.topics(item) for item in candidates]
+        best = best[_varied([topics[index] for index in best.tolist()], max_per_topic)]
+    best = best[:top_k]
     probabilities = model.probabilities(logits[best]).tolist()
     shares = item_shares(model, processor, [candidates[index] for index in best.tolist()])
     return [
@@ -318,4 +441,235 @@ def rank_scored(
     ]
 
 
-__all__ = ["ItemShare", "RankedItem", "cf_logits", "item_shares", "preselect", "rank", "score"]
+def _varied(topics: Sequence[frozenset[tuple[str, str]]], most: int) -> list[int]:
+    """Places of those that are left when none may hold a topic that `most` before it hold."""
+    taken: Counter[tuple[str, str]] = Counter()
+    places = []
+    for place, held in enumerate(topics):
+        if all(taken[topic] < most for topic in held):
+            taken.update(held)
+            places.append(place)
+    return places
+
+
+@dataclass
+class LineEffect:
+    """What a line of the history did to a candidate's logit: the logit minus that without the line.
+
+    `item_id` is None for an item outside the catalog.
+    """
+
+    item_id: str | None
+    title: str
+    liked: bool
+    effect: float
+
+
+@dataclass
+class TopicEffect:
+    """As [`LineEffect`], of the lines that share a value with the candidate, left out together:
+    each of several alike can be missed, all of them not."""
+
+    field: str
+    value: str
+    lines: int
+    effect: float
+
+
+@dataclass
+class Reasons:
+    """What a candidate's logit is made of, and what of the history moved it (our choice).
+
+    `logit = start + words + behavior + cf`, all in logits:
+
+    - `start`: of any title that nobody has rated, for this user and history, the mean over
+      `AVERAGE_OVER` titles of the catalog.
+    - `words`: how much more the candidate has as an item that nobody has rated.
+    - `behavior`: how much more it has with its CF vector in its slot, before the CF logit.
+    - `cf`: the CF logit times its scale, minus that of an item that nobody has rated.
+
+    What a model lacks is exactly 0: words where items are slots of CF alone, behavior where
+    candidates have no slot, `cf` without a CF logit, both for items that CF does not know.
+
+    `history` is the logit minus that without any history; `lines`, of what the prompt shows or of
+    the candidate's topics, and `topics` are in the order of their effects, highest first.
+    """
+
+    logit: float
+    start: float
+    words: float
+    behavior: float
+    cf: float
+    history: float
+    lines: list[LineEffect]
+    topics: list[TopicEffect]
+
+
+def explain(
+    model: CCFLLMForCTR,
+    processor: CCFLLMProcessor,
+    request: Request,
+    *,
+    max_lines: int | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: bool = False,
+) -> list[Reasons]:
+    """Why each candidate has its logit; the candidates share the scoring.
+
+    Args:
+        request: its whole history, which every candidate sees, as in `rank`.
+        max_lines: of the lines that the prompt shows, or that share a topic with a candidate,
+            leave out so many, each in turn: the latter first, then the latest. A line costs a
+            scoring of the whole request. None: all.
+        tokens_per_batch, progress: as in `score`.
+    """
+    cut = processor.cut(request)
+    history, candidates = request.history, request.candidates
+    every = set(range(len(history)))
+    topics = _shared_topics(processor, request)
+    sharing = set().union(*topics.values())
+    read = sharing | set(range(len(history) - len(cut.history), len(history)))
+    single = sorted(sorted(read, key=lambda place: (place not in sharing, -place))[:max_lines])
+    together = {topic: places for topic, places in topics.items() if len(places) > 1}
+    left_out = [every, *({place} for place in single), *together.values()]
+    requests = [_without(processor, request, cut, places) for places in left_out]
+    options: Any = {"tokens_per_batch": tokens_per_batch, "progress": progress}
+    logits, blank, *rest = score(model, processor, [cut, *requests], **options)
+    effects = (logits - torch.stack(rest)).T.tolist() if rest else [[]] * len(candidates)
+    parts = _parts(model, processor, request, cut, logits, tokens_per_batch)
+    lines = [
+        (row if row is None else processor.item_ids[row], title, processor.likes(item))
+        for item in (history[place] for place in single)
+        for row, title in [processor.item_text(item)]
+    ]
+    reasons = []
+    for candidate, (item, values) in enumerate(zip(candidates, effects, strict=True)):
+        own = processor.topics(item)
+        found = [
+            TopicEffect(*topic, len(places), effect)
+            for (topic, places), effect in zip(together.items(), values[len(lines) :], strict=True)
+            if topic in own
+        ]
+        moved = [LineEffect(*line, effect) for line, effect in zip(lines, values, strict=False)]
+        reasons.append(
+            Reasons(
+                logit=float(logits[candidate]),
+                **parts[candidate],
+                history=float(logits[candidate] - blank[candidate]),
+                lines=sorted(moved, key=lambda line: -line.effect),
+                topics=sorted(found, key=lambda topic: -topic.effect),
+            )
+        )
+    return reasons
+
+
+def _shared_topics(processor: CCFLLMProcessor, request: Request) -> dict[tuple[str, str], set[int]]:
+    """Places in the history of what shares a topic with a candidate."""
+    wanted = frozenset().union(*(processor.topics(item) for item in request.candidates))
+    places: dict[tuple[str, str], set[int]] = {}
+    for place, item in enumerate(request.history):
+        for topic in sorted(processor.topics(item) & wanted):
+            places.setdefault(topic, set()).add(place)
+    return places
+
+
+def _without(
+    processor: CCFLLMProcessor, request: Request, cut: Request, places: set[int]
+) -> Request:
+    """What was cut from a request, as if these lines of its whole history had never been, but with
+    no others in their place."""
+    shown = len(request.history) - len(cut.history)
+    folded_in = shown - len(cut.earlier)
+    left = [(place, item) for place, item in enumerate(request.history) if place not in places]
+    history = [item for place, item in left if place >= shown]
+    return replace(
+        cut,
+        history=history,
+        history_lengths=[len(history)] * len(cut.candidates),
+        earlier=[item for place, item in left if folded_in <= place < shown],
+        evidence=processor.evidence([item for _, item in left], cut.candidates),
+    )
+
+
+def _parts(
+    model: CCFLLMForCTR,
+    processor: CCFLLMProcessor,
+    request: Request,
+    cut: Request,
+    logits: Tensor,
+    tokens_per_batch: int,
+) -> list[dict[str, float]]:
+    """`start`, `words`, `behavior` and `cf` of each candidate, whose logits `(n,)` are known."""
+    rows = [processor.resolve_item(item)[0] for item in cut.candidates]
+    past = {processor.resolve_item(item)[0] for item in request.history}
+    catalog = [row for row, title in enumerate(processor.item_titles) if title and row not in past]
+    others = catalog[:: max(1, len(catalog) // AVERAGE_OVER)][:AVERAGE_OVER]
+    items = [*cut.candidates, *({"id": processor.item_ids[row]} for row in others)]
+    unrated = _with_unrated(model, [row for row in (*rows, *others) if row is not None])
+    asked = replace(
+        cut,
+        candidates=items,
+        history_lengths=[len(cut.history)] * len(items),
+        evidence=processor.evidence(request.history, items),
+    )
+    (scores,) = score(unrated, processor, [asked], tokens_per_batch=tokens_per_batch)
+    numbers, new = number_items(processor, cut.candidates, model.device)
+    known = model.cf.lookup("item", numbers, new)[1].tolist()
+    cf = torch.zeros(len(rows))
+    if model.config.cf_logit:
+        asker = (model, processor, request.user, request.history)
+        nobodys = torch.full_like(numbers[:1], len(processor.item_ids))
+        own = cf_logits(*asker, numbers, new) - cf_logits(*asker, nobodys)
+        cf = (model.cf_logit_scale.float() * own).detach().cpu()
+    has_words = processor.candidate_format != "slot" or model.config.fusion != "cf_only"
+    has_slot = processor.candidate_format != "title"
+    parts = []
+    for place in range(len(rows)):
+        rest = logits[place] - cf[place]
+        alone = (
+            scores[place] if has_slot and known[place] else rest
+        )  # as an item that nobody has rated
+        start = scores[len(rows) :].mean() if has_words and others else alone
+        parts.append(
+            {
+                "start": float(start),
+                "words": float(alone - start),
+                "behavior": float(rest - alone),
+                "cf": float(cf[place]),
+            }
+        )
+    return parts
+
+
+def _with_unrated(model: CCFLLMForCTR, rows: Sequence[int]) -> CCFLLMForCTR:
+    """A model that shares all weights, but whose CF table does not know these catalog rows, nor
+    new items by their fields."""
+    other: Any = _shallow_copy(model)
+    other.model = _shallow_copy(model.model)
+    other.model.cf = table = _shallow_copy(model.cf)
+    index = torch.tensor(rows, device=table.item_known.device).long()
+    table.item_known = table.item_known.index_fill(0, index, False)
+    table.field_vectors = None
+    return other
+
+
+def _shallow_copy(module: nn.Module) -> Any:
+    """A module whose submodules and buffers can be replaced without changing the given one's."""
+    other = copy.copy(module)
+    other._modules, other._buffers = dict(module._modules), dict(module._buffers)
+    return other
+
+
+__all__ = [
+    "ItemShare",
+    "LineEffect",
+    "RankedItem",
+    "Reasons",
+    "TopicEffect",
+    "cf_logits",
+    "explain",
+    "item_shares",
+    "preselect",
+    "rank",
+    "score",
+]

@@ -110,7 +110,6 @@ def test_settings_come_from_the_config_dataclass(capsys):
         ),
         (["rank", "no/such/folder", "--user", "1"], ["no/such/folder is not a folder"]),
         (["rank", "typo", "--user", "1"], ["typo is not a folder"]),
-        (["rank", "org/model"], ["--history", "--user"]),
         (["rank", "org/model", "--data", "."], ["add --user"]),
         (["rank", "org/model", "--user", "1", "--top-k", "ten"], ["--top-k", "'ten'"]),
         (["explain", "org/model", "--history", "1"], ["--item"]),

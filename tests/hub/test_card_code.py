@@ -25,7 +25,7 @@ for number, code in enumerate(sys.argv[1:]):
     print("BLOCK", number)
     exec(compile(code, f"block {{number}}", "exec"), {{"__name__": "__main__"}})
 """
-SHARE = r"0\.\d{3}  .+  \(text \d+%\)"
+PLACE = r"0\.\d{3}  .+"
 
 
 def python_blocks(card: str) -> list[str]:
@@ -73,7 +73,7 @@ def check_printed(printed: list[str], expected: list[float]) -> None:
     assert found == pytest.approx(expected, abs=1e-4)
     lines = printed[1].splitlines()
     assert len(lines) == 3
-    assert all(re.fullmatch(SHARE, line) for line in lines)
+    assert all(re.fullmatch(PLACE, line) for line in lines)
     ranked = [float(line.split()[0]) for line in lines]
     assert ranked == pytest.approx(sorted(expected, reverse=True), abs=1e-3)
 

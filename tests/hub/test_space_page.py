@@ -7,9 +7,9 @@ import pytest
 import torch
 from hub.space_checkpoint import TITLES, UNRATED, build_space_checkpoint
 
+from ccf_llm_hf import CCFLLMProcessor
 from ccf_llm_hf.hub_cards.space.ccf_llm_space import recommender as module
 from ccf_llm_hf.hub_cards.space.ccf_llm_space.markup import (
-    bar_note,
     gate_html,
     prompt_html,
     ranking_html,
@@ -78,8 +78,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def place(title: str = "Heat (1995)", gate: float = 0.25, known: bool = True) -> Place:
-    return Place(title, 0.631, torch.full((4,), gate), known)
+def place(title: str = "Heat (1995)", known: bool = True, **parts: float) -> Place:
+    return Place(title, 0.631, torch.full((4,), 0.25), known, parts, [("Alien (1979)", 0.421)])
 
 
 def test_the_ranking_is_the_rankers(checkpoint: Path, recommender: Recommender) -> None:
@@ -91,7 +91,7 @@ def test_the_ranking_is_the_rankers(checkpoint: Path, recommender: Recommender) 
     assert [one.title for one in found] == [one.title for one in expected]
     for one, other in zip(found, expected, strict=True):
         assert one.probability == pytest.approx(other.probability, abs=1e-5)
-        assert one.words == pytest.approx(other.text_share, abs=1e-5)
+        assert float(one.gate.mean()) == pytest.approx(other.text_share, abs=1e-5)
 
 
 def test_liked_and_disliked_titles_are_not_ranked(recommender: Recommender) -> None:
@@ -174,9 +174,6 @@ def test_the_prompt_has_a_piece_for_each_slot(recommender: Recommender) -> None:
     ]
     assert pieces[0].text.startswith("Will the user like")
     assert [piece.known for piece in pieces if piece.kind == "history"] == [True, True, False]
-    words = recommender.rank(HISTORY, top_k=99)
-    jaws = next(place for place in words if place.title == "Jaws (1975)")
-    assert pieces[-1].words == pytest.approx(jaws.words, abs=1e-6)
     blank = recommender.prompt(HISTORY, "Jaws (1975)", blank=True)
     assert not any(piece.known for piece in blank)
 
@@ -193,13 +190,15 @@ def test_a_text_only_model_has_no_slots_and_nothing_to_blank(text_only: Recommen
     assert not text_only.has_cf
     assert text_only.titles == TITLES
     places = text_only.rank(HISTORY, top_k=3)
-    assert [place.words for place in places] == [1.0] * 3
+    for found in places:
+        assert (found.parts["behavior"], found.parts["cf"]) == (0.0, 0.0)
+        assert found.parts["words"]
     assert text_only.rank(HISTORY, blank=True, top_k=3)[0].probability == places[0].probability
     pieces = text_only.prompt(HISTORY, "Jaws (1975)")
     assert {piece.kind for piece in pieces} == {"text"}
     html = results_html(places, pieces, text_only.model.config, uses_slots=False)
     assert 'id="gate"' not in html
-    assert "reads words only" in html
+    assert "ccf-words" in html and "ccf-behavior" not in html
 
 
 def test_titles_of_visitors_are_cleaned() -> None:
@@ -208,23 +207,65 @@ def test_titles_of_visitors_are_cleaned() -> None:
     assert len(clean_titles(["x" * 1000])[0]) == 200
 
 
-def test_a_row_tells_probability_and_shares() -> None:
-    page = Page(ranking_html([place(), place("Jaws (1975)", 1.0, known=False)]))
+def test_a_row_tells_probability_parts_and_what_raised_it() -> None:
+    page = Page(
+        ranking_html([place(words=0.2, behavior=-0.3), place("Jaws (1975)", words=1.0, cf=0.0)])
+    )
     assert "63.1\u00a0% probability of a like" in page.text
-    assert "25\u00a0% words, 75\u00a0% behavior" in page.text
-    assert "100\u00a0% words, 0\u00a0% stand-in" in page.text
+    assert "words +0.20, behavior \u22120.30" in page.text
+    assert "words +1.00Raised by Alien (1979) (+0.42)" in page.text
     styles = [attributes.get("style") for _, attributes in page.tags if "style" in attributes]
-    assert styles == ["width:25.0%", "width:75.0%", "width:100.0%", "width:0.0%"]
+    assert styles == ["width:20.0%", "width:30.0%", "width:100.0%"]
     assert [tag for tag, _ in page.tags].count("li") == 2
 
 
 def test_the_key_names_what_occurs(recommender: Recommender) -> None:
     config = recommender.model.config
-    both = results_html([place(), place(known=False)], [], config)
-    assert "behavior of users" in both
-    assert "learned stand-in" in both
-    assert "learned stand-in" not in results_html([place()], [], config)
-    assert "behavior of users" not in results_html([place(known=False)], [], config)
+    both = results_html([place(words=0.1), place(cf=-0.1, behavior=0.0)], [], config)
+    assert "the words of the title" in both
+    assert "own estimate" in both
+    assert "behavior of its users" not in both
+
+
+def test_what_raised_a_title_is_what_it_lacks_without(recommender: Recommender) -> None:
+    history = ["Heat (1995)", "Alien (1979)"]
+    logits = {
+        len(likes): {
+            item["title"]: item["logit"]
+            for item in recommender.ranker(
+                {"history": likes, "candidates": list(TITLES), "top_k": 99}
+            )
+        }
+        for likes in (history, history[1:])
+    }
+    for found in recommender.rank(history, top_k=5):
+        effect = logits[2][found.title] - logits[1][found.title]
+        told = dict(found.raised).get("Heat (1995)")
+        assert told == (pytest.approx(effect, abs=1e-4) if effect > 0 else None)
+
+
+def test_titles_are_told_apart_by_their_authors_and_lists_vary(checkpoint: Path) -> None:
+    model, plain = load_checkpoint(str(checkpoint))
+    titles = ["Emma", "Emma", *(f"Book {number}" for number in range(len(TITLES) - 2))]
+    fields = [{"author": f"Writer {number // 6}"} for number in range(len(TITLES))]
+    processor = CCFLLMProcessor(
+        plain.tokenizer,
+        plain.item_ids,
+        titles,
+        plain.user_ids,
+        item_template="{title} by {author}",
+        evidence_fields=["author"],
+        item_fields=[*fields[:1], {"author": "Another"}, *fields[2:]],
+    )
+    recommender = Recommender(CTRRankingPipeline(model=model, processor=processor))
+    assert {"Emma by Writer 0", "Emma by Another"} <= {*recommender.titles}
+    found = recommender.rank(["Emma by Writer 0"], ["Book 0"], top_k=99)
+    names = [place.title for place in found]
+    assert "Emma by Another" in names and "Emma by Writer 0" not in names
+    assert "Book 0 by Writer 0" not in names and "Book 1 by Writer 0" in names
+    varied = [place.title for place in recommender.rank(["Emma"], varied=True, top_k=99)]
+    counts = [sum(name.endswith(f"Writer {writer}") for name in varied) for writer in range(10)]
+    assert max(counts) == 3
 
 
 def test_heat_map_sorts_dimensions_by_spread() -> None:
@@ -265,11 +306,12 @@ def test_heat_map_of_unknown_items_is_gray_where_words_do_not_reach() -> None:
 
 def test_titles_are_escaped_everywhere(recommender: Recommender) -> None:
     pieces = [Piece("text", f"read {EVIL}"), Piece("history", EVIL), Piece("candidate", EVIL)]
-    page = Page(results_html([place(EVIL), place()], pieces, recommender.model.config))
+    raised = Place("a", 0.5, torch.ones(4), True, {}, [(EVIL, 0.1)])
+    page = Page(results_html([place(EVIL), raised], pieces, recommender.model.config))
     assert {tag for tag, _ in page.tags} <= {
         *("section", "h2", "p", "span", "i", "ol", "li", "div", "svg", "rect")
     }
-    assert page.text.count(EVIL) == 5
+    assert page.text.count(EVIL) == 6
     assert all("onerror" not in attributes for _, attributes in page.tags)
 
 
@@ -277,12 +319,12 @@ def test_prompt_markup_keeps_text_and_order() -> None:
     pieces = [
         Piece("text", "Liked:\n"),
         Piece("user", "new user"),
-        Piece("history", "a", 0.5, True),
+        Piece("history", "a", True),
     ]
     text = Page(prompt_html(pieces)).text
     assert text == (
-        "Liked:\nslot of the user: new user (0\u00a0% words, 100\u00a0% stand-in) "
-        "slot of the history: a (50\u00a0% words, 50\u00a0% behavior) "
+        "Liked:\nslot of the user: new user (a learned stand-in for behavior) "
+        "slot of the history: a (behavior known) "
     )
 
 
@@ -293,16 +335,6 @@ def test_status_says_what_was_ranked_for_whom() -> None:
     )
     assert "no liked title" in status_line(10, 0, 0, False)
     assert "Nothing is left" in status_line(0, 5, 55, False)
-
-
-def test_the_note_admits_what_the_bar_does_not_show(recommender: Recommender) -> None:
-    config = recommender.model.config
-    assert "does not show" not in bar_note(config)
-    config.cf_logit = True
-    try:
-        assert "CF model's own estimate, which the bar does not show" in bar_note(config)
-    finally:
-        config.cf_logit = False
 
 
 def test_dislikes_are_read_by_a_model_of_signed_histories_only(checkpoint: Path) -> None:

@@ -24,8 +24,18 @@ def test_rank_and_explain_print_text_and_json(capsys, checkpoint):
     argv = ["explain", str(checkpoint), "--history", "1", "--item", "Heat (1995)", "--json"]
     assert cli.main(argv) == 0
     explained = json.loads(capsys.readouterr().out)
-    assert explained["item"]["item_id"] == "3"
-    assert explained["history"][0]["title"] == "Toy Story (1995)"
+    assert explained["item_id"] == "3"
+    assert explained["lines"][0]["title"] == "Toy Story (1995)"
+
+
+def test_rank_needs_to_know_nothing_and_takes_a_limit(capsys, checkpoint):
+    assert cli.main(["rank", str(checkpoint), "--json"]) == 0
+    read = capsys.readouterr()
+    assert len(json.loads(read.out)["items"]) == 6 and "note:" not in read.err
+    assert cli.main(["rank", str(checkpoint), "--max-per-topic", "0"]) == 2
+    assert "max_per_topic=0" in capsys.readouterr().err
+    assert cli.main(["rank", str(checkpoint), "--max-per-topic", "2"]) == 2
+    assert "evidence_fields" in capsys.readouterr().err
 
 
 def test_a_new_item_is_given_with_its_fields(capsys, checkpoint):

@@ -86,11 +86,11 @@ def test_without_item_biases_a_new_user_needs_candidates(ranker, monkeypatch):
 
 def test_catalog_is_preselected_by_the_users_own_vector(ranker):
     table = ranker.model.cf
-    vectors = table.item_vectors.clone()
-    vectors[5] = table.default_item  # the item without a vector
-    scores = (table.user_vectors[1] * vectors).sum(-1)
+    above = table.user_vectors[1] - table.default_user  # what an unknown user has not
+    scores = (above * table.item_vectors[:5]).sum(-1)  # the last has no vector
     best = {str(int(row) + 1) for row in scores.topk(3).indices}
     assert {item.item_id for item in ranker.rank(user="b", preselect=3)} == best
+    assert "6" in {item.item_id for item in ranker.rank(user="b", preselect=6)}
 
 
 def test_a_batch_equals_single_calls(ranker):
@@ -155,24 +155,26 @@ def test_temperature_shapes_probabilities_only(ranker):
     assert after.probability == pytest.approx(1 / (1 + np.exp(-before.logit / 2)), abs=1e-5)
 
 
-def test_explain_shows_the_prompt_and_the_gate(ranker):
-    explanation = ranker.explain(
-        user="a", history=["1", "2", "3", "4", "5"], item="Unheard of (2031)"
-    )
+def test_explain_tells_the_prompt_and_the_lines_that_moved_the_score(ranker):
+    history = ["1", "2", "3", "4", "5"]
+    explanation = ranker.explain(user="a", history=history, item="Unheard of (2031)")
     # Window (3, 2): with five earlier items it starts at the third.
-    assert [share.item_id for share in explanation.history] == ["3", "4", "5"]
+    assert {line.item_id for line in explanation.lines} == {"3", "4", "5"}
     assert "[user: a]" in explanation.prompt
     assert "liked:[item: Heat (1995)][item: Sabrina (1995)]" in explanation.prompt
     assert "Unheard of (2031)[item: Unheard of (2031)]" in explanation.prompt
     assert explanation.user_known
-    assert not explanation.item.known
-    gate = ranker.model.item_gates(torch.tensor([2, 3, 4])).mean(-1)
-    np.testing.assert_allclose([share.text_share for share in explanation.history], gate, atol=1e-5)
+    assert not explanation.known
+    (ranked,) = ranker.rank(user="a", history=history, candidates=["Unheard of (2031)"])
+    assert explanation.logit == pytest.approx(ranked.logit, abs=1e-5)
     assert explanation.probability == pytest.approx(
-        direct_probability(ranker, "a", ["1", "2", "3", "4", "5"], "Unheard of (2031)"), abs=1e-4
+        direct_probability(ranker, "a", history, "Unheard of (2031)"), abs=1e-4
     )
-    assert json.loads(json.dumps(dataclasses.asdict(explanation)))["item"]["item_id"] is None
-    assert "Heat (1995)" in explanation.as_text()
+    found = json.loads(json.dumps(dataclasses.asdict(explanation)))
+    assert found["item_id"] is None and len(found["lines"]) == 3
+    best = explanation.lines[0]
+    assert f"{best.effect:+.3f}  liked     {best.title}" in explanation.as_text()
+    assert f"{explanation.words:+.3f}  the words" in explanation.as_text()
 
 
 def test_explained_cf_logit_of_a_new_user_is_bias_and_offset(ranker):
@@ -188,6 +190,14 @@ def test_text_only_ranks_given_candidates_and_asks_for_them(text_only_checkpoint
     assert {item.text_share for item in ranked} == {1.0}
     with pytest.raises(InputError, match="give candidates"):
         ranker.rank(history=["1"])
+    explanation = ranker.explain(history=["1"], item="2")
+    assert (explanation.behavior, explanation.cf) == (0.0, 0.0)
+    assert explanation.start + explanation.words == pytest.approx(explanation.logit, abs=1e-5)
+
+
+def test_nothing_need_be_known_of_a_user(ranker):
+    assert [item.item_id for item in ranker.rank(preselect=1)] == ["2"]
+    assert ranker.explain(item="2").lines == []
 
 
 def test_a_missing_checkpoint_is_one_clear_sentence(tmp_path):
@@ -213,6 +223,8 @@ def test_the_folder_of_a_run_is_told_from_its_checkpoint(tmp_path):
         ({"history": [None]}, "history: item 0 is empty"),
         ({"candidates": []}, "candidates is empty"),
         ({"candidates": [""]}, "candidates: item 0 is empty"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"max_per_topic": 0}, "max_per_topic=0 must be at least 1"),
     ],
 )
 def test_blank_items_and_bare_strings_are_refused(ranker, call, message):

@@ -152,6 +152,30 @@ def test_top_k_and_preselect_are_parameters_of_pipeline_and_call(ranker: Pipelin
     assert ranker([]) == []
 
 
+def test_a_list_varies_where_asked_to(build: BuildModel) -> None:
+    fields = [{"author": "one"}] * 4 + [{}] * 4
+    model, processor = build(prompt={"evidence_fields": ["author"], "item_fields": fields})
+    inputs = {"candidates": [f"i{row}" for row in range(8)]}
+    ranker = pipeline("ctr-ranking", model=model, processor=processor, max_per_topic=2)
+    assert [len(found) for found in ranker([inputs, inputs])] == [6, 6]
+    assert len(ranker(inputs, max_per_topic=1)) == 5
+    with pytest.raises(ValueError, match="max_per_topic=0 must"):
+        ranker(inputs, max_per_topic=0)
+
+
+def test_reasons_are_those_of_the_ranker(ranker: Pipeline) -> None:
+    explain: Any = ranker.explain  # type: ignore[attr-defined]
+    found = explain(INPUTS[0])
+    asked = CTRRanker(ranker.model, ranker.processor)
+    for item, reasons in zip(INPUTS[0]["candidates"], found, strict=True):
+        wanted = asdict(asked.explain("u0", INPUTS[0]["history"], item=item))
+        for name in ("start", "words", "behavior", "cf", "history"):
+            assert reasons[name] == pytest.approx(wanted[name], abs=1e-4), name
+        assert [line["title"] for line in reasons["lines"]] == [
+            line["title"] for line in wanted["lines"]
+        ]
+
+
 def test_generators_stream(ranker: Pipeline) -> None:
     asked: list[int] = []
 

@@ -14,12 +14,30 @@ WORDS = (0, 114, 178)
 NEUTRAL = (224, 224, 224)
 BEHAVIOR = (213, 94, 0)
 STAND_IN = (96, 96, 96)
+# Parts of a score: of `Place.parts`, with their class, in the key and in a row.
+PARTS = {
+    "words": ("ccf-words", "the words of the title", "words"),
+    "behavior": ("ccf-behavior", "the behavior of its users, in its slot", "behavior"),
+    "cf": ("ccf-cf", "the CF model's own estimate", "CF estimate"),
+}
 DIMENSIONS = 64  # columns of the heat map: more would be too narrow to tell apart
 
 
 def percent(share: float, digits: int = 0) -> str:
     """`0.634` as `63 %`, with a no-break space."""
     return f"{100 * share:.{digits}f}\u00a0%"
+
+
+def signed(effect: float) -> str:
+    """`-0.123` as `−0.12`."""
+    return f"{effect:+.2f}".replace("-", "\u2212")
+
+
+NOTE = (
+    "Numbers are logits. Words, behavior and CF estimate are what the title has beyond any title "
+    "that nobody has rated (pale: below it); what raised it is what its score would lack without "
+    "that title of yours."
+)
 
 
 def status_line(ranked: int, history: int, disliked: int, blank: bool) -> str:
@@ -46,64 +64,45 @@ def results_html(
         )
     return (
         '<section id="ranking"><h2>Ranking</h2>'
-        "<p>How probable it is that you like a title, and what the title's slot is made of:</p>"
-        f"{_key(places)}{ranking_html(places)}"
-        f"<p>{escape(bar_note(config, uses_slots))}</p></section>"
+        "<p>How probable it is that you like a title, and what raised its score:</p>"
+        f"{_key(places)}{ranking_html(places)}<p>{escape(NOTE)}</p></section>"
         f'{gate}<section id="prompt"><h2>The prompt of the first title, as the model reads it</h2>'
         f"{prompt_html(prompt)}</section>"
     )
 
 
-def bar_note(config: Any, uses_slots: bool = True) -> str:
-    """What the bar means for this model (plain text)."""
-    text = "The bar is the mean of the gate over dimensions."
-    if config.fusion not in ("gate", "scalar_gate"):
-        text = f"This model has no gate (fusion: {config.fusion}), so that all bars are alike."
-    if not uses_slots:
-        text = "This model reads words only, so that all bars are alike."
-    if config.cf_logit:
-        text += " The score adds the CF model's own estimate, which the bar does not show."
-    return text
-
-
 def _key(places: Sequence[Place]) -> str:
-    entries = ['<i class="ccf-words" aria-hidden="true"></i>the words of the title']
-    if any(place.known for place in places):
-        entries.append('<i class="ccf-behavior" aria-hidden="true"></i>the behavior of users')
-    if not all(place.known for place in places):
-        entries.append(
-            '<i class="ccf-standin" aria-hidden="true"></i>a learned stand-in, for want of behavior'
-        )
-    return f'<p class="ccf-key">{"".join(f"<span>{entry}</span>" for entry in entries)}</p>'
+    entries = [
+        f'<span><i class="{name}" aria-hidden="true"></i>{meaning}</span>'
+        for part, (name, meaning, _) in PARTS.items()
+        if any(place.parts.get(part) for place in places)
+    ]
+    return f'<p class="ccf-key">{"".join(entries)}</p>'
 
 
 def ranking_html(places: Sequence[Place]) -> str:
-    """The ranked list: title, probability, and the bar of words and behavior."""
-    rows = "".join(_place_html(place) for place in places)
+    """The ranked list: title, probability, what moved the score, and the lines that raised it."""
+    widest = max((sum(map(abs, place.parts.values())) for place in places), default=0.0)
+    rows = "".join(_place_html(place, widest) for place in places)
     return f'<ol class="ccf-ranking" role="list">{rows}</ol>'
 
 
-def _place_html(place: Place) -> str:
+def _place_html(place: Place, widest: float) -> str:
+    found = {part: value for part, value in place.parts.items() if value}
+    bar = "".join(
+        f'<span class="{PARTS[part][0]}{" ccf-down" * (value < 0)}" '
+        f'style="width:{abs(value) / widest:.1%}"></span>'
+        for part, value in found.items()
+    )
+    shares = ", ".join(f"{PARTS[part][2]} {signed(value)}" for part, value in found.items())
+    raised = ", ".join(f"{escape(name)} ({signed(effect)})" for name, effect in place.raised)
+    why = f'<span class="ccf-why">Raised by {raised}</span>' if raised else ""
     return (
         f'<li><span class="ccf-title">{escape(place.title)}</span>'
         f'<span class="ccf-probability">{percent(place.probability, 1)}'
         '<span class="ccf-hidden"> probability of a like,</span></span>'
-        f"{_bar(place.words, place.known)}"
-        f'<span class="ccf-shares">{_shares(place.words, place.known)}</span></li>'
-    )
-
-
-def _shares(words: float, known: bool) -> str:
-    rest = "behavior" if known else "stand-in"
-    return f"{percent(words)} words, {percent(1 - words)} {rest}"
-
-
-def _bar(words: float, known: bool) -> str:
-    rest = "behavior" if known else "standin"
-    return (
-        '<span class="ccf-bar" aria-hidden="true">'
-        f'<span class="ccf-words" style="width:{words:.1%}"></span>'
-        f'<span class="ccf-{rest}" style="width:{1 - words:.1%}"></span></span>'
+        f'<span class="ccf-bar" aria-hidden="true">{bar}</span>'
+        f'<span class="ccf-shares">{shares}</span>{why}</li>'
     )
 
 
@@ -162,16 +161,16 @@ def _gate_legend(places: Sequence[Place], spread: Tensor, reach: float) -> str:
 
 
 def prompt_html(pieces: Sequence[Piece]) -> str:
-    """The hybrid prompt: text as it is, every slot as a box with its bar."""
+    """The hybrid prompt: text as it is, every slot as a box."""
     return f'<div class="ccf-prompt">{"".join(_piece_html(piece) for piece in pieces)}</div>'
 
 
 def _piece_html(piece: Piece) -> str:
     if piece.kind == "text":
         return escape(piece.text)
-    shares = _shares(piece.words, piece.known)
+    holds = "behavior known" if piece.known else "a learned stand-in for behavior"
     return (
-        f'<span class="ccf-slot ccf-{piece.kind}" title="{shares}">'
+        f'<span class="ccf-slot ccf-{piece.kind}" title="{holds}">'
         f'<span class="ccf-hidden">slot of the {piece.kind}: </span>{escape(piece.text)}'
-        f'<span class="ccf-hidden"> ({shares}) </span>{_bar(piece.words, piece.known)}</span>'
+        f'<span class="ccf-hidden"> ({holds}) </span></span>'
     )

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from .markup import results_html, status_line
-from .recommender import Recommender, clean_titles
+from .recommender import MAX_PER_TOPIC, Recommender, clean_titles
 
 TITLE = "CCF-LLM: words and behavior"
 HERE = Path(__file__).parent
@@ -27,7 +27,8 @@ INTRODUCTION = (
     f"# {TITLE}\n"
     "Name some titles that you liked. A language model reads them as a *hybrid prompt*: words, and "
     "slots in which a gate mixes the words of each title with the behavior of the users who rated "
-    "it (a collaborative-filtering, or CF, vector). It then ranks what else you may like."
+    "it (a collaborative-filtering, or CF, vector). It then ranks what else you may like, and "
+    "tells which of your titles raised each place."
 )
 DISLIKED_INFO = (
     "This model was trained on likes only and does not read dislikes: "
@@ -59,7 +60,7 @@ def _connect(
     recommender: Recommender, settings: list[Any], button: gr.Button, outputs: list[Any]
 ) -> None:
     """Rank at the click, and from then on at every change."""
-    liked, others, disliked, length, blank = settings
+    liked, others, disliked, length, blank, varied = settings
     ranked = gr.State(False)
 
     def rank(*values: Any) -> tuple[Any, ...]:
@@ -78,7 +79,7 @@ def _connect(
     button.click(rank, settings, [ranked, *outputs], **options)
     options |= {"fn": rank_again, "inputs": [ranked, *settings], "outputs": outputs}
     options |= {"trigger_mode": "always_last"}
-    gr.on([disliked.change, length.input, blank.change], **options)
+    gr.on([disliked.change, length.input, blank.change, varied.change], **options)
     gr.on(
         [liked.change, others.blur, others.submit],
         follow,
@@ -90,7 +91,7 @@ def _connect(
 
 
 def _controls(recommender: Recommender) -> list[Any]:
-    """Liked, others, disliked, length, blank, and the button."""
+    """Liked, others, disliked, length, blank, varied, and the button."""
     titles = sorted(recommender.titles[:LISTED])
     hidden = len(recommender.titles) - len(titles)
     search: Any = {"choices": titles, "multiselect": True, "value": []}
@@ -121,8 +122,15 @@ def _controls(recommender: Recommender) -> list[Any]:
         interactive=recommender.has_cf,
         elem_id="blank",
     )
+    varied = gr.Checkbox(
+        label="Vary the list",
+        info=f"At most {MAX_PER_TOPIC} titles of one {' or '.join(recommender.topics)}.",
+        value=recommender.has_choice,
+        visible=bool(recommender.topics),
+        elem_id="varied",
+    )
     button = gr.Button("Rank", variant="primary", elem_id="rank")
-    return [liked, others, disliked, length, blank, button]
+    return [liked, others, disliked, length, blank, varied, button]
 
 
 def length_slider(count: int) -> gr.Slider:
@@ -159,12 +167,13 @@ def show(
     disliked: list[str],
     length: float,
     blank: bool,
+    varied: bool,
 ) -> tuple[str, str]:
     """Status and results as HTML."""
     named, left_out = named_titles(liked, others), clean_titles(disliked)
     history = named[max(len(named) - int(length), 0) :]
     read: dict[str, Any] = {"disliked": left_out} if recommender.reads_dislikes else {}
-    places = recommender.rank(history, [*named, *left_out], blank=blank, **read)
+    places = recommender.rank(history, [*named, *left_out], blank=blank, varied=varied, **read)
     status = status_line(len(places), len(history), len(left_out), blank)
     if not places:
         return status, ""

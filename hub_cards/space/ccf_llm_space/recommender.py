@@ -1,15 +1,17 @@
-"""What the page shows of a model: ranked titles, their gates, and the prompt in pieces."""
+"""What the page shows of a model: ranked titles, why, their gates, and the prompt in pieces."""
 
 import copy
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import Pipeline
 
-CANDIDATES = 100  # that the language model scores; the CF model picks them, as in `ccf-llm rank`
+CANDIDATES = 100  # that the language model scores, picked as in `ccf-llm rank`
+MAX_PER_TOPIC = 3  # titles of one author, say, in a list that varies
+EXPLAINED_LINES = 16  # of the history: each costs another scoring of the list
 LONGEST_TITLE = 200
 
 
@@ -18,27 +20,25 @@ class Place:
     """One place of the ranked list.
 
     `gate` (hidden_size,) is the share that the item's slot takes from its words, per dimension.
-    The rest is the item's CF vector if it is `known`, else a learned stand-in.
+    The rest is the item's CF vector if it is `known`, else a learned stand-in. `parts` are what
+    `words`, `behavior` and `cf` added to the logit, `raised` the lines of the history, and authors
+    of several, that added most, with what they added.
     """
 
     title: str
     probability: float
     gate: Tensor
     known: bool
-
-    @property
-    def words(self) -> float:
-        """Mean of the gate over dimensions, in [0, 1]."""
-        return float(self.gate.mean())
+    parts: dict[str, float] = field(default_factory=dict)
+    raised: list[tuple[str, float]] = field(default_factory=list)
 
 
 class Piece(NamedTuple):
-    """A run of prompt text, or one slot: its name, its share of words, and whether the rest is a
-    CF vector (`known`) or a learned stand-in."""
+    """A run of prompt text, or one slot: its name, and whether it holds a CF vector (`known`) or a
+    learned stand-in."""
 
     kind: Literal["text", "user", "history", "candidate"]
     text: str
-    words: float = 0.0
     known: bool = False
 
 
@@ -64,8 +64,9 @@ def clean_titles(titles: Sequence[Any] | None) -> list[str]:
 class Recommender:
     """A loaded model and processor, with and without the CF table.
 
-    Histories and exclusions are titles. A title outside the catalog is a new item, which has words
-    but no CF vector. The visitor is a new user.
+    Histories and exclusions are titles, in the words of the prompt: with the author, say, where the
+    catalog's items are written so. A title outside the catalog is a new item, which has words but
+    no CF vector. The visitor is a new user.
 
     Args:
         ranker: the checkpoint's `ctr-ranking` pipeline, which scores all that the page shows.
@@ -76,6 +77,7 @@ class Recommender:
         self.model: Any = ranker.model
         self.processor: Any = ranker.processor
         self._blank = type(ranker)(model=without_cf(self.model), processor=self.processor)
+        self._rows = self._rows_by_text()
         self.titles = self._by_cf_preference()
 
     @property
@@ -89,20 +91,33 @@ class Recommender:
         return self.processor.histories == "signed"
 
     @property
+    def topics(self) -> list[str]:
+        """Fields, such as author, in which a list can vary."""
+        return self.processor.evidence_fields
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether candidates come from the CF model too, and not from liked topics alone."""
+        return bool(self.model.cf.item_known.any())
+
+    @property
     def longest_history(self) -> int:
         """Most items that the model ever reads: window (H, S) holds H to H + S - 1."""
         length, stride = self.processor.history_window
         return length + stride - 1
 
+    def _rows_by_text(self) -> dict[str, int]:
+        rows: dict[str, int] = {}
+        for row, title in enumerate(self.processor.item_titles):
+            if title.strip():
+                rows.setdefault(self.processor.item_texts[row], row)
+        return rows
+
     @torch.inference_mode()
     def _by_cf_preference(self) -> list[str]:
         """Catalog titles, first those that the CF model ranks highest for a new user."""
-        titles = list(dict.fromkeys(title for title in self.processor.item_titles if title.strip()))
-        rows = torch.tensor(
-            [self.processor.title_index[title] for title in titles],
-            dtype=torch.long,
-            device=self.model.device,
-        )
+        titles = list(self._rows)
+        rows = torch.tensor(list(self._rows.values()), device=self.model.device).long()
         new_user = torch.full_like(rows, len(self.processor.user_ids))
         logits = self.model.cf.logits(new_user, rows)
         return [titles[place] for place in logits.argsort(descending=True, stable=True).tolist()]
@@ -113,6 +128,7 @@ class Recommender:
         excluded: Collection[str] = (),
         *,
         blank: bool = False,
+        varied: bool = False,
         top_k: int = 10,
         disliked: Sequence[str] = (),
     ) -> list[Place]:
@@ -122,21 +138,41 @@ class Recommender:
             history: liked titles, oldest first.
             excluded: titles to leave out besides the history's.
             blank: score as if the CF table knew nobody; the candidates stay the same.
+            varied: at most `MAX_PER_TOPIC` titles of one author, say.
             top_k: length of the list; fewer when there are fewer candidates.
             disliked: titles that the model reads as such, if it `reads_dislikes`.
         """
-        left_out = {*history, *excluded, *disliked}
-        candidates = [title for title in self.titles if title not in left_out][:CANDIDATES]
+        candidates = self._candidates(history, [*history, *excluded, *disliked], disliked)
         if not candidates:
             return []
         ranker: Any = self._blank if blank else self.ranker
-        found = ranker(self._request(history, candidates, disliked) | {"top_k": top_k})
-        batch = self._batch([], [item["title"] for item in found], [])
-        gates, _ = self._gates(ranker.model, batch["candidate_items"][0], batch)
+        limit = MAX_PER_TOPIC if varied and self.topics else None
+        asked = self._request(history, candidates, disliked)
+        found = ranker(asked | {"top_k": top_k}, max_per_topic=limit)
+        titles = [self.processor.item_text({"id": item["item_id"]})[1] for item in found]
+        gates = self._gates(ranker.model, titles)
+        best = self._request(history, titles, disliked)
+        reasons = ranker.explain(best, max_lines=EXPLAINED_LINES)
         return [
-            Place(item["title"], item["probability"], gate, item["known"])
-            for item, gate in zip(found, gates, strict=True)
+            Place(title, item["probability"], gate, item["known"], *_why(reason))
+            for title, item, gate, reason in zip(titles, found, gates, reasons, strict=True)
         ]
+
+    def _candidates(
+        self, history: Sequence[str], left_out: Collection[str], disliked: Sequence[str]
+    ) -> list[str]:
+        """Titles to score: the pipeline's own choice, or the catalog's first if it has none."""
+        asked = self._request(history, [], disliked) | {"candidates": None}
+        ranker: Any = self.ranker
+        try:
+            request, _ = ranker.preprocess(asked, preselect=CANDIDATES + len(left_out))
+        except ValueError:
+            found = self.titles
+        else:
+            found = [self.processor.item_text(item)[1] for item in request.candidates]
+        named = {self._row(title) for title in left_out}
+        found = [title for title in dict.fromkeys(found) if title in self._rows]
+        return [title for title in found if self._rows[title] not in named][:CANDIDATES]
 
     @torch.inference_mode()
     def prompt(
@@ -152,8 +188,7 @@ class Recommender:
         batch = self._batch(history, [candidate], disliked)
         titles = self._slot_titles([*disliked, *history, candidate])
         slots = batch["item_slots"][0]
-        gates, known = self._gates(model, slots[slots >= 0], batch)
-        slot_contents = iter(zip(gates.mean(-1).tolist(), known.tolist(), strict=True))
+        known = iter(self._known(model, slots[slots >= 0]).tolist())
         pieces: list[Piece] = []
         words: list[int] = []
         columns = (batch[name][0].tolist() for name in ("input_ids", "user_slots", "block_ids"))
@@ -166,22 +201,33 @@ class Recommender:
             if user >= 0:
                 pieces.append(Piece("user", "new user"))
             else:
-                kind: Any = "candidate" if block else "history"
-                pieces.append(Piece(kind, titles[item], *next(slot_contents)))
+                # A block may hold lines of the history that bear on its candidate.
+                own = block and item == int(batch["candidate_items"][0, 0])
+                kind: Any = "candidate" if own else "history"
+                pieces.append(Piece(kind, titles[item], next(known)))
         return [*pieces, *self._text(words)]
 
     def _request(
         self, history: Sequence[str], candidates: Sequence[str], disliked: Sequence[str]
     ) -> dict[str, Any]:
-        # As dicts, because a bare title that looks like an id would be taken for one. Nobody said
-        # when: what was liked stands nearer to the candidate.
+        # Nobody said when: what was liked stands nearer to the candidate.
         return {
             "history": [
-                *({"title": title, "liked": False} for title in disliked),
-                *({"title": title} for title in history),
+                *(self._item(title) | {"liked": False} for title in disliked),
+                *(self._item(title) for title in history),
             ],
-            "candidates": [{"title": title} for title in candidates],
+            "candidates": [self._item(title) for title in candidates],
         }
+
+    def _item(self, title: str) -> dict[str, Any]:
+        """As a dict, because a bare title that looks like an id would be taken for one."""
+        row = self._row(title)
+        return {"title": title} if row is None else {"id": self.processor.item_ids[row]}
+
+    def _row(self, title: str) -> int | None:
+        """Catalog row of what a visitor picked, or typed, maybe without the author."""
+        found: int | None = self._rows.get(title, self.processor.title_index.get(title))
+        return found
 
     def _batch(
         self, history: Sequence[str], candidates: Sequence[str], disliked: Sequence[str]
@@ -191,21 +237,32 @@ class Recommender:
 
     def _slot_titles(self, titles: Sequence[str]) -> list[str]:
         """Title of every slot number: the catalog's, then new ones by first mention."""
-        new = [title for title in titles if title not in self.processor.title_index]
-        return [*self.processor.item_titles, *dict.fromkeys(new)]
+        new = [title for title in titles if self._row(title) is None]
+        return [*self.processor.item_texts, *dict.fromkeys(new)]
 
     def _text(self, tokens: list[int]) -> list[Piece]:
         return [Piece("text", self.processor.tokenizer.decode(tokens))] if tokens else []
 
-    @torch.inference_mode()
-    def _gates(self, model: Any, slots: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Per slot `(n,)` on the CPU: its gate `(n, hidden_size)` and whether it has a CF vector.
-        Without slots in the prompt, all is words."""
-        new = None
-        if "new_title_ids" in batch:
-            new = (batch["new_title_ids"], batch["new_title_lengths"])
+    def _known(self, model: Any, slots: Tensor) -> Tensor:
+        """Per slot `(n,)` on the CPU: whether it has a CF vector."""
         in_table = model.cf.item_known
         inside = slots < len(in_table)
-        known = inside & in_table[slots.masked_fill(~inside, 0)]
-        gates = model.item_gates(slots, new_titles=new).float().cpu()
-        return gates if self.processor.uses_slots else torch.ones_like(gates), known.cpu()
+        return (inside & in_table[slots.masked_fill(~inside, 0)]).cpu()
+
+    @torch.inference_mode()
+    def _gates(self, model: Any, titles: Sequence[str]) -> Tensor:
+        """Gates `(n, hidden_size)` of catalog titles; without slots in the prompt, all is words."""
+        rows = torch.tensor([self._rows[title] for title in titles], device=model.device).long()
+        gates = model.item_gates(rows).float().cpu()
+        return gates if self.processor.uses_slots else torch.ones_like(gates)
+
+
+def _why(reason: dict[str, Any]) -> tuple[dict[str, float], list[tuple[str, float]]]:
+    """Parts of a logit, and the three lines or topics that raised it most."""
+    parts = {name: reason[name] for name in ("words", "behavior", "cf")}
+    lines = [(line["title"], line["effect"]) for line in reason["lines"]]
+    topics = [
+        (f"all {topic['lines']} of {topic['value']}", topic["effect"]) for topic in reason["topics"]
+    ]
+    raised = sorted([*topics, *lines], key=lambda one: -one[1])
+    return parts, [one for one in raised if one[1] > 0][:3]

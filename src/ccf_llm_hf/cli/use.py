@@ -169,8 +169,6 @@ def _user_arguments(parser: argparse.ArgumentParser) -> None:
 def _load_ranker_and_history(arguments: argparse.Namespace) -> tuple["CTRRanker", list[Any]]:
     if arguments.data is not None and arguments.user is None:
         raise InputError("--data is there to look up the history of a user: add --user ID")
-    if arguments.user is None and not arguments.history:
-        raise InputError("nothing is known of this user: give --history ITEM ..., or --user ID")
     check_checkpoint(arguments.checkpoint)
     history = list(arguments.history or [])
     if arguments.data is not None:
@@ -178,7 +176,7 @@ def _load_ranker_and_history(arguments: argparse.Namespace) -> tuple["CTRRanker"
 
         data = existing_folder(arguments.data, "--data", "ccf-llm prepare")
         history = stored_history(data, arguments.user)
-    elif not history:
+    elif arguments.user is not None and not history:
         print(
             f"note: no history of user {arguments.user} was given, so none is used: "
             "--data FOLDER takes it from a prepared folder",
@@ -205,7 +203,15 @@ def _rank_arguments(parser: argparse.ArgumentParser) -> None:
         "--preselect",
         type=int,
         default=100,
-        help="items of the catalog that the CF model picks for scoring (default: 100)",
+        help="items of the catalog that are scored: those that CF finds this user's own, in turn "
+        "with those that share fields with what was liked (default: 100)",
+    )
+    parser.add_argument(
+        "--max-per-topic",
+        type=int,
+        metavar="N",
+        help="most items that may share an author, say: a value of one of the model's "
+        "evidence_fields (default: no limit)",
     )
 
 
@@ -217,14 +223,14 @@ def _rank(arguments: argparse.Namespace, _: list[str]) -> Output:
         candidates=arguments.candidates,
         top_k=arguments.top_k,
         preselect=arguments.preselect,
+        max_per_topic=arguments.max_per_topic,
     )
-    lines = [f"{'':>4}  prob    text  CF    item"]
+    has_cf = bool(ranker.model.cf.item_known.any())
+    lines = [f"{'':>4}  prob   item"]
     for place, item in enumerate(ranked, start=1):
-        note = "" if item.known else "  (not in the CF model)"
-        lines.append(
-            f"{place:>3}.  {item.probability:.3f}   {item.text_share:4.0%}  {item.cf_share:4.0%}"
-            f"  {item.title}{note}"
-        )
+        note = "  (not in the CF model)" if has_cf and not item.known else ""
+        words = ranker.processor.item_text({"id": item.item_id, "title": item.title})[1]
+        lines.append(f"{place:>3}.  {item.probability:.3f}  {words}{note}")
     data = {"user": arguments.user, "history": history, "items": [asdict(item) for item in ranked]}
     return Output("\n".join(lines), data)
 
@@ -275,11 +281,23 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--item", required=True, type=_item, help="the candidate: id, title, or JSON as of rank"
     )
+    parser.add_argument(
+        "--max-lines",
+        type=int,
+        default=16,
+        help="lines of the history to leave out, each in turn, to see what they did (default: 16)",
+    )
 
 
 def _explain(arguments: argparse.Namespace, _: list[str]) -> Output:
     ranker, history = _load_ranker_and_history(arguments)
-    explanation = ranker.explain(user=arguments.user, history=history, item=arguments.item)
+    explanation = ranker.explain(
+        user=arguments.user,
+        history=history,
+        item=arguments.item,
+        max_lines=arguments.max_lines,
+        progress=True,
+    )
     return Output(explanation.as_text(), asdict(explanation))
 
 
@@ -303,7 +321,7 @@ COMMANDS = {
         _score,
     ),
     "explain": Command(
-        "one prediction, taken apart",
+        "why an item has its place: the lines that moved it, words, behavior, CF",
         'ccf-llm explain runs/demo/checkpoint --history "Toy Story (1995)" --item "Heat (1995)"',
         _explain_arguments,
         _explain,

@@ -1,42 +1,59 @@
-"""What a prediction is made of: the prompt as the model reads it, and shares of text and CF."""
+"""Why an item has its logit: what that is made of, which lines moved it, and the prompt."""
 
 from dataclasses import dataclass
 
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor, Request
-from ccf_llm_hf.modeling.ranking_ccf_llm import ItemShare
+from ccf_llm_hf.modeling.ranking_ccf_llm import Reasons
 
 
 @dataclass
-class Explanation:
-    """One prediction: `probability = sigmoid(logit / temperature)`. `cf_logit` is the CF model's
-    own view of the pair, not a part of `logit`."""
+class Explanation(Reasons):
+    """The [`Reasons`] of one prediction, `probability = sigmoid(logit / temperature)`, and the
+    prompt that it was read from. `cf_logit` is the CF model's own view of the pair, None where the
+    model has no CF vectors."""
 
     prompt: str
     user: str | None
     user_known: bool
-    item: ItemShare
-    history: list[ItemShare]
-    cf_logit: float
-    logit: float
+    item_id: str | None
+    title: str
+    known: bool
+    cf_logit: float | None
     probability: float
     temperature: float = 1.0
 
     def as_text(self) -> str:
         """The explanation for a terminal."""
         user = self.user if self.user is not None else "(none given)"
-        scale = "" if self.temperature == 1 else f"temperature {self.temperature:.3g}   "
-        lines = [
-            f"probability {self.probability:.3f}   logit {self.logit:+.3f}   {scale}"
-            f"CF model alone {self.cf_logit:+.3f}",
-            f"user        {user}{'' if self.user_known else '   not in the CF model'}",
-            "",
-            "text   CF    item",
+        scale = "" if self.temperature == 1 else f"   temperature {self.temperature:.3g}"
+        alone, outside = "", ""
+        if self.cf_logit is not None:
+            alone, outside = f"   CF model alone {self.cf_logit:+.3f}", "   not in the CF model"
+        parts = [
+            (self.start, "any title that nobody has rated, for this user"),
+            (self.words, "the words of this one"),
+            (self.behavior, "the behavior of users, in its slot"),
+            (self.cf, "the CF model's logit"),
         ]
-        for share, role in [(self.item, "candidate"), *((past, "") for past in self.history)]:
-            notes = [role] * bool(role) + ["not in the CF model"] * (not share.known)
-            note = f"   ({', '.join(notes)})" if notes else ""
-            lines.append(f"{share.text_share:4.0%}  {share.cf_share:4.0%}   {share.title}{note}")
-        return "\n".join([*lines, "", "prompt", self.prompt])
+        lines = [
+            f"probability {self.probability:.3f}   logit {self.logit:+.3f}{scale}{alone}",
+            f"item        {self.title}{'' if self.known else outside}",
+            f"user        {user}{'' if self.user_known else outside}",
+            "",
+            "The logit is the sum of",
+            *(f"{value:+.3f}  {name}" for value, name in parts if value),
+            "",
+            f"The history added {self.history:+.3f}; of it, what would be missing without",
+            *(
+                f"{line.effect:+.3f}  {'liked   ' if line.liked else 'disliked'}  {line.title}"
+                for line in self.lines
+            ),
+            *(
+                f"{topic.effect:+.3f}  {topic.lines} lines of {topic.field} {topic.value!r}"
+                for topic in self.topics
+            ),
+        ]
+        return "\n".join([*lines, "", "Prompt", self.prompt])
 
 
 def render_prompt(processor: CCFLLMProcessor, request: Request) -> str:
@@ -44,7 +61,8 @@ def render_prompt(processor: CCFLLMProcessor, request: Request) -> str:
     request = processor.cut(request)
     batch = processor.pack([request])
     titles = list(processor.item_titles)
-    read = [processor.item_text(item) for item in [*request.history, *request.candidates]]
+    evidence = [line for lines in request.evidence or [] for line in lines]
+    read = map(processor.item_text, [*request.history, *evidence, *request.candidates])
     # Slots of new titles count on past the catalog, in order of first mention.
     titles += dict.fromkeys(text for row, text in read if row is None)
     pieces: list[str] = []

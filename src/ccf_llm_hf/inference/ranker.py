@@ -17,7 +17,7 @@ from ccf_llm_hf.modeling.ranking_ccf_llm import (
     TOKENS_PER_BATCH,
     RankedItem,
     cf_logits,
-    item_shares,
+    explain,
     number_items,
     preselect,
     rank,
@@ -136,17 +136,22 @@ class CTRRanker:
         candidates: Sequence[Item] | None = None,
         top_k: int = 10,
         preselect: int = 100,
+        max_per_topic: int | None = None,
     ) -> list[RankedItem]:
         """The `top_k` best candidates for one user, best first.
 
         Args:
             user: raw id, or None for a new user.
-            history: earlier items, oldest first.
-            candidates: items to choose from. Default: those `preselect` catalog items that the CF
-                model scores highest for this user (for a new user: by the CF model's item bias) and
-                that are not in the history.
+            history: earlier items, oldest first; likes alone will do.
+            candidates: items to choose from. Default: `preselect` catalog items that are not in the
+                history: those that the CF model scores highest above an unknown user's score (a new
+                user is folded in from the history; without one, highest), in turn with those that
+                share a value of the processor's `evidence_fields`, such as an author, with what was
+                liked, and those of the nearest text vectors, where a model has them.
             top_k: length of the list; fewer when there are fewer candidates.
             preselect: catalog items that the language model scores.
+            max_per_topic: most items of the list that may share a value of one of the processor's
+                `evidence_fields`. None: no limit.
 
         Raises:
             InputError: several users (see `rank_many`), or no candidates.
@@ -155,7 +160,7 @@ class CTRRanker:
             raise InputError("rank is for one user: give several to rank_many")
         past = _items(history, "history")
         given = None if candidates is None else [candidates]
-        return self.rank_many([user], [past], given, top_k, preselect)[0]
+        return self.rank_many([user], [past], given, top_k, preselect, max_per_topic)[0]
 
     def rank_many(
         self,
@@ -164,6 +169,7 @@ class CTRRanker:
         candidates: Sequence[Sequence[Item]] | None = None,
         top_k: int = 10,
         preselect: int = 100,
+        max_per_topic: int | None = None,
     ) -> list[list[RankedItem]]:
         """As `rank`, for several users, who share forward passes.
 
@@ -173,6 +179,7 @@ class CTRRanker:
             candidates: one list a user; None: chosen from the catalog for each.
             top_k: length of each list.
             preselect: catalog items that the language model scores for each.
+            max_per_topic: as in `rank`, for each list.
 
         Returns:
             One ranked list a user.
@@ -180,8 +187,13 @@ class CTRRanker:
         Raises:
             InputError: neither users nor histories, or lists whose lengths differ.
         """
-        if top_k < 1 or preselect < 1:
-            raise InputError(f"top_k={top_k} and preselect={preselect} must both be at least 1")
+        for name, count in (
+            ("top_k", top_k),
+            ("preselect", preselect),
+            ("max_per_topic", 1 if max_per_topic is None else max_per_topic),
+        ):
+            if count < 1:
+                raise InputError(f"{name}={count} must be at least 1")
         sizes = {
             name: len(values)
             for name, values in (
@@ -208,7 +220,12 @@ class CTRRanker:
             requests.append(Request(user, past, chosen))
         try:
             return rank(
-                self.model, self.processor, requests, top_k, tokens_per_batch=self.tokens_per_batch
+                self.model,
+                self.processor,
+                requests,
+                top_k,
+                max_per_topic=max_per_topic,
+                tokens_per_batch=self.tokens_per_batch,
             )
         except InputError:
             raise
@@ -216,28 +233,53 @@ class CTRRanker:
             raise InputError(str(error)) from error
 
     def explain(
-        self, user: User = None, history: Sequence[Item] | None = None, *, item: Item
+        self,
+        user: User = None,
+        history: Sequence[Item] | None = None,
+        *,
+        item: Item,
+        max_lines: int | None = 16,
+        progress: bool = False,
     ) -> Explanation:
-        """One prediction taken apart: the prompt, what text and CF contribute, the CF model's view.
+        """Why an item has its logit: what that is made of, and which lines of the history moved it.
 
         Args:
             user: raw id, or None for a new user.
             history: earlier items, oldest first.
             item: the candidate.
+            max_lines: leave out so many lines, each in turn, which costs a scoring of the whole
+                prompt each: first those that share evidence fields with the item, then the latest.
+                None: all that the prompt shows, and those.
+            progress: show a bar on stderr.
         """
+        if max_lines is not None and max_lines < 0:
+            raise InputError(f"max_lines={max_lines} must be at least 0")
         request = Request(user, _items(history, "history"), _items([item], "item"))
-        logit = float(self._score([request], progress=False)[0][0])
-        _, shown = self.processor.window(request.history)
-        shares = item_shares(self.model, self.processor, [*shown, item])
+        try:
+            (reasons,) = explain(
+                self.model,
+                self.processor,
+                request,
+                max_lines=max_lines,
+                tokens_per_batch=self.tokens_per_batch,
+                progress=progress,
+            )
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        row, title = self.processor.resolve_item(item)
+        number, new = number_items(self.processor, [item], self.model.device)
         return Explanation(
+            **vars(reasons),
             prompt=render_prompt(self.processor, request),
             user=None if user is None else str(user),
             user_known=self._user_known(user),
-            item=shares[-1],
-            history=shares[:-1],
+            item_id=None if row is None else self.processor.item_ids[row],
+            title=title,
+            known=bool(self.model.cf.lookup("item", number, new)[1]),
             cf_logit=self._cf_logit(user, request.history, item),
-            logit=logit,
-            probability=float(self.probabilities(np.array([logit]))[0]),
+            probability=float(self.probabilities(np.array([reasons.logit]))[0]),
             temperature=self.model.config.logit_temperature,
         )
 
@@ -256,13 +298,15 @@ class CTRRanker:
         except ValueError as error:
             raise InputError(str(error)) from error
 
-    def _cf_logit(self, user: User, history: Sequence[Item], item: Item) -> float:
-        """The CF model's own logit; see `cf_logits`."""
+    def _cf_logit(self, user: User, history: Sequence[Item], item: Item) -> float | None:
+        """The CF model's own logit, see `cf_logits`; None without CF vectors."""
+        if not self.model.cf.item_known.any():
+            return None
         rows, new = number_items(self.processor, [item], self.model.device)
         return cf_logits(self.model, self.processor, user, history, rows, new).item()
 
     def _preselect(self, user: User, history: Sequence[Item], count: int) -> list[Item]:
-        """Ids of the catalog items that the CF model scores highest, without the history's."""
+        """As `preselect` of the modeling code."""
         try:
             return list(preselect(self.model, self.processor, user, history, count))
         except ValueError as error:
