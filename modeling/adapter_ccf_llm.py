@@ -5,6 +5,9 @@ a dict keyed by the module's path in the backbone:
 `{"layers.0.self_attn.q_proj.lora_A.weight": tensor, ...}`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +48,38 @@ def merge_adapter(
             delta = delta.T
         base = state[f"{path}.weight"]
         state[f"{path}.weight"] = (base.float() + delta).to(base.dtype)
+
+
+@contextmanager
+def without_adapter(backbone: nn.Module, merged: Adapter, scale: float) -> Iterator[None]:
+    """Let the backbone compute what it would without LoRA, be that injected by PEFT or, as `merged`
+    and `scale` say, added to the weights, which stay as they are."""
+    handles = [
+        module.register_forward_hook(_base_output)
+        for module in backbone.modules()
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+    ]
+    for name in [key for key in merged if key.endswith(".lora_A.weight")]:
+        path = name.removesuffix(".lora_A.weight")
+        factors = (merged[name], merged[f"{path}.lora_B.weight"], scale)
+        module = backbone.get_submodule(path)
+        handles.append(module.register_forward_hook(partial(_subtract, *factors)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _base_output(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return module.base_layer(*args)
+
+
+def _subtract(
+    down: Tensor, up: Tensor, scale: float, module: nn.Module, args: tuple[Tensor], output: Tensor
+) -> Tensor:
+    x = args[0]
+    return output - scale * (x @ down.to(x).mT) @ up.to(x).mT
 
 
 def plain_state(backbone: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Checkpoints: which files there are, and how a [`CCFLLMForCTR`] is built, saved and loaded.
 
-A checkpoint is *full* (one self-contained model.safetensors, LoRA merged) or *slim* (CF table,
-fusion weights and LoRA adapter; the backbone by name, revision and fingerprint).
+A checkpoint is *full* (one self-contained model.safetensors, LoRA merged) or *slim* (CF table, text
+vectors, fusion weights; the backbone by name, revision and fingerprint). Both have the LoRA adapter
+beside them: items outside the catalog are read by the backbone without it.
 """
 
 import copy
@@ -19,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -53,9 +56,11 @@ logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = "2"
 CF_FILE = "cf_embeddings.safetensors"
+TEXT_FILE = "text_vectors.safetensors"
 FUSION_FILE = "fusion.safetensors"
 CATALOG_FILE = "item_catalog.jsonl"
 USERS_FILE = "user_ids.jsonl"
+TEXT_TOKENIZER_FOLDER = "text_tokenizer"
 FIELDS_FILE = "field_values.jsonl"  # only where values of item fields have CF vectors
 ADAPTER_FOLDER = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -71,6 +76,9 @@ CODE_FILES = (
     "adapter_ccf_llm.py",
     "checkpoint_ccf_llm.py",
 )
+SHARD_ITEMS = 2048  # of a catalog, whose states are kept in one file of a cache
+TEXT_SPACE = ("mean", "projection")
+TEXT_SETTINGS = ("item_text", "text_dim", "text_layer", "sentence_encoder", "text_prefix_ids")
 CF_TENSORS = (
     "user_vectors",
     "item_vectors",
@@ -199,6 +207,14 @@ def load_tokenizer(path: str, hub: dict[str, Any], trusted: bool) -> PreTrainedT
     return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted, **hub)
 
 
+def load_text_tokenizer(path: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a checkpoint's sentence encoder; None where it has none."""
+    if not find_file(path, f"{TEXT_TOKENIZER_FOLDER}/tokenizer.json", hub, required=False):
+        return None
+    inside = "/".join(part for part in (hub.get("subfolder", ""), TEXT_TOKENIZER_FOLDER) if part)
+    return PreTrainedTokenizerFast.from_pretrained(path, **{**hub, "subfolder": inside})
+
+
 def read_tensors(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
@@ -287,7 +303,6 @@ class CheckpointMixin(PreTrainedModel):
     answer_weight: nn.Parameter
     answer_scale: nn.Parameter
     cf_logit_scale: nn.Parameter
-    _adapter: Adapter
     _no_split_modules: Any
 
     @property
@@ -306,6 +321,9 @@ class CheckpointMixin(PreTrainedModel):
         cf: Any = None,
         dtype: torch.dtype = torch.float32,
         attn_implementation: str | None = None,
+        text_cache: str | Path | None = None,
+        text_space_of: str | Path | None = None,
+        text_dtype: torch.dtype = torch.float32,
         **settings: Any,
     ) -> Self:
         """A fresh model around a pretrained backbone.
@@ -316,6 +334,14 @@ class CheckpointMixin(PreTrainedModel):
             backbone_name: name to record when `backbone` is a local copy.
             cf: a `CFVectors` of the processor's ids, of which the last fit is taken; None: no CF
                 vectors.
+            text_cache: folder to keep the states of the catalog's words in, with which a killed
+                pass over it goes on, and the next model skips it. None: nothing is kept.
+            text_space_of: slim checkpoint whose mean and projection of text vectors to take, if it
+                reads words as this model does: what it was trained on. Else they are learned from
+                the catalog.
+            text_dtype: that of the multiplications by which the catalog is read. bfloat16 takes a
+                third of the time where the hardware has it, and gives vectors whose cosine with
+                float32's is above .999.
             settings: other arguments of [`CCFLLMConfig`], such as `fusion`.
 
         Raises:
@@ -330,19 +356,18 @@ class CheckpointMixin(PreTrainedModel):
         causal = AutoModelForCausalLM.from_pretrained(
             backbone, revision=revision, dtype=dtype, **options
         )
-        titles = processor.item_title_ids()
         text_config = copy.deepcopy(causal.get_decoder().config)
+        settings |= text_settings(processor, text_config, settings)
         if cf is not None:
             settings |= cf_settings(cf)
         else:
-            settings.setdefault("num_items", len(titles))
+            settings.setdefault("num_items", len(processor.item_ids))
         embedding: Any = causal.get_input_embeddings()
         count = embedding.weight.shape[0]
         with torch.no_grad():  # through the module: Gemma's scales its rows
             words = embedding(torch.arange(0, count, max(1, count // 4096)))
         config = CCFLLMConfig(
             text_config=text_config,
-            num_title_tokens=sum(map(len, titles)),
             slot_scale=float(words.float().pow(2).mean().sqrt()),
             yes_token_id=yes,
             no_token_id=no,
@@ -359,7 +384,11 @@ class CheckpointMixin(PreTrainedModel):
         config.checkpoint_form = "full"
         if cf is not None:
             model.model.cf.fill(cf)
-        model.set_titles(titles)
+        if config.sentence_encoder:
+            encoder = model.model.sentence_encoder()
+            config.sentence_encoder_fingerprint = backbone_fingerprint(encoder)
+        space = read_text_space(text_space_of, config) if text_space_of else None
+        model.set_texts(processor, text_cache, space, text_dtype)
         return model
 
     def attach_backbone(self, causal: PreTrainedModel) -> None:
@@ -390,16 +419,20 @@ class CheckpointMixin(PreTrainedModel):
         scales = [("answer_scale", self.answer_scale)]
         return scales + [("cf_logit_scale", self.cf_logit_scale)] * self.config.cf_logit
 
-    def checkpoint_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """CF table and all other weights outside the backbone."""
-        cf, fusion = {}, {}
+    def checkpoint_tensors(
+        self,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """CF table, text vectors of the catalog, and all other weights outside the backbone."""
+        cf, text, fusion = {}, {}, {}
         for name, value in self.state_dict().items():
             field = name.removeprefix("model.cf.")
             if field in (*CF_TENSORS, FIELD_TENSOR):
                 cf[field] = value
+            elif name == "model.item_text.vectors":
+                text["vectors"] = value
             elif not name.startswith("model.language_model."):
                 fusion[name] = value
-        return cf, fusion
+        return cf, text, fusion
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, form: str | None = None, **kwargs: Any
@@ -407,12 +440,12 @@ class CheckpointMixin(PreTrainedModel):
         """Save config, code and weights.
 
         Args:
-            form: `full` (LoRA merged, self-contained) or `slim` (CF table, fusion weights,
-                adapter); default the form that the model was loaded in.
+            form: `full` (LoRA merged, self-contained) or `slim` (CF table, text vectors, fusion
+                weights, adapter); default the form that the model was loaded in.
 
         Raises:
-            ValueError: for `slim`, when the adapter was merged by a full checkpoint; with
-                `push_to_hub`, which has a method of its own.
+            ValueError: when the adapter cannot be told from the weights that it was merged into;
+                with `push_to_hub`, which has a method of its own.
         """
         if kwargs.pop("push_to_hub", False):
             raise ValueError("save_pretrained does not upload: call push_to_hub(repo_id).")
@@ -428,6 +461,8 @@ class CheckpointMixin(PreTrainedModel):
             if self.config.checkpoint_form == "full":
                 kwargs.pop("state_dict", None)
                 super().save_pretrained(folder, state_dict=self.full_state(), **kwargs)
+                if not (self.trained_adapter() and self.model.merged_adapter):
+                    self.save_adapter(folder)
             else:
                 self.save_slim(folder)
         finally:
@@ -443,7 +478,7 @@ class CheckpointMixin(PreTrainedModel):
 
     def full_state(self) -> dict[str, Tensor]:
         """Self-contained state: backbone with LoRA merged, CF table, fusion."""
-        cf, fusion = self.checkpoint_tensors()
+        cf, text, fusion = self.checkpoint_tensors()
         state = plain_state(self.language_model)
         if adapter := self.trained_adapter():
             merge_adapter(
@@ -452,25 +487,25 @@ class CheckpointMixin(PreTrainedModel):
         return {
             **{f"model.language_model.{name}": value for name, value in state.items()},
             **{f"model.cf.{name}": value for name, value in cf.items()},
+            **{f"model.item_text.{name}": value for name, value in text.items()},
             **fusion,
         }
 
     def save_slim(self, folder: Path) -> None:
         """Write everything but the backbone; tens of MB instead of GB."""
         injected = self.trained_adapter()
-        if injected and self._adapter:
+        if injected and self.model.merged_adapter:
             raise ValueError(
                 "LoRA was injected on top of the LoRA that this checkpoint had merged at loading, "
                 "and a slim checkpoint holds one: save with form='full', or train by a recipe with "
                 "init_from, which goes on with the old one."
             )
-        adapter = injected or self._adapter
-        if self.config.lora and not adapter:
+        if self.config.lora and not (injected or self.model.merged_adapter):
             raise ValueError(
                 "LoRA is merged into this model's weights, so it has no slim form: "
                 "load the slim checkpoint, or save with form='full'."
             )
-        cf, fusion = self.checkpoint_tensors()
+        cf, text, fusion = self.checkpoint_tensors()
         config = self.config
         metadata = {"format_version": FORMAT_VERSION, "ids_fingerprint": config.ids_fingerprint}
         sizes = {
@@ -481,12 +516,20 @@ class CheckpointMixin(PreTrainedModel):
         }
         write_tensors(folder / CF_FILE, cf, metadata | sizes)
         write_tensors(folder / FUSION_FILE, fusion, metadata | {"fusion": config.fusion})
-        if adapter:
-            tensors, settings = to_peft(adapter, self.language_model, config)
+        if text:
+            item_text = self.model.item_text
+            space = space_fingerprint(item_text.mean, item_text.projection)
+            write_tensors(folder / TEXT_FILE, text, metadata | {"text_space": space})
+        self.save_adapter(folder)
+        config.save_pretrained(folder)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the LoRA adapter, if there is one, in PEFT's form."""
+        if adapter := self.trained_adapter() or self.model.merged_adapter:
+            tensors, settings = to_peft(adapter, self.language_model, self.config)
             (folder / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
             write_tensors(folder / ADAPTER_FOLDER / ADAPTER_FILE, tensors, {"format": "pt"})
             write_json(folder / ADAPTER_FOLDER / ADAPTER_CONFIG, settings)
-        config.save_pretrained(folder)
 
     def load_trained_weights(self, folder: str | Path) -> None:
         """Copy a slim checkpoint's fusion weights and adapter into this live model.
@@ -494,20 +537,22 @@ class CheckpointMixin(PreTrainedModel):
         Alignment networks for CF vectors of another width are left fresh, and a log line says so.
 
         Raises:
-            ValueError: naming a weight of another shape.
+            ValueError: naming a weight of another shape, or text vectors in another space.
         """
         live = dict(self.fusion_parameters() + self.head_parameters())
         tensors, _ = read_tensors(str(Path(folder) / FUSION_FILE))
+        self._take_text_vectors(Path(folder), tensors)
         tensors = {name: value for name, value in tensors.items() if name in live}
         wrong = [name for name, value in tensors.items() if value.shape != live[name].shape]
-        if any("_alignment.up." in name for name in wrong):
+        of_cf = ("model.item_alignment.", "model.user_alignment.")
+        if any(name.startswith(of_cf) and ".up." in name for name in wrong):
             logger.warning(
                 "The alignment networks start afresh, because those in %s are for CF vectors of "
                 "another width: train them.",
                 folder,
             )
-            wrong = [name for name in wrong if "_alignment." not in name]
-            tensors = {name: value for name, value in tensors.items() if "_alignment." not in name}
+            wrong = [name for name in wrong if not name.startswith(of_cf)]
+            tensors = {n: value for n, value in tensors.items() if not n.startswith(of_cf)}
         if wrong:
             raise ValueError(
                 f"{folder} holds {min(wrong)!r} for another backbone or alignment_multiplier."
@@ -515,6 +560,25 @@ class CheckpointMixin(PreTrainedModel):
         self.load_state_dict(tensors, strict=False)
         if self.lora_parameters():
             self.load_adapter_folder(Path(folder) / ADAPTER_FOLDER)
+
+    def _take_text_vectors(self, folder: Path, fusion: dict[str, Tensor]) -> None:
+        """Have the text vectors that a checkpoint's weights were trained on."""
+        text = self.model.item_text
+        names = [f"model.item_text.{name}" for name in TEXT_SPACE]
+        if self.config.item_text == "static" or not all(name in fusion for name in names):
+            return
+        space = {name: fusion[f"model.item_text.{name}"] for name in TEXT_SPACE}
+        if all(torch.equal(value, getattr(text, name).cpu()) for name, value in space.items()):
+            return
+        file = folder / TEXT_FILE
+        vectors, metadata = read_tensors(str(file)) if file.is_file() else ({}, {})
+        fits = all(value.shape == getattr(text, name).shape for name, value in space.items())
+        if not fits or metadata.get("ids_fingerprint") != self.config.ids_fingerprint:
+            raise ValueError(
+                f"{folder} was trained on text vectors in another space than this model's: build "
+                "the model with text_space_of=FOLDER, and read words as that one does."
+            )
+        text.load_state_dict(space | vectors)
 
     def load_adapter_folder(self, folder: str | Path) -> None:
         """Copy a PEFT adapter folder into the LoRA modules injected into the backbone."""
@@ -568,6 +632,13 @@ class CheckpointMixin(PreTrainedModel):
                 f"{path} lacks {len(missing)} weights, {missing[0]!r} first: "
                 "copy the checkpoint again."
             )
+        config = model.config
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
+        if config.lora:
+            beside = find_file(path, f"{ADAPTER_FOLDER}/{ADAPTER_FILE}", hub, required=False)
+            adapter = read_adapter(beside, model.language_model) if beside else None
+            model.model.merged_adapter = adapter
+            model.model.merged_scale = adapter_scale(config.lora)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -586,10 +657,21 @@ class CheckpointMixin(PreTrainedModel):
             raise OSError(
                 f"{cf_file} belongs to another catalog than config.json: restore its own file."
             )
+        state = fusion | {f"model.cf.{name}": value for name, value in cf.items()}
+        if config.item_text == "contextual":
+            file = str(find_file(path, TEXT_FILE, hub))
+            text, metadata = read_tensors(file)
+            found = (metadata.get("ids_fingerprint"), metadata.get("text_space"))
+            space = space_fingerprint(*(fusion[f"model.item_text.{name}"] for name in TEXT_SPACE))
+            if found != (config.ids_fingerprint, space):
+                raise OSError(
+                    f"{file} belongs to another catalog or another training than the files beside "
+                    "it: restore its own file."
+                )
+            state |= {f"model.item_text.{name}": value for name, value in text.items()}
         model = cls(config)
         causal = load_backbone(config, backbone, options)
         model.attach_backbone(causal)
-        state = fusion | {f"model.cf.{name}": value for name, value in cf.items()}
         try:
             result = model.load_state_dict(state, strict=False)
         except RuntimeError as error:
@@ -602,14 +684,70 @@ class CheckpointMixin(PreTrainedModel):
             raise OSError(f"{path}: {wrong!r} is in only one of config.json and the weight files.")
         if config.lora:
             file = str(find_file(path, f"{ADAPTER_FOLDER}/{ADAPTER_FILE}", hub))
-            model._adapter = read_adapter(file, model.language_model)
+            adapter, scale = read_adapter(file, model.language_model), adapter_scale(config.lora)
+            model.model.merged_adapter, model.model.merged_scale = adapter, scale
             body = model.language_model.state_dict()
-            merge_adapter(model.language_model, body, model._adapter, adapter_scale(config.lora))
+            merge_adapter(model.language_model, body, adapter, scale)
             model.language_model.load_state_dict(body)
         return model.to(causal.device).eval()  # type: ignore[arg-type]
 
-    def set_titles(self, titles: list[list[int]]) -> None:
-        """Take the title tokens of every catalog item, in table order."""
+    def set_texts(
+        self,
+        processor: "CCFLLMProcessor",
+        cache: str | Path | None = None,
+        space: dict[str, Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Take the words of every catalog item, in table order: their token ids, or the vectors of
+        what a language model makes of them.
+
+        Args:
+            cache, dtype: see `from_backbone`.
+            space: of the vectors, as [`read_text_space`] gives it. None: learned from the catalog.
+        """
+        texts, item_text = processor.item_title_ids(), self.model.item_text
+        if self.config.item_text == "static":
+            self._set_titles(texts)
+            return
+        states = self._read_catalog(texts, Path(cache) if cache else None, dtype)
+        if space is None:
+            item_text.fit(states)
+        else:
+            item_text.load_state_dict(space, strict=False)
+        item_text.fill(states)
+
+    def _read_catalog(
+        self, texts: list[list[int]], cache: Path | None, dtype: torch.dtype
+    ) -> Tensor:
+        """States of a catalog's words, shard by shard."""
+        config = self.config
+        reader = [
+            config.sentence_encoder_fingerprint or config.backbone_fingerprint,
+            str((self.language_model.dtype, dtype)),
+            config.text_layer,
+            config.text_prefix_ids,
+        ]
+        states = torch.empty(len(texts), config.text_width)
+        with logging.tqdm(total=len(texts), desc="reading items", unit=" items") as bar:
+            for start in range(0, len(texts), SHARD_ITEMS):
+                shard = texts[start : start + SHARD_ITEMS]
+                name = hashlib.sha256(json.dumps([reader, shard]).encode()).hexdigest()
+                file = cache / f"{name}.safetensors" if cache else None
+                if file and file.is_file():
+                    found = read_tensors(str(file))[0]["states"]
+                else:
+                    lower = dtype != torch.float32
+                    with torch.autocast(self.device.type, dtype, enabled=lower):
+                        found = self.model.read_texts(shard)
+                    if file:
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        write_tensors(file, {"states": found}, {"format_version": FORMAT_VERSION})
+                states[start : start + len(shard)] = found
+                bar.update(len(shard))
+        return states
+
+    def _set_titles(self, titles: list[list[int]]) -> None:
+        self.config.num_title_tokens = sum(map(len, titles))
         values = {
             "title_ids": [token for title in titles for token in title],
             "title_lengths": [len(title) for title in titles],
@@ -619,10 +757,16 @@ class CheckpointMixin(PreTrainedModel):
             new = torch.tensor(value, dtype=old.dtype, device=old.device)
             setattr(self.model.item_text, name, new)
 
-    def replace_catalog(self, processor: "CCFLLMProcessor", cf: Any = None) -> Self:
+    def replace_catalog(
+        self,
+        processor: "CCFLLMProcessor",
+        cf: Any = None,
+        text_cache: str | Path | None = None,
+    ) -> Self:
         """Put another catalog of items and users under the trained weights, in place.
 
-        Backbone, LoRA, gate, cold vectors and score stay. So do the alignment networks, when the
+        Backbone, LoRA, gate, cold vectors and score stay, and the space of the text vectors, in
+        which the new items' words are read. So do the alignment networks, when the
         new CF vectors are as wide as the old ones; else they start afresh and must be trained. A
         log line says which. The calibration (`config.logit_temperature`) is that of the old data.
 
@@ -630,6 +774,7 @@ class CheckpointMixin(PreTrainedModel):
             processor: over the new catalog: `old_processor.with_catalog(item_ids, ...)`.
             cf: a `CFVectors` of the same ids; None: no CF vectors, so that every user and item is
                 read as cold, an item by its title.
+            text_cache: see `from_backbone`.
 
         Returns:
             This model.
@@ -639,7 +784,6 @@ class CheckpointMixin(PreTrainedModel):
         """
         self._check_new_catalog(processor, cf)
         config, old_dim = self.config, self.config.cf_dim
-        titles = processor.item_title_ids()
         without_cf = {
             "num_users": len(processor.user_ids),
             "num_items": len(processor.item_ids),
@@ -649,8 +793,10 @@ class CheckpointMixin(PreTrainedModel):
             "cf_user_precision": None,
         }
         config.update(without_cf if cf is None else cf_settings(cf))
-        config.num_title_tokens = sum(map(len, titles))
-        self.set_titles(titles)
+        space = None
+        if config.item_text == "contextual":
+            space = {name: getattr(self.model.item_text, name) for name in TEXT_SPACE}
+        self.set_texts(processor, text_cache, space)
         self.model.renew_cf()
         if cf is not None:
             self.model.cf.fill(cf)
@@ -688,7 +834,7 @@ class CheckpointMixin(PreTrainedModel):
     def _restart_alignment(self) -> None:
         for side in ("item", "user"):
             old = getattr(self.model, f"{side}_alignment")
-            fresh = type(old)(self.config)
+            fresh = type(old)(self.config, self.config.cf_dim)
             self._init_weights(fresh)
             setattr(self.model, f"{side}_alignment", fresh.to(old.out.weight))
 
@@ -715,6 +861,47 @@ def cf_settings(cf: Any) -> dict[str, Any]:
     }
 
 
+def text_settings(
+    processor: "CCFLLMProcessor", text_config: Any, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The part of a new model's configuration that says how items' words are read (our choice)."""
+    reads_words = processor.uses_slots and settings.get("fusion") != "cf_only"
+    kind = settings.get("item_text") or ("contextual" if reads_words else "static")
+    if kind == "static":
+        return {"item_text": kind}
+    encoder, revision = settings.get("sentence_encoder"), settings.get("sentence_encoder_revision")
+    if encoder:
+        text_config = AutoConfig.from_pretrained(local_copy(encoder), revision=revision)
+    layers, width = text_config.num_hidden_layers, text_config.hidden_size
+    return {
+        "item_text": kind,
+        "text_dim": min(settings.get("text_dim") or 128, width),
+        "text_layer": settings.get("text_layer") or (layers if encoder else layers // 2),
+        "text_width": width,
+        "text_prefix_ids": [] if encoder else processor.text_prefix_ids(),
+    }
+
+
+def space_fingerprint(mean: Tensor, projection: Tensor) -> str:
+    """Sha256 (hex) of what makes text vectors of states."""
+    digest = hashlib.sha256(mean.float().cpu().numpy().tobytes())
+    digest.update(projection.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_text_space(folder: str | Path, config: CCFLLMConfig) -> dict[str, Tensor] | None:
+    """Mean and projection of a slim checkpoint's text vectors; None where it has none, or reads
+    words otherwise than a model of `config` does."""
+    file = Path(folder) / FUSION_FILE
+    if not file.is_file():
+        return None
+    saved = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    if any(saved.get(name) != getattr(config, name) for name in TEXT_SETTINGS):
+        return None
+    fusion, _ = read_tensors(str(file))
+    return {name: fusion[f"model.item_text.{name}"] for name in TEXT_SPACE}
+
+
 def try_header(file: Path) -> None:
     """Raise an OSError that names `file` when it is no whole safetensors file."""
     try:
@@ -736,6 +923,34 @@ def local_copy(backbone: str) -> str:
     folder = cache / backbone.rpartition("/")[2].lower()
     complete = all((folder / name).is_file() for name in ("config.json", "model.safetensors"))
     return str(folder) if complete and not Path(backbone).is_dir() else backbone
+
+
+def load_sentence_encoder(config: CCFLLMConfig) -> PreTrainedModel:
+    """The sentence encoder that a configuration names, with its fingerprint checked; float32.
+
+    Raises:
+        OSError: it cannot be loaded.
+        ValueError: its weights are others than those of the checkpoint's text vectors.
+    """
+    name = local_copy(config.sentence_encoder)
+    try:
+        encoder = AutoModel.from_pretrained(
+            name, revision=config.sentence_encoder_revision, dtype=torch.float32
+        )
+    except OSError as error:
+        raise OSError(
+            f"sentence encoder {name!r}, by which this model reads items outside its catalog, "
+            f"cannot be loaded: make it reachable, or give items of the catalog alone ({error})."
+        ) from error
+    if hasattr(encoder, "pooler"):  # nobody reads it, and without a file's it would be random
+        encoder.pooler = None
+    wanted = config.sentence_encoder_fingerprint
+    if wanted and backbone_fingerprint(encoder) != wanted:
+        raise ValueError(
+            f"The weights of sentence encoder {name!r} are not those that this checkpoint's text "
+            "vectors were made with: restore them."
+        )
+    return encoder
 
 
 def load_backbone(
@@ -769,4 +984,4 @@ def load_backbone(
     return causal
 
 
-__all__ = ["CheckpointMixin", "backbone_fingerprint"]
+__all__ = ["CheckpointMixin", "backbone_fingerprint", "read_text_space"]

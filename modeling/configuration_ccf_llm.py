@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
 FUSIONS = ("gate", "scalar_gate", "sum", "cf_only")
+ITEM_TEXTS = ("contextual", "static")
 CHECKPOINT_FORMS = ("full", "slim")
 TASK = "ctr-ranking"
 CONVERT = "convert it by `python examples/convert_checkpoint.py OLD NEW` of ccf-llm-hf"
@@ -55,7 +56,19 @@ class CCFLLMConfig(PreTrainedConfig):
         cf_dim: width of a CF vector.
         num_users, num_items: rows of the CF tables; the item table covers the whole catalog.
         num_field_values: values of item fields that have CF vectors.
-        num_title_tokens: total number of title tokens of the catalog.
+        item_text: how an item's words are read for its slot, one of `ITEM_TEXTS`: `contextual`, by
+            the states of a language model (ours; `from_backbone` takes it where slots have words in
+            them), or `static`, by the mean of their token embeddings.
+        text_dim: width of a contextual text vector, at most `text_width` (our choice: 128).
+        text_layer: after how many layers states are read; `from_backbone` takes half of the
+            backbone's and all of a sentence encoder's.
+        text_width: width of a state.
+        text_prefix_ids: tokens before every text. The first one that a causal model reads takes up
+            attention that nothing else wants, and its states say nothing of the item.
+        sentence_encoder: Hub id or folder of a sentence encoder that reads texts in the backbone's
+            place. It is loaded when an item outside the catalog is first met.
+        sentence_encoder_revision, sentence_encoder_fingerprint: its weights.
+        num_title_tokens: total number of title tokens of the catalog, for `static`.
         alignment_multiplier: hidden width of ALG over `cf_dim` (our choice: 10).
         slot_scale: RMS that a fresh ALG gives to its output; the backbone's token embeddings' RMS.
         yes_token_id, no_token_id: the two answers in the backbone's vocabulary.
@@ -68,8 +81,8 @@ class CCFLLMConfig(PreTrainedConfig):
         checkpoint_form: `full` (one self-contained model.safetensors) or `slim` (without backbone).
 
     Raises:
-        ValueError: on an unknown `fusion` or `checkpoint_form`, a `cf_fold_in` without `cf_logit`
-            or `cf_user_precision`, or a checkpoint of release 0.1.
+        ValueError: on an unknown `fusion`, `item_text` or `checkpoint_form`, a `cf_fold_in` without
+            `cf_logit` or `cf_user_precision`, or a checkpoint of release 0.1.
     """
 
     model_type = "ccf_llm"
@@ -86,6 +99,14 @@ class CCFLLMConfig(PreTrainedConfig):
         cf_dim: int = 32,
         num_users: int = 0,
         num_items: int = 0,
+        item_text: str = "static",
+        text_dim: int = 128,
+        text_layer: int = 0,
+        text_width: int = 0,
+        text_prefix_ids: list[int] | None = None,
+        sentence_encoder: str = "",
+        sentence_encoder_revision: str | None = None,
+        sentence_encoder_fingerprint: str = "",
         num_field_values: int = 0,
         num_title_tokens: int = 0,
         alignment_multiplier: int = 10,
@@ -107,6 +128,10 @@ class CCFLLMConfig(PreTrainedConfig):
         check_release(kwargs)
         if fusion not in FUSIONS:
             raise ValueError(f"fusion={fusion!r} is unknown: choose one of {', '.join(FUSIONS)}.")
+        if item_text not in ITEM_TEXTS:
+            raise ValueError(
+                f"item_text={item_text!r} is unknown: choose one of {', '.join(ITEM_TEXTS)}."
+            )
         if checkpoint_form not in CHECKPOINT_FORMS:
             raise ValueError(
                 f"checkpoint_form={checkpoint_form!r} is unknown: choose full or slim."
@@ -127,6 +152,14 @@ class CCFLLMConfig(PreTrainedConfig):
         self.cf_dim = cf_dim
         self.num_users = num_users
         self.num_items = num_items
+        self.item_text = item_text
+        self.text_dim = text_dim
+        self.text_layer = text_layer
+        self.text_width = text_width
+        self.text_prefix_ids = list(text_prefix_ids or [])
+        self.sentence_encoder = sentence_encoder
+        self.sentence_encoder_revision = sentence_encoder_revision
+        self.sentence_encoder_fingerprint = sentence_encoder_fingerprint
         self.num_field_values = num_field_values
         self.num_title_tokens = num_title_tokens
         self.alignment_multiplier = alignment_multiplier

@@ -1,14 +1,14 @@
 """CCF-LLM (Liu, Zhang, Dong, Fang, CIKM 2024) as transformers models, top to bottom.
 
     c' = ALG(c)                       a CF vector mapped into the backbone's embedding space
-    s  = mean input embedding of the item's title tokens
+    s  = ALG_text(t)                  t: the item's words as the backbone reads them
     g  = sigmoid(W [s ; c'] + b)      one weight per dimension
     e  = g * s + (1 - g) * c'         the embedding of an item slot
 
     logit = scale * h_last . (w_Yes - w_No)   at the end of a candidate's block
 
-The authors published no code. Shapes of ALG and gate, the rescaling of the gate's inputs, the cold
-vectors, the user slot and the CF logit are our choice.
+The authors published no code. The text vector, shapes of ALG and gate, the rescaling of the gate's
+inputs, the cold vectors, the user slot and the CF logit are our choice.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
-from .adapter_ccf_llm import Adapter
+from .adapter_ccf_llm import Adapter, without_adapter
 from .attention_ccf_llm import Layout, attention_inputs, use_tiles
-from .checkpoint_ccf_llm import CF_TENSORS, FIELD_TENSOR, CheckpointMixin
+from .checkpoint_ccf_llm import (
+    CF_TENSORS,
+    FIELD_TENSOR,
+    CheckpointMixin,
+    load_sentence_encoder,
+)
 from .configuration_ccf_llm import IGNORED_LABEL, CCFLLMConfig
 
 if TYPE_CHECKING:
@@ -36,6 +41,8 @@ if TYPE_CHECKING:
 
 FOLD_IN_STEPS = 8  # of Newton's method; a test holds their result against the optimum
 NewTitles = tuple[Tensor, Tensor]  # token ids of new items' titles, flat, and their lengths
+READ_TOKENS = 4096  # of one pass that reads texts, padding included
+TEXTS_KEPT = 4096  # of items outside the catalog, whose states a model remembers
 NewFields = tuple[Tensor, Tensor]  # `(n, most)` rows of new items' field values, and their weights
 
 
@@ -210,8 +217,8 @@ def fold_in(
     return default.masked_scatter(free.expand_as(default), user)
 
 
-class ItemText(nn.Module):
-    """s: what an item's words say, the mean input embedding of its title (our choice).
+class StaticText(nn.Module):
+    """t as an ablation: the mean input embedding of an item's tokens, which is s as it stands.
 
     Computed from the live embedding table, so it can never be stale.
     """
@@ -245,26 +252,161 @@ class ItemText(nn.Module):
         return total / counts.clamp(min=1).unsqueeze(-1).to(total.dtype)
 
 
+class ContextualText(nn.Module):
+    """t: an item's words as a language model reads them (our choice).
+
+    Its states, the mean over the item's tokens at one layer, are standardized over the catalog
+    dimension by dimension and reduced to their principal components, whitened:
+    `t = (states - mean) @ projection`. Some dimensions of a backbone are a thousand times as large
+    as others and say less; raw states hide the rest behind them. What the last components would add
+    is a catalog's noise: less to store, and a linear probe of unseen books does better without.
+    `vectors` holds the catalog's, in half precision.
+    """
+
+    vectors: Tensor
+    mean: Tensor
+    projection: Tensor
+
+    def __init__(self, config: CCFLLMConfig) -> None:
+        super().__init__()
+        width, dim = config.text_width, config.text_dim
+        # With dtypes of their own, which no loading in another precision changes.
+        half, full = torch.float16, torch.float32
+        self.register_buffer("vectors", torch.zeros(config.num_items, dim, dtype=half))
+        self.register_buffer("mean", torch.zeros(width, dtype=full))
+        self.register_buffer("projection", torch.zeros(width, dim, dtype=full))
+
+    def fit(self, states: Tensor) -> None:
+        """Learn mean and projection from the states `(n, width)` of a catalog.
+
+        Each component has unit RMS, the scale that ALG takes, but those in which a small catalog
+        does not vary are zero: a new item would stand a thousand deviations out.
+        """
+        states = states[states.any(-1)]  # of items with words
+        if not len(states):
+            return
+        deviation, mean = torch.std_mean(states, 0, correction=0)
+        deviation = torch.where(deviation > 1e-6, deviation, 1.0)
+        standard = (states - mean) / deviation
+        variances, axes = torch.linalg.eigh((standard.mT @ standard).double() / len(states))
+        dim = self.projection.shape[1]
+        kept, axes = variances.flip(0)[:dim], axes.flip(1)[:, :dim]
+        scales = torch.where(kept > 0.01 * kept.mean(), kept.sqrt(), torch.inf)
+        self.mean.copy_(mean)
+        self.projection.copy_(axes / scales / deviation[:, None])
+
+    def reduce(self, states: Tensor) -> Tensor:
+        """t `(n, text_dim)` float32 of states `(n, width)`; zeros, the catalog's mean, for an item
+        without words."""
+        reduced = (states.to(self.mean.device) - self.mean) @ self.projection
+        return reduced * states.any(-1, keepdim=True).to(reduced)
+
+    def fill(self, states: Tensor) -> None:
+        """Take the states of every catalog item, in table order."""
+        self.vectors = self.reduce(states).to(self.vectors)
+
+    def forward(self, items: Tensor, new_states: Tensor | None) -> Tensor:
+        """`(n,)` rows -> `(n, text_dim)` float32; rows past the catalog are those of `new_states`
+        `(new items, width)`."""
+        known = len(self.vectors)
+        if new_states is None:
+            return self.vectors[items].float()
+        new = self.reduce(new_states)
+        inside = items < known
+        found = new.new_zeros(len(items), new.shape[-1])
+        found[inside] = self.vectors[items[inside]].float()
+        found[~inside] = new[items[~inside] - known]
+        return found
+
+
+class _Reached(Exception):
+    """Carries the states of a layer out of a backbone whose other layers nobody needs."""
+
+
+def states_after(backbone: nn.Module, layer: int, **inputs: Any) -> Tensor:
+    """Hidden states `(n, length, width)` after `layer` of a model's layers; those above do not run.
+
+    Args:
+        inputs: what the model takes.
+    """
+    config: Any = backbone.config
+    layers = next(
+        module
+        for module in backbone.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
+    )
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+    handle = layers[layer - 1].register_forward_hook(stop)
+    try:
+        backbone(**inputs)
+    except _Reached as reached:
+        return reached.args[0]
+    finally:
+        handle.remove()
+    raise AssertionError("a layer did not run")
+
+
+@torch.no_grad()
+def read_texts(
+    reader: Any, layer: int, texts: list[list[int]], before: list[int] | None = None
+) -> Tensor:
+    """States of texts, the mean over a text's tokens: `(len(texts), width)` float32 on the CPU.
+
+    Args:
+        reader: a transformers model without head, causal or a sentence encoder.
+        layer: after how many of its layers.
+        texts: token ids; an empty text gives zeros.
+        before: tokens put before every text, which the mean leaves out.
+    """
+    before, device = before or [], reader.device
+    pooled = torch.zeros(len(texts), reader.config.hidden_size)
+    was_training = reader.training
+    reader.eval()
+    # Long ones first, those of about one length together: little is padded.
+    left = sorted((i for i, text in enumerate(texts) if text), key=lambda i: -len(texts[i]))
+    while left:
+        length = len(before) + len(texts[left[0]])
+        count = max(1, READ_TOKENS // length)
+        rows, left = left[:count], left[count:]
+        lengths = torch.tensor([len(before) + len(texts[i]) for i in rows], device=device)
+        ids = torch.zeros(len(rows), length, dtype=torch.long)
+        for place, i in enumerate(rows):
+            ids[place, : len(before) + len(texts[i])] = torch.tensor(before + texts[i])
+        column = torch.arange(length, device=device)
+        real = column < lengths[:, None]
+        states = states_after(
+            reader, layer, input_ids=ids.to(device), attention_mask=real.long(), use_cache=False
+        )
+        own = (real & (column >= len(before))).unsqueeze(-1)
+        total = (states.float() * own).sum(1)
+        pooled[rows] = (total / own.sum(1)).cpu()
+    reader.train(was_training)
+    return pooled
+
+
 def unit_rms(x: Tensor) -> Tensor:
     """Rescale the last dimension to unit root mean square."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-12)
 
 
 class AlignmentNetwork(nn.Module):
-    """ALG: maps a CF vector `(n, cf_dim)` to the backbone's space `(n, hidden_size)`.
+    """ALG: maps a vector `(n, dim)` of CF or of text to the backbone's space `(n, hidden_size)`.
 
     Linear - GELU - Linear (our choice), at the scale of the backbone's token embeddings.
     """
 
-    def __init__(self, config: CCFLLMConfig) -> None:
+    def __init__(self, config: CCFLLMConfig, dim: int) -> None:
         super().__init__()
-        hidden = config.cf_dim * config.alignment_multiplier
-        self.up = nn.Linear(config.cf_dim, hidden)
+        hidden = dim * config.alignment_multiplier
+        self.up = nn.Linear(dim, hidden)
         self.out = nn.Linear(hidden, config.text_config.hidden_size)
         self.scale = config.slot_scale
 
-    def forward(self, cf: Tensor) -> Tensor:
-        return self.scale * self.out(F.gelu(self.up(cf)))
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.scale * self.out(F.gelu(self.up(vectors)))
 
 
 class FusionGate(nn.Module):
@@ -315,9 +457,9 @@ class CCFLLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CFTable):
             for name, buffer in module.named_buffers(recurse=False):
                 (init.ones_ if name.endswith("_scale") else init.zeros_)(buffer)
-        elif isinstance(module, ItemText):
-            init.zeros_(module.title_ids)
-            init.zeros_(module.title_lengths)
+        elif isinstance(module, (StaticText, ContextualText)):
+            for buffer in module.buffers(recurse=False):
+                init.zeros_(buffer)
         elif isinstance(module, CCFLLMModel):
             init.normal_(module.cold_item, std=0.02)
             init.normal_(module.cold_user, std=0.02)
@@ -341,9 +483,18 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         if self.language_model is not None:
             use_tiles(self.language_model)
         self.cf = CFTable(config)
-        self.item_text = ItemText(config)
-        self.item_alignment = AlignmentNetwork(config)
-        self.user_alignment = AlignmentNetwork(config)
+        self.item_alignment = AlignmentNetwork(config, config.cf_dim)
+        self.user_alignment = AlignmentNetwork(config, config.cf_dim)
+        self.item_text: StaticText | ContextualText = StaticText(config)
+        self.text_alignment = None
+        if config.item_text == "contextual":
+            self.item_text = ContextualText(config)
+            self.text_alignment = AlignmentNetwork(config, config.text_dim)
+        # What a checkpoint's loading added to the backbone's weights; None: that is not known.
+        self.merged_adapter: Adapter | None = {}
+        self.merged_scale = 0.0
+        self._new_states: dict[tuple[int, ...], Tensor] = {}
+        self._sentence_encoder: list[Any] = []  # in a list, where no state dict finds it
         self.gate = FusionGate(config) if config.fusion in ("gate", "scalar_gate") else None
         self.cold_item = nn.Parameter(torch.zeros(width))
         self.cold_user = nn.Parameter(torch.zeros(width))
@@ -360,10 +511,63 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    def read_texts(self, texts: list[list[int]]) -> Tensor:
+        """States `(len(texts), text_width)` float32 of items' token ids, on the CPU.
+
+        A backbone reads them without its LoRA, so that a vector stays the same while LoRA learns.
+        """
+        config: Any = self.config
+        if config.sentence_encoder:
+            return read_texts(self.sentence_encoder(), config.text_layer, texts)
+        if self.merged_adapter is None:
+            raise ValueError(
+                "An item outside the catalog is read by the backbone without LoRA, and this full "
+                "checkpoint does not tell its LoRA from the weights: load its slim form."
+            )
+        before, backbone = config.text_prefix_ids, self.language_model
+        with without_adapter(backbone, self.merged_adapter, self.merged_scale):
+            return read_texts(backbone, config.text_layer, texts, before)
+
+    def sentence_encoder(self) -> PreTrainedModel:
+        """The sentence encoder, loaded when first asked for."""
+        if not self._sentence_encoder:
+            config: Any = self.config
+            encoder: Any = load_sentence_encoder(config)
+            self._sentence_encoder.append(encoder.to(self.device))
+        return self._sentence_encoder[0]
+
+    def new_states(self, new_titles: NewTitles) -> Tensor:
+        """States of items outside the catalog `(new items, text_width)`; the latest are kept, since
+        one user's requests come back with the same ones."""
+        ids, kept = new_titles[0].tolist(), self._new_states
+        texts = []
+        for length in new_titles[1].tolist():
+            texts.append(tuple(ids[:length]))
+            del ids[:length]
+        missing = [text for text in dict.fromkeys(texts) if text not in kept]
+        kept.update(zip(missing, self.read_texts([list(text) for text in missing]), strict=True))
+        states = [kept[text] for text in texts]
+        for text in list(kept)[: max(0, len(kept) - TEXTS_KEPT)]:
+            del kept[text]
+        return torch.stack(states)
+
+    def text_vectors(self, items: Tensor, new_titles: NewTitles | None = None) -> Tensor:
+        """t of items `(n,)`: `(n, text_dim)` float32, of static text `(n, hidden_size)`. What two
+        items say is alike as their vectors' cosine.
+
+        Args:
+            items: catalog rows; rows past the catalog count on through `new_titles`.
+        """
+        if isinstance(self.item_text, StaticText):
+            return self.item_text(items, self.get_input_embeddings(), new_titles)
+        if new_titles is None or not len(new_titles[1]):
+            return self.item_text(items, None)
+        return self.item_text(items, self.new_states(new_titles))
+
     def item_words(self, items: Tensor, new_titles: NewTitles | None = None) -> Tensor:
         """s of items `(n,)`: `(n, hidden_size)` in the fusion's precision."""
-        words = self.item_text(items, self.get_input_embeddings(), new_titles)
-        return words.to(self.cold_item.dtype)
+        vectors = self.text_vectors(items, new_titles).to(self.cold_item.dtype)
+        return vectors if self.text_alignment is None else self.text_alignment(vectors)
 
     def aligned_items(self, items: Tensor, new_fields: NewFields | None = None) -> Tensor:
         """c' of items `(n,)`: aligned CF vectors, the cold-item vector where there is none."""
@@ -499,7 +703,6 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         self.answer_weight = nn.Parameter(torch.zeros(2, config.text_config.hidden_size))
         self.answer_scale = nn.Parameter(torch.ones(()))
         self.cf_logit_scale = nn.Parameter(torch.ones(()))
-        self._adapter: Adapter = {}
         self.post_init()
 
     @property
@@ -635,6 +838,17 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         )
         users = folded[place].view(*sequences.shape, -1)  # (batch, num_candidates, cf_dim)
         return self.cf.folded_logits(users, candidate_items, new)
+
+    @torch.no_grad()
+    def text_vectors(self, items: Tensor, new_titles: NewTitles | None = None) -> Tensor:
+        """What items `(n,)` say: `(n, text_dim)` float32, of static text `(n, hidden_size)`; alike
+        as their cosine.
+
+        Args:
+            items: catalog rows; rows past the catalog count on through `new_titles`.
+            new_titles: as in `item_gates`.
+        """
+        return self.model.text_vectors(items, new_titles).float()
 
     @torch.no_grad()
     def item_gates(

@@ -19,10 +19,12 @@ from .checkpoint_ccf_llm import (
     CATALOG_FILE,
     FIELDS_FILE,
     HUB_ARGUMENTS,
+    TEXT_TOKENIZER_FOLDER,
     USERS_FILE,
     check_catalog,
     copy_code,
     find_file,
+    load_text_tokenizer,
     load_tokenizer,
     read_field_values,
     read_ids,
@@ -280,6 +282,8 @@ class CCFLLMProcessor(ProcessorMixin):
         evidence_items: how many of them stand in a candidate's block, at most.
         templates: replaces entries of `TEMPLATES[wording]`.
         item_fields: what is known of each catalog item besides its title, as text or lists of text.
+        text_tokenizer: that of the sentence encoder by which the model reads items' words, where it
+            has one.
         field_values: (field, value) pairs that have CF vectors, in the order of these: those of
             `CFVectors`. By them an item outside the catalog, given as a dict with such a field, has
             a CF vector.
@@ -312,6 +316,7 @@ class CCFLLMProcessor(ProcessorMixin):
         evidence_items: int = 8,
         templates: dict[str, str] | None = None,
         item_fields: list[dict[str, Any]] | None = None,
+        text_tokenizer: PreTrainedTokenizerBase | None = None,
         field_values: Sequence[tuple[str, str]] = (),
     ) -> None:
         check_choice("histories", histories, HISTORIES)
@@ -323,7 +328,7 @@ class CCFLLMProcessor(ProcessorMixin):
         if history_window[0] < 0 or history_window[1] < 1:
             raise ValueError(f"history_window={history_window} needs H >= 0 and S >= 1.")
         self.chat_template = None
-        self.tokenizer = tokenizer
+        self.tokenizer, self.text_tokenizer = tokenizer, text_tokenizer
         self.prompt = HybridPrompt(
             tokenizer, wording, history_format, candidate_format, title_years, templates
         )
@@ -357,7 +362,12 @@ class CCFLLMProcessor(ProcessorMixin):
         prompt = {name: getattr(self, name) for name in PROMPT_SETTINGS}
         catalog = (item_ids, item_titles, user_ids)
         return type(self)(
-            self.tokenizer, *catalog, **prompt, item_fields=item_fields, field_values=field_values
+            self.tokenizer,
+            *catalog,
+            **prompt,
+            item_fields=item_fields,
+            text_tokenizer=self.text_tokenizer,
+            field_values=field_values,
         )
 
     def _set_catalog(
@@ -430,9 +440,20 @@ class CCFLLMProcessor(ProcessorMixin):
             "candidate_users",
         ]
 
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of an item's words as a slot's text side takes them."""
+        if not text or self.text_tokenizer is None:
+            return self.prompt.tokens(text) if text else []
+        return self.text_tokenizer(text, truncation=True)["input_ids"]
+
+    def text_prefix_ids(self) -> list[int]:
+        """What a causal model reads before an item's words: the beginning-of-sequence token, if the
+        tokenizer puts one before every text, else a line break."""
+        return self.prompt.bos_token_ids or self.prompt.tokens("\n")
+
     def item_title_ids(self) -> list[list[int]]:
-        """Token ids of every catalog item's words, in table order; the text that a gate sees."""
-        return [self.prompt.tokens(text) for text in self.item_texts]
+        """`text_ids` of every catalog item's words, in table order."""
+        return [self.text_ids(text) for text in self.item_texts]
 
     def answer_token_ids(self) -> tuple[int, int]:
         """Ids of " Yes" and " No".
@@ -709,7 +730,7 @@ class CCFLLMProcessor(ProcessorMixin):
         packed = PackedRow(self.prompt.instruction(), len(self.item_ids))
         for request in requests:
             self._write(packed, request)
-        new = [self.prompt.tokens(text) if text else [] for text, _ in packed.new_items]
+        new = [self.text_ids(text) for text, _ in packed.new_items]
         return BatchFeature(packed.tensors(new, signed=self.histories == "signed"))
 
     def _write(self, packed: PackedRow, request: Request) -> None:
@@ -763,6 +784,8 @@ class CCFLLMProcessor(ProcessorMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         files = list(self.tokenizer.save_pretrained(folder))
+        if self.text_tokenizer is not None:
+            files += self.text_tokenizer.save_pretrained(folder / TEXT_TOKENIZER_FOLDER)
         items = zip(self.item_ids, self.item_titles, self.item_fields, strict=True)
         rows = [{**fields, "id": item, "title": title} for item, title, fields in items]
         write_ids(folder / CATALOG_FILE, rows)
@@ -825,6 +848,7 @@ class CCFLLMProcessor(ProcessorMixin):
             [str(row.get("title") or "") for row in catalog],
             [row["id"] for row in read_ids(str(users_file))],
             **{name: settings[name] for name in PROMPT_SETTINGS if name in settings},
+            text_tokenizer=load_text_tokenizer(path, hub),
             item_fields=[
                 {name: value for name, value in row.items() if name not in ("id", "title")}
                 for row in catalog

@@ -379,7 +379,7 @@ def _text_shares(
     if not processor.uses_slots:
         return [1.0] * len(items)
     texts = [text for row, text in map(processor.item_text, items) if row is None]
-    words = [processor.prompt.tokens(text) if text else [] for text in texts]
+    words = [processor.text_ids(text) for text in texts]
     new_titles = (
         torch.tensor([token for ids in words for token in ids], device=model.device).long(),
         torch.tensor([len(ids) for ids in words], device=model.device).long(),

@@ -16,6 +16,14 @@ from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
 from ccf_llm_hf.cf.vectors import CFVectors
 
 
+@pytest.fixture(autouse=True)
+def text_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where trainings keep what they read, in place of the user's cache."""
+    folder = tmp_path / "text_states"
+    monkeypatch.setattr("ccf_llm_hf.training.stage.TEXT_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = [*TITLES, "Answer Yes or No. Liked: Yes No Yes No will they like the next one?"] * 20

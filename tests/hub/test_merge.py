@@ -56,7 +56,7 @@ def test_merged_scores_as_slim(
 def test_all_but_the_slim_weights_goes_along(slim: Path, tmp_path: Path) -> None:
     full = merge_checkpoint(str(slim), tmp_path / "full")
     names = {file.name for file in full.iterdir()}
-    gone = {"cf_embeddings.safetensors", "fusion.safetensors", "adapter"}
+    gone = {f"{name}.safetensors" for name in ("cf_embeddings", "text_vectors", "fusion")}
     assert names == {file.name for file in slim.iterdir()} - gone | {"model.safetensors"}
     for name in ("item_catalog.jsonl", "user_ids.jsonl", "processor_config.json", "plot.png"):
         assert (full / name).read_bytes() == (slim / name).read_bytes()

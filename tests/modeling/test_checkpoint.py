@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -275,11 +276,19 @@ def test_a_missing_backbone_is_named_with_the_mend(build: BuildModel, tmp_path: 
         AutoModel.from_pretrained(folder, backbone=str(tmp_path / "nowhere"))
 
 
-def test_a_merged_model_has_no_slim_form(build: BuildModel, tmp_path: Path) -> None:
+def test_a_merged_model_has_a_slim_form_by_the_adapter_beside_it(
+    build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     model, processor = build(lora=True)
     folder = save(model, processor, tmp_path / "full", "full")
+    slim = save(AutoModel.from_pretrained(folder), processor, tmp_path / "slim", "slim")
+    loaded = AutoModel.from_pretrained(slim, backbone=str(backbone_folder()))
+    torch.testing.assert_close(
+        logits(loaded, processor), logits(model, processor), atol=1e-5, rtol=0
+    )
+    shutil.rmtree(folder / "adapter")  # as release 0.2 wrote it
     with pytest.raises(ValueError, match="LoRA is merged"):
-        AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "slim", form="slim")
+        AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "two", form="slim")
 
 
 @pytest.mark.parametrize("form", ["full", "slim"])

@@ -153,7 +153,7 @@ def test_unknown_items_and_users_are_cold(build: BuildModel) -> None:
 
 
 def test_text_embedding_is_the_mean_of_title_tokens(build: BuildModel) -> None:
-    model, processor = build()
+    model, processor = build(item_text="static")
     table = model.get_input_embeddings().weight
     text = model.model.item_words(torch.tensor([1, 5, 0]))
     ids = processor.item_title_ids()

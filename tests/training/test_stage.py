@@ -3,11 +3,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from peft import LoraConfig
 
+from ccf_llm_hf import CTRRanker
 from ccf_llm_hf.cf.folds import fold_of
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR, CCFLLMModel
+from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 from ccf_llm_hf.training.collator import PackingCollator
 from ccf_llm_hf.training.lora import inject_lora
 from ccf_llm_hf.training.stage import uses_bf16
@@ -239,3 +242,33 @@ def test_what_cannot_be_reached_is_told_before_the_first_step(stage_run, monkeyp
     with pytest.raises(InputError, match=r"stage 'stage' cannot begin: ") as refused:
         run.build_trainer()
     assert "\n" not in str(refused.value)
+
+
+def test_a_stage_reads_the_catalog_once_trains_on_it_and_ranks_what_nobody_knows(
+    stage_run, text_cache, monkeypatch
+):
+    run = stage_run(lora={}, model={"cf_logit": True})
+    run.run(PartialState(cpu=True))
+    shards = list(text_cache.glob("*.safetensors"))
+    assert len(shards) == 1
+    folder = run.folder / "checkpoint"
+    loaded = CCFLLMForCTR.from_pretrained(folder, backbone=run.inputs.backbone)
+    assert loaded.config.item_text == "contextual"
+    fresh = run.build_model(run.build_processor())
+    old, new = (dict(m.model.text_alignment.named_parameters()) for m in (fresh, loaded))
+    assert all((old[name] != new[name]).any() for name in new)
+    processor = CCFLLMProcessor.from_pretrained(folder)
+    rows = torch.arange(len(processor.item_ids))
+    assert torch.equal(loaded.text_vectors(rows), fresh.text_vectors(rows))
+    ranked = CTRRanker(loaded, processor).rank(
+        user="u0", history=["i1"], candidates=["i2", "A film of tomorrow"]
+    )
+    assert {item.item_id for item in ranked} == {"i2", None}
+
+    def read_again(*args):
+        raise AssertionError("the catalog was read before")
+
+    monkeypatch.setattr(CCFLLMModel, "read_texts", read_again)
+    run.build_model(run.build_processor())
+    plain = stage_run(model={"item_text": "static"})
+    assert plain.build_model(plain.build_processor()).config.item_text == "static"

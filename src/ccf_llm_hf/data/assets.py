@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -52,7 +53,7 @@ def get_asset(
         name: "ml-1m", "ml-100k" (folder of the official or of RecBole's files), "ml-latest-small"
             (the official files, or an edition of 2016 as parquet), "book-crossing",
             "smollm2-135m-instruct" or "gemma-3-270m" (config.json, model.safetensors in fp32,
-            tokenizer).
+            tokenizer), or "all-minilm-l6-v2", a sentence encoder.
         path: folder that already holds the files; then nothing else is looked at.
         offline: use the cache only.
         cache_dir: default `$CCF_LLM_CACHE`, else `~/.cache/ccf_llm_hf`.
@@ -334,5 +335,9 @@ def _fetch_from_hub(asset: Asset, new: Path) -> str:
         )
     except Exception as error:  # network and Hub errors of several libraries
         raise Unavailable(f"{asset.hub_id} on the Hub: {' '.join(str(error).split())}") from error
-    save_fp32(Path(snapshot), None, new)
+    if asset.gguf:
+        save_fp32(Path(snapshot), None, new)
+    else:
+        for name in asset.layouts[0]:
+            shutil.copyfile(Path(snapshot) / name, new / name)
     return f"{constants.ENDPOINT}/{asset.hub_id}"

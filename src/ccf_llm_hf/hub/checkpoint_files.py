@@ -17,6 +17,8 @@ from ccf_llm_hf.modeling.checkpoint_ccf_llm import (
     CODE_FILES,
     FIELDS_FILE,
     FUSION_FILE,
+    TEXT_FILE,
+    TEXT_TOKENIZER_FOLDER,
     USERS_FILE,
 )
 
@@ -28,6 +30,7 @@ WEIGHT_FILES = (
     "model.safetensors.index.json",
     CF_FILE,
     FUSION_FILE,
+    TEXT_FILE,
     f"{ADAPTER_FOLDER}/{ADAPTER_FILE}",
     f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}",
 )
@@ -47,6 +50,8 @@ SETTINGS_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}",
+    f"{TEXT_TOKENIZER_FOLDER}/tokenizer.json",
+    f"{TEXT_TOKENIZER_FOLDER}/tokenizer_config.json",
 )
 PUBLISHED = {
     CARD_FILE,
@@ -63,7 +68,13 @@ PUBLISHED = {
 }
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # Keys under which libraries write down where a model or tokenizer was loaded from.
-NAME_KEYS = ("backbone_name", "_name_or_path", "name_or_path", "base_model_name_or_path")
+NAME_KEYS = (
+    "backbone_name",
+    "sentence_encoder",
+    "_name_or_path",
+    "name_or_path",
+    "base_model_name_or_path",
+)
 
 
 def is_weights(name: str) -> bool:
@@ -92,7 +103,8 @@ def copy_published(folder: Path, target: Path) -> list[str]:
             _link_or_copy(path.resolve(), target / name)
         else:
             top, inside, _ = name.partition("/")
-            left.add(name if top == ADAPTER_FOLDER else top + inside)
+            known = top in (ADAPTER_FOLDER, TEXT_TOKENIZER_FOLDER)
+            left.add(name if known else top + inside)
     return sorted(left)
 
 

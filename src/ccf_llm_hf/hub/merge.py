@@ -12,10 +12,15 @@ from ccf_llm_hf.hub.checkpoint_files import FACTS_FILE
 from ccf_llm_hf.hub.model_card import read_facts, write_card
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.io import write_folder
-from ccf_llm_hf.modeling.checkpoint_ccf_llm import ADAPTER_FOLDER, CF_FILE, FUSION_FILE
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import (
+    ADAPTER_FOLDER,
+    CF_FILE,
+    FUSION_FILE,
+    TEXT_FILE,
+)
 from ccf_llm_hf.version import __version__
 
-SLIM_ONLY = (CF_FILE, FUSION_FILE, ADAPTER_FOLDER)
+WRITTEN_ANEW = (CF_FILE, FUSION_FILE, TEXT_FILE, ADAPTER_FOLDER)
 
 
 def merge_checkpoint(checkpoint: str, out: str | Path, backbone: str | None = None) -> Path:
@@ -70,6 +75,6 @@ def _copy_the_rest(source: Path, folder: Path) -> None:
     """Files that neither model nor processor writes, such as the facts of the card."""
     for path in source.iterdir():
         target = folder / path.name
-        if path.name in SLIM_ONLY or path.name.startswith(".") or target.exists():
+        if path.name in WRITTEN_ANEW or path.name.startswith(".") or target.exists():
             continue
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target)

@@ -7,6 +7,7 @@ the last fit.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
 from ccf_llm_hf.modeling.modeling_ccf_llm import (
     CCFLLMForCTR,
     CFTable,
-    ItemText,
     NewFields,
     fold_in,
     rms_of_known,
@@ -120,16 +120,6 @@ class CrossFitTable(CFTable):
         )
 
 
-class CrossFitText(ItemText):
-    """[`ItemText`] of rows that carry their fit, of which an item's words know nothing."""
-
-    def forward(
-        self, items: Tensor, words: nn.Module, new_titles: tuple[Tensor, Tensor] | None
-    ) -> Tensor:
-        """As `ItemText`."""
-        return super().forward(decode_rows(items)[1], words, new_titles)
-
-
 def check_folded(model: CCFLLMForCTR, cf: CFVectors, reads_logit: bool) -> None:
     """Refuse a CF logit without folded-in users where no fit knows a training row's user.
 
@@ -154,10 +144,13 @@ def install_cross_fit(model: CCFLLMForCTR, cf: CFVectors) -> None:
             "the CF vectors are of other users or items than the model: build it with "
             "from_backbone(cf=...) from the same ones"
         )
-    text = CrossFitText(model.config)
-    text.load_state_dict(model.model.item_text.state_dict())
     model.model.cf = CrossFitTable(model.config, cf).to(model.device)
-    model.model.item_text = text.to(model.device)
+    model.model.item_text.register_forward_pre_hook(_leave_out_fits)
+
+
+def _leave_out_fits(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Of the fits that rows carry, an item's words know nothing.
+    return (decode_rows(args[0])[1], *args[1:])
 
 
 def choose_fits(split: Dataset, cf: CFVectors) -> list[int]:

@@ -22,7 +22,7 @@ import yaml
 from trl import TrlParser
 
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.modeling.configuration_ccf_llm import FUSIONS, CCFLLMConfig
+from ccf_llm_hf.modeling.configuration_ccf_llm import FUSIONS, ITEM_TEXTS, CCFLLMConfig
 from ccf_llm_hf.modeling.processing_ccf_llm import HISTORIES, CCFLLMProcessor
 from ccf_llm_hf.modeling.prompt_ccf_llm import ITEM_FORMATS, WORDINGS
 from ccf_llm_hf.training.arguments import CTRTrainingArguments
@@ -56,6 +56,10 @@ DECIDED = {
         "cf_dim",
         "num_users",
         "num_items",
+        "text_width",
+        "text_prefix_ids",
+        "sentence_encoder_revision",
+        "sentence_encoder_fingerprint",
         "num_title_tokens",
         "slot_scale",
         "yes_token_id",
@@ -92,6 +96,7 @@ DECIDED = {
 }
 CHOICES = {
     "fusion": FUSIONS,
+    "item_text": ITEM_TEXTS,
     "wording": WORDINGS,
     "history_format": ITEM_FORMATS,
     "candidate_format": ITEM_FORMATS,
@@ -119,8 +124,8 @@ class Stage:
             "help": "Where trained weights come from: an earlier stage's name, a slim checkpoint "
             "(folder, or Hub repository org/name or org/name@revision) or a PEFT adapter folder, "
             "whose LoRA rank and modules then hold. Its catalog may be another one than this "
-            "run's. Empty: a fresh start. From a checkpoint without slots or of another fusion "
-            "only the LoRA adapter is taken."
+            "run's. Empty: a fresh start. From a checkpoint without slots, or that fills them in "
+            "another way, only the LoRA adapter is taken."
         },
     )
     model: dict[str, Any] = field(

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HTTPError
 from transformers import AutoTokenizer, set_seed
 
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.data.assets import hub_id, load_backbone_path
+from ccf_llm_hf.data.assets import cache_folder, hub_id, load_backbone_path
 from ccf_llm_hf.data.prepared import PreparedData, interactions, load_prepared, rating_midpoint
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.io import sha256_of, write_folder, write_json
@@ -28,6 +28,7 @@ from ccf_llm_hf.training.warm_start import hash_start, warm_start
 
 CHECKPOINT = "checkpoint"
 RECORD_FILE = "stage.json"
+TEXT_CACHE = "text_states"  # folder in the cache, of what a language model made of catalogs' words
 STEEP = 1e3  # turns ratings into plain likes and dislikes
 SHARED_SETTINGS = ("backbone", "backbone_revision", "seed", "precision")
 STAGE_SETTINGS = ("name", "preset", "init_from", "model", "prompt", "lora", "training")
@@ -214,6 +215,10 @@ class StageRun:
         settings = {**self.stage.prompt, "histories": self.choose_histories()}
         settings["rating_scale"] = self.choose_rating_scale()
         settings["item_fields"] = self.inputs.item_fields()
+        if encoder := self.stage.model.get("sentence_encoder"):
+            settings["text_tokenizer"] = AutoTokenizer.from_pretrained(
+                self.find_encoder(encoder)[0], revision=self.find_encoder(encoder)[1]
+            )
         settings["field_values"] = [] if self.inputs.cf is None else self.inputs.cf.field_values
         try:
             return CCFLLMProcessor(tokenizer, *self.inputs.catalog(), **settings)
@@ -246,8 +251,16 @@ class StageRun:
             )
         return wanted
 
+    def find_encoder(self, name: str) -> tuple[str, str | None]:
+        """What to give `from_pretrained` for a `sentence_encoder`: (folder or Hub id, revision)."""
+        return load_backbone_path(name, offline=self.recipe.offline)
+
     def build_model(self, processor: CCFLLMProcessor) -> CCFLLMForCTR:
         """The stage's model with its starting weights, the frozen backbone in its precision."""
+        settings = dict(self.stage.model)
+        if encoder := settings.get("sentence_encoder"):
+            found, settings["sentence_encoder_revision"] = self.find_encoder(encoder)
+            settings["sentence_encoder"] = found if hub_id(encoder) == encoder else hub_id(encoder)
         try:
             model = CCFLLMForCTR.from_backbone(
                 self.inputs.backbone,
@@ -255,7 +268,10 @@ class StageRun:
                 backbone_name=hub_id(self.recipe.backbone),
                 revision=self.inputs.revision,
                 cf=self.inputs.cf,
-                **self.stage.model,
+                text_cache=cache_folder() / TEXT_CACHE,
+                text_space_of=self.start,
+                text_dtype=torch.bfloat16 if uses_bf16(self.recipe.precision) else torch.float32,
+                **settings,
             )
             if self.start:
                 dropout = (self.stage.lora or {}).get("lora_dropout", 0.0)

@@ -14,7 +14,9 @@ from ccf_llm_hf.modeling.checkpoint_ccf_llm import (
     ADAPTER_FILE,
     ADAPTER_FOLDER,
     FUSION_FILE,
+    TEXT_SETTINGS,
 )
+from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import PROCESSOR_FILE
 from ccf_llm_hf.training.lora import inject_lora
@@ -47,7 +49,7 @@ def warm_start(model: CCFLLMForCTR, source: Path, dropout: float = 0.0) -> None:
     adapter = find_adapter(source)
     if adapter:
         inject_lora(model, peft.LoraConfig(**read_lora(adapter), lora_dropout=dropout))
-    if fills_slots(source) == model.config.fusion:
+    if fills_slots_alike(source, model.config):
         model.load_trained_weights(source)
     elif adapter:
         model.load_adapter_folder(adapter)
@@ -68,15 +70,24 @@ def read_lora(adapter: Path) -> dict[str, Any]:
     return settings | {"use_rslora": bool(config.get("use_rslora"))}
 
 
-def fills_slots(source: Path) -> str | None:
-    """How a slim checkpoint fills slots, its `fusion`; None where its prompt shows none, or for a
-    bare adapter folder."""
+def fills_slots_alike(source: Path, config: CCFLLMConfig) -> bool:
+    """Whether a slim checkpoint fills slots as a model of `config` does: with the same fusion, of
+    words that are read in the same way. Not where its prompt shows none, or for a bare adapter."""
     if not (source / FUSION_FILE).is_file():
-        return None
+        return False
     prompt = json.loads((source / PROCESSOR_FILE).read_text(encoding="utf-8"))
     if prompt["history_format"] == prompt["candidate_format"] == "title":
-        return None
-    return json.loads((source / "config.json").read_text(encoding="utf-8"))["fusion"]
+        return False
+    saved = {"item_text": "static"} | json.loads((source / "config.json").read_text("utf-8"))
+    read = TEXT_SETTINGS if config.item_text == "contextual" else ("item_text",)
+    return all(saved.get(name) == getattr(config, name) for name in ("fusion", *read))
+
+
+def is_full(source: Path) -> bool:
+    """Whether a folder is a full checkpoint, whose adapter alone would leave its fusion behind."""
+    config = source / "config.json"
+    saved = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return saved.get("checkpoint_form") == "full"
 
 
 def warn_of_another_backbone(source: Path, fingerprint: str) -> None:
@@ -98,7 +109,7 @@ def hash_start(source: Path) -> str:
     Raises:
         InputError: when the folder holds no weights.
     """
-    adapter = find_adapter(source)
+    adapter = None if is_full(source) else find_adapter(source)
     files = []
     if (source / FUSION_FILE).is_file():
         files.append(source / FUSION_FILE)
