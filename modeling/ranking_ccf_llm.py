@@ -230,10 +230,9 @@ def preselect(
         sources.append([row for row in best if row not in seen])
     if by_topic := _by_topic(processor, history, logits.tolist(), seen):
         sources.append(by_topic)
-    reader: Any = model
-    if getattr(reader.config, "item_text", "") == "contextual":
+    if model.config.item_text == "contextual":
         liked = [processor.resolve_item(item)[0] for item in history if processor.likes(item)]
-        vectors = reader.text_vectors(rows)
+        vectors = model.text_vectors(rows)
         nearest = _by_text(vectors, [row for row in liked if row is not None], count + len(seen))
         if nearest:
             sources.append([row for row in nearest if row not in seen])

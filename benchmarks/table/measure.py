@@ -17,6 +17,8 @@ from rows import (
     COMPARED,
     QUICK_LABELS,
     QUICK_TITLE_LABELS,
+    SAMPLED_ROWS,
+    SAMPLED_USERS,
     VALIDATION_SAMPLE,
     Cell,
     read_cells,
@@ -28,6 +30,7 @@ from ccf_llm_hf.cf.fit import fit_cf, score_cf
 from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.assets import load_backbone_path
 from ccf_llm_hf.data.config import PrepareConfig
+from ccf_llm_hf.data.hashing import hash_ids, hash_pairs
 from ccf_llm_hf.data.prepare import prepare
 from ccf_llm_hf.data.prepared import (
     PROTOCOL_FILE,
@@ -37,7 +40,13 @@ from ccf_llm_hf.data.prepared import (
     read_rows,
 )
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.evaluation import evaluate_scores, fit_temperature, item_mean, item_user_mean
+from ccf_llm_hf.evaluation import (
+    evaluate_scores,
+    fit_temperature,
+    item_mean,
+    item_user_mean,
+    linear_hybrid,
+)
 from ccf_llm_hf.evaluation.controls import as_logits, score_average
 from ccf_llm_hf.evaluation.metrics import auc, uauc
 from ccf_llm_hf.evaluation.scores import read_scores
@@ -49,11 +58,16 @@ from ccf_llm_hf.modeling.modeling_ccf_llm import CFTable
 from ccf_llm_hf.training.run import run_recipe
 
 # Of a signed history the table needs what the prompt shows and what is folded in besides.
-STORED_HISTORY = 256
-# By track and name: which CF model, fitted how. Training rows see snapshots in time, as they did
-# for the committed figures. The open track's strengths are the best of those tried for users folded
-# in, on validation (results/ml-1m/experiments.md); the grid of `fit-cf` looks at users of the
-# table. Most ratings lie before its first snapshot: few snapshots will do.
+PREPARED: dict[str, dict[str, Any]] = {
+    "protocol": {},
+    "open": {"histories": "signed", "max_history": 256},
+    "frozen": {"histories": "signed", "max_history": 64},
+}
+# By track and name: which CF model, fitted how. Where there are times training rows see snapshots,
+# as they did for the committed figures. The open track's strengths are the best of those tried for
+# users folded in, on validation (results/ml-1m/experiments.md); the grid of `fit-cf` looks at users
+# of the table. Most ratings lie before its first snapshot: few snapshots will do. On Book-Crossing
+# fewer than 16 factors are other than zero.
 TABLES: dict[str, dict[str, tuple[str, CFConfig]]] = {
     "protocol": {
         "mf": ("mf", MFConfig(cross_fit="snapshots")),
@@ -74,6 +88,11 @@ TABLES: dict[str, dict[str, tuple[str, CFConfig]]] = {
                 l2_item_bias=0.3,
             ),
         ),
+    },
+    "frozen": {
+        "mf": ("mf", MFConfig(dim=16)),
+        "mf_nobias": ("mf", MFConfig(dim=16, use_biases=False)),
+        "mf_fields": ("mf", MFConfig(dim=16, item_fields=["author"], cross_fit="users")),
     },
 }
 MEANS = {"item mean": item_mean, "item + user mean": item_user_mean}
@@ -116,10 +135,8 @@ class Bench:
         """
         folder = self.work / f"data-{track}"
         if not (folder / PROTOCOL_FILE).is_file():
-            signed = {"histories": "signed", "max_history": STORED_HISTORY}
-            options = {} if track == "protocol" else signed
             source = {"source": self.dataset, "offline": self.offline}
-            prepare(PrepareConfig(out=str(folder), **source, **options))
+            prepare(PrepareConfig(out=str(folder), **source, **PREPARED[track]))
         if (found := load_protocol(folder).get("name")) != self.dataset:
             raise InputError(
                 f"{folder} holds {found}, not {self.dataset}: name another work folder (--work)"
@@ -165,7 +182,7 @@ class Bench:
         write_text(recipe, yaml.safe_dump(self.recipe(cell), sort_keys=False))
         run_recipe(["--config", str(recipe)])
         record = json.loads((self.folder(cell) / "training.json").read_text(encoding="utf-8"))
-        stage = record["stages"]["main"]
+        (stage,) = record["stages"].values()
         kept = ("train_labels", "trainable_parameters", "steps")
         return {
             "backbone": BACKBONE,
@@ -177,7 +194,7 @@ class Bench:
     def recipe(self, cell: Cell) -> dict[str, Any]:
         """The recipe file of a cell: one stage, cut to a sample of the labels where asked for."""
         assert cell.stage is not None
-        training = cell.stage["training"] | {"max_eval_labels": VALIDATION_SAMPLE[cell.titles]}
+        training = {"max_eval_labels": VALIDATION_SAMPLE[cell.titles]} | cell.stage["training"]
         if cell.quick:
             training["max_train_labels"] = QUICK_TITLE_LABELS if cell.titles else QUICK_LABELS
         stage: dict[str, Any] = {"name": "main", **cell.stage, "training": training}
@@ -207,20 +224,26 @@ class Bench:
         keys = rows[["user_id", "item_id", "label"]].reset_index(drop=True)
         if cell.arm in MEANS:
             return keys.join(MEANS[cell.arm](self.known_rows(cell.track), rows))
+        if cell.arm == "linear hybrid":
+            return keys.join(linear_hybrid(data, split))
         table = self.cf(cell.track, cell.cf)
         if cell.arm == "CF, folded in":
             return keys.join(folded_scores(table, load_prepared(data).splits[split]))
         return score_cf(table, data, split)
 
     def model_scores(self, cell: Cell, split: str) -> pd.DataFrame:
-        """A split's scores by the cell's checkpoint, in full precision; of validation a quick cell
-        scores a sample of users."""
+        """A split's scores by the cell's checkpoint, in full precision; of the frozen track its
+        sample, and of validation a quick cell scores a sample of users."""
         backbone, _ = load_backbone_path(BACKBONE, offline=self.offline)
         model, processor = load_checkpoint(str(self.checkpoint(cell)), backbone=backbone)
-        rows = load_prepared(self.data(cell.track)).splits[split]
-        if split == "validation" and cell.quick:
+        prepared = load_prepared(self.data(cell.track))
+        rows = prepared.splits[split]
+        if cell.track == "frozen":
+            pairs = rows.select_columns(["user_id", "item_id"]).to_pandas()
+            rows = rows.select(sampled_rows(pairs, split))
+        elif split == "validation" and cell.quick:
             rows = sample_users(rows, VALIDATION_SAMPLE[cell.titles])
-        return score_table(model, processor, rows)
+        return score_table(model, processor, rows, lines=prepared.lines())
 
     def average_scores(self, cell: Cell, split: str) -> pd.DataFrame:
         """The average of other rows' standardized scores, at the level of their probabilities."""
@@ -245,17 +268,30 @@ class Bench:
     def known_rows(self, track: str) -> pd.DataFrame:
         """The labels that a track's means are taken over."""
         data = self.data(track)
-        if track == "protocol":
+        if track != "open":
             return read_rows(data, "train")
         return earlier_interactions(data)
 
     def figures(self, cell: Cell, scores: dict[str, pd.DataFrame]) -> dict[str, Any]:
-        """Validation and test figures; probabilities are calibrated on validation."""
+        """Validation and test figures; probabilities are calibrated on validation.
+
+        The frozen track's are of its sample; what was scored whole has `whole_test` too.
+        """
         validation, test = scores["validation"], scores["test"]
+        sample = cell.track == "frozen"
+        whole = {}
+        if sample and cell.seed is None:
+            whole["whole_test"] = self.whole_figures(cell, test)
+            validation, test = (
+                table.iloc[sampled_rows(table, split)].reset_index(drop=True)
+                for split, table in scores.items()
+            )
         temperature = float(fit_temperature(validation["score"], validation["label"]))
         test = test.assign(prob=1 / (1 + np.exp(-test["score"] / temperature)))
         compared = {f"row {name}": table for name, table in self.comparisons(cell).items()}
-        report = evaluate_scores(test, self.data(cell.track), "test", compared, name=cell.name)
+        report = evaluate_scores(
+            test, self.data(cell.track), "test", compared, name=cell.name, sample=sample
+        )
         return {
             "validation": {
                 "auc": float(auc(validation["label"], validation["score"])),
@@ -263,6 +299,8 @@ class Bench:
             },
             "temperature": temperature,
             "test": {key: report["methods"][cell.name][key] for key in MEASURED},
+            **_unseen_items(report, cell.name),
+            **whole,
             "differences": {
                 name.removeprefix("row "): {
                     key: report["differences"][name][key] for key in MEASURED[:4]
@@ -271,12 +309,17 @@ class Bench:
             },
         }
 
+    def whole_figures(self, cell: Cell, test: pd.DataFrame) -> dict[str, Any]:
+        """AUC and UAUC of a control on all of test."""
+        report = evaluate_scores(test, self.data(cell.track), "test", name=cell.name)
+        measured = {key: report["methods"][cell.name][key] for key in MEASURED if key != "ece"}
+        return {**measured, **_unseen_items(report, cell.name)}
+
     def comparisons(self, cell: Cell) -> dict[str, pd.DataFrame]:
         """Test scores of the other rows that a cell is compared with, by name: the track's controls
-        and, where a language model is in the cell and the gate over MF (trained jointly, same seed)
-        has been scored here, that gate."""
+        and, of the trained ones, those of the same seed that have been scored here."""
         found = {}
-        for name, row in COMPARED.items():
+        for name, row in COMPARED[cell.track].items():
             for other in self.cells:
                 if other.row != f"{cell.track}-{row}" or other.row == cell.row:
                     continue
@@ -302,6 +345,29 @@ class Bench:
         left = [self.folder(cell) / "test.parquet"]
         left += [self.checkpoint(cell)] if cell.stage is not None else []
         return all(path.exists() for path in left)
+
+
+def sampled_rows(rows: pd.DataFrame, split: str) -> np.ndarray:
+    """Which rows stand for a split of the frozen track, in their order: those of the users whose
+    hash is lowest, and of each the ones whose hash is lowest."""
+    hashed = pd.DataFrame(
+        {
+            "user": hash_ids(rows["user_id"], "sample"),
+            "pair": hash_pairs(rows["user_id"], rows["item_id"], "sample"),
+        }
+    )
+    hashed = hashed.sort_values(["user", "pair"])
+    users = (hashed["user"] != hashed["user"].shift()).cumsum() <= SAMPLED_USERS[split]
+    some = hashed.groupby("user").cumcount() < SAMPLED_ROWS
+    return np.sort(hashed.index[users & some].to_numpy())
+
+
+def _unseen_items(report: dict[str, Any], name: str) -> dict[str, Any]:
+    """Figures among the rows of items without a training row, where these have a UAUC."""
+    found = report["slices"]["cold_item"]["methods"].get(name, {})
+    if found.get("uauc") is None:
+        return {}
+    return {"unseen_items": {key: found[key] for key in MEASURED[:4]}}
 
 
 def folded_scores(cf_folder: str | Path, split: datasets.Dataset) -> pd.DataFrame:

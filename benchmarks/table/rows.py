@@ -12,26 +12,47 @@ from typing import Any
 
 from ccf_llm_hf.errors import InputError
 
-DATASETS = ("ml-1m", "ml-100k", "ml-latest-small")
+# By data set, its tracks.
+DATASETS = {
+    "ml-1m": ("protocol", "open"),
+    "ml-100k": ("protocol", "open"),
+    "ml-latest-small": ("protocol", "open"),
+    "book-crossing": ("frozen",),
+}
 TRACKS = {
     "protocol": "CF fitted on the train split only, histories of earlier likes (CoLLM's protocol)",
     "open": "CF fitted on every rating before the validation split, signed histories (ours)",
+    "frozen": "a random split; CF fitted on its train rows, and nothing else in histories (ours)",
 }
 BACKBONE = "smollm2-135m-instruct"
-CF_NAMES = {"mf": "MF", "mf_nobias": "MF without biases"}
+CF_NAMES = {"mf": "MF", "mf_nobias": "MF without biases", "mf_fields": "MF + fields"}
 CF_NAMES |= {"lightgcn": "LightGCN", "sasrec": "SASRec"}
 # Labels that `--quick` trains on: what carries titles costs ten times as much.
 QUICK_LABELS, QUICK_TITLE_LABELS = 12_000, 2_500
 # Rows validated on at the end of training, by whether they carry titles. With one epoch nothing is
 # chosen by them; all of validation is scored afterwards, with `--quick` these in its place.
 VALIDATION_SAMPLE = {False: 3_000, True: 1_500}
+# All of the frozen track takes hours to score in words: by split, so many users, with at most so
+# many rows each, stand for it, drawn by a hash and the same for every row.
+SAMPLED_USERS = {"validation": 1_000, "test": 3_000}
+SAMPLED_ROWS = 20
 
-# What every cell is compared with, in this order, by the names of rows.
-COMPARED = {
+# What the cells of a track are compared with, in this order, by the names of rows.
+IN_TIME = {
     "item + user mean": "item_and_user_mean",
     "MF": "CF-mf",
     "MF, folded in": "CF_folded_in-mf",
     "gate": "gate-mf-joint",
+}
+COMPARED = {
+    "protocol": IN_TIME,
+    "open": IN_TIME,
+    "frozen": {
+        "MF + fields": "CF-mf_fields",
+        "linear hybrid": "linear_hybrid",
+        "cf_only": "cf_only-mf_fields-joint",
+        "text_only": "text_only-LoRA",
+    },
 }
 CELLS_FILE = "cells.jsonl"
 
@@ -57,6 +78,31 @@ FAST = RATES | {"answer_scale": 1e-2}
 SLOTS = {"history_format": "slot", "candidate_format": "slot", "history_window": [20, 16]}
 # Without " (1995)" a title is half as many tokens.
 TITLED = SLOTS | {"candidate_format": "title_slot", "title_years": False}
+# Answered lines of words, as examples/configs/bookcrossing.yaml has them.
+LINES: dict[str, Any] = {
+    "wording": "answered",
+    "histories": "signed",
+    "history_window": [48, 1],
+    "item_template": "{title} by {author}",
+    "evidence_fields": ["author"],
+}
+STREAMS: dict[str, Any] = {
+    "labels_per_step": 128,
+    "tokens_per_batch": 1024,
+    "max_train_labels": 64_000,
+    "likes_only_share": 0.2,
+    "learning_rate": 2e-3,
+    "weight_decay": 0.0,
+    "learning_rate_mapping": {"lora_": 8e-4},
+    "max_eval_labels": 600,
+    "eval_strategy": "steps",
+    "eval_steps": 100,
+}
+WIDE_LORA = {
+    "r": 16,
+    "lora_alpha": 32,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
 
 
 @dataclass(frozen=True)
@@ -107,20 +153,20 @@ def plan(dataset: str, tracks: Sequence[str], seeds: int, quick: bool) -> list[C
 
     Args:
         dataset: of `DATASETS`; `ml-1m` has all rows, the others the main ones.
-        tracks: which, of `TRACKS`.
+        tracks: which of the data set's.
         seeds: 0 to `seeds` - 1.
         quick: the main rows only, trained on a sample of the labels.
 
     Raises:
-        InputError: an unknown track, or no seeds.
+        InputError: a track that the data set has not, or no seeds.
     """
     if seeds < 1:
         raise InputError(f"--seeds must be at least 1, not {seeds}")
-    if unknown := [track for track in tracks if track not in TRACKS]:
-        raise InputError(f"--tracks must be of {', '.join(TRACKS)}, not {unknown[0]!r}")
-    rows = [
-        row for track in tracks for row in (protocol_rows if track == "protocol" else open_rows)()
-    ]
+    there = DATASETS[dataset]
+    if unknown := [track for track in tracks if track not in there]:
+        raise InputError(f"--tracks must be of {', '.join(there)}, not {unknown[0]!r}")
+    rows_of = {"protocol": protocol_rows, "open": open_rows, "frozen": frozen_rows}
+    rows = [row for track in tracks for row in rows_of[track]()]
     if quick or dataset != "ml-1m":
         rows = [row for row in rows if row.main]
     fixed = [row for row in rows if not row.training]
@@ -175,6 +221,53 @@ def open_rows() -> list[Cell]:
             _joint("cf_only and folded CF logit", cf_only, prompt=window, **shared), main=False
         ),
         replace(gate, main=False),
+    ]
+
+
+def frozen_rows() -> list[Cell]:
+    """Rows of data whose items have fields, in streams of answered lines."""
+    text_only = Cell(
+        "frozen",
+        "text_only",
+        training="LoRA",
+        stage={
+            "preset": "text_only",
+            "prompt": LINES,
+            "lora": WIDE_LORA,
+            "training": STREAMS,
+        },
+        titles=True,
+    )
+    rates = {"learning_rate": 1e-2, "learning_rate_mapping": RATES | {"lora_": 8e-4}}
+    cf_only = {
+        "model": {"fusion": "cf_only", "cf_logit": True, "cf_fold_in": True},
+        "prompt": {key: LINES[key] for key in ("wording", "histories", "history_window")},
+        "lora": WIDE_LORA,
+        "training": STREAMS | rates,
+    }
+    whole = {
+        "model": {"fusion": "gate", "cf_logit": True, "cf_fold_in": True},
+        "prompt": LINES | {"history_format": "title_slot", "candidate_format": "title_slot"},
+        "lora": WIDE_LORA,
+        "training": STREAMS | rates,
+    }
+    joint = Cell("frozen", "cf_only", "mf_fields", "joint", cf_only)
+    average = "average of MF + fields and text_only"
+    return [
+        Cell("frozen", "item mean"),
+        Cell("frozen", "item + user mean"),
+        Cell("frozen", "CF", "mf_nobias"),
+        Cell("frozen", "CF", "mf"),
+        Cell("frozen", "CF", "mf_fields"),
+        Cell("frozen", "linear hybrid"),
+        text_only,
+        replace(
+            text_only, arm=average, stage=None, average_of=("frozen-CF-mf_fields", text_only.row)
+        ),
+        joint,
+        replace(
+            joint, arm="gate and CF logit", stage=whole, starts_from=text_only.row, titles=True
+        ),
     ]
 
 

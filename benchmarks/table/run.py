@@ -3,7 +3,8 @@
     python benchmarks/table/run.py ml-1m --seeds 3
 
 A cell is one row and one seed. Each finished one is a line of `cells.jsonl` in the folder of
-results. Stopped at any time and run again, the command goes on.
+results. Stopped at any time and run again, the command goes on. The output folder of a `ccf-llm
+train` of the cell's settings, put into the work folder as `cells/NAME`, is taken for its training.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from statistics import mean
 
 from measure import Bench
 from render import table_markdown, write_table
-from rows import CELLS_FILE, DATASETS, TRACKS, Cell, plan, read_cells, row_of
+from rows import CELLS_FILE, DATASETS, Cell, plan, read_cells, row_of
 
 from ccf_llm_hf.errors import InputError
 
@@ -54,7 +55,7 @@ def planned(options: argparse.Namespace) -> tuple[Bench, list[Cell], list[Cell]]
     dataset = options.dataset
     bench = Bench(
         dataset,
-        plan(dataset, options.tracks, options.seeds, options.quick),
+        plan(dataset, options.tracks or DATASETS[dataset], options.seeds, options.quick),
         Path(options.work or f"runs/table/{dataset}"),
         Path(options.out or f"results/{dataset}"),
         options.offline,
@@ -127,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--seeds", type=int, default=1, help="seeds 0 to N - 1 (default: 1)")
     parser.add_argument(
-        "--tracks", nargs="+", default=list(TRACKS), metavar="TRACK", help="protocol, open or both"
+        "--tracks", nargs="+", metavar="TRACK", help="some of the data set's (default: all)"
     )
     parser.add_argument(
         "--only",

@@ -76,7 +76,7 @@ def world(tmp_path, monkeypatch):
         ),
     }
     monkeypatch.setattr(measure, "TABLES", {"protocol": tables})
-    monkeypatch.setattr(run, "DATASETS", ("synthetic",))
+    monkeypatch.setitem(rows.DATASETS, "synthetic", ("protocol",))
     monkeypatch.setattr(measure.Bench, "train", lambda bench, cell: here.train(bench, cell))
     monkeypatch.setattr(measure.Bench, "model_scores", scores_by_chance)
     few = functools.partial(measure.evaluate_scores, resamples=50)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from prepared_folder import make_rows, write_prepared
-from rows import plan
+from rows import Cell, plan
 
 from ccf_llm_hf.cf.config import MFConfig
 from ccf_llm_hf.cf.fit import score_cf
@@ -17,6 +17,7 @@ from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation import auc, fit_temperature
 
 GATE, TEXT = "protocol-gate-mf-joint-seed0", "protocol-text_only-LoRA-seed0"
+PAIR = ["user_id", "item_id"]
 AVERAGE = "protocol-average_of_MF_and_text_only-LoRA-seed0"
 
 
@@ -106,9 +107,42 @@ def test_data_is_prepared_once_a_track_and_not_of_another_set(world, monkeypatch
     protocol, opened = asked
     assert protocol.source == opened.source == "synthetic" and protocol.offline
     assert (protocol.histories, protocol.max_history) == ("likes", None)
-    assert (opened.histories, opened.max_history) == ("signed", measure.STORED_HISTORY)
+    assert (opened.histories, opened.max_history) == ("signed", 256)
     with pytest.raises(InputError, match="holds synthetic, not ml-1m: name another work folder"):
         replace(bench, dataset="ml-1m").data("open")
+
+
+def test_a_sample_is_of_few_users_and_the_same_in_any_order(monkeypatch):
+    monkeypatch.setattr(measure, "SAMPLED_USERS", {"test": 12})
+    monkeypatch.setattr(measure, "SAMPLED_ROWS", 5)
+    rows = make_rows(600).drop_duplicates(PAIR).reset_index(drop=True)
+    chosen = rows.iloc[measure.sampled_rows(rows, "test")]
+    counts = chosen["user_id"].value_counts()
+    assert len(counts) == 12 and counts.max() == 5
+    assert chosen.index.is_monotonic_increasing
+    mixed = rows.assign(label=1 - rows["label"]).sample(frac=1, random_state=0)
+    mixed = mixed.reset_index(drop=True)
+    again = mixed.iloc[measure.sampled_rows(mixed, "test")]
+    assert set(again[PAIR].agg(" ".join, axis=1)) == set(chosen[PAIR].agg(" ".join, axis=1))
+
+
+def test_rows_of_the_frozen_track_are_measured_on_its_sample(world, monkeypatch):
+    write_prepared(world.work / "data-frozen", make_rows(900).drop_duplicates(PAIR))
+    tables = {"frozen": {"mf_fields": measure.TABLES["protocol"]["mf"]}}
+    monkeypatch.setattr(measure, "TABLES", tables)
+    monkeypatch.setattr(measure, "SAMPLED_USERS", {"validation": 15, "test": 12})
+    cells = [Cell("frozen", "item mean"), Cell("frozen", "CF", "mf_fields")]
+    bench = replace(world.bench(), cells=cells)
+    result = bench.run(cells[0])
+    test = pd.read_parquet(world.work / "cells" / cells[0].name / "test.parquet")
+    sample = test.iloc[measure.sampled_rows(test, "test")]
+    assert result["test"]["auc"] == pytest.approx(auc(sample["label"], sample["score"]), rel=1e-5)
+    assert result["test"]["users"] == 12 and result["test"]["rows"] == len(sample) < len(test)
+    assert result["whole_test"]["rows"] == len(test)
+    assert result["whole_test"]["auc"] == pytest.approx(auc(test["label"], test["score"]), rel=1e-5)
+    mf = score_cf(world.work / "cf-frozen-mf_fields", world.work / "data-frozen", "test")
+    away = result["test"]["auc"] - auc(sample["label"], mf["score"][sample.index])
+    assert result["differences"]["MF + fields"]["auc"] == pytest.approx(away, abs=1e-5)
 
 
 def test_a_table_is_fitted_once(world):
@@ -121,7 +155,7 @@ def test_a_table_is_fitted_once(world):
 
 def test_training_rows_see_snapshots_as_they_did_for_the_committed_figures():
     tables = measure.TABLES
-    fits = [config for track in tables.values() for _, config in track.values()]
+    fits = [config for track in ("protocol", "open") for _, config in tables[track].values()]
     assert all(c.cross_fit == "snapshots" for c in fits if hasattr(c, "cross_fit"))
     assert tables["open"]["mf"][1] == MFConfig(
         rows="earlier",

@@ -1,11 +1,18 @@
 """The plan of the table: which cells, in which order, by settings that a recipe takes."""
 
+from pathlib import Path
+
 import pytest
+import yaml
 from measure import TABLES
-from rows import COMPARED, DATASETS, TRACKS, name_of, plan, read_cells, row_of
+from rows import COMPARED, DATASETS, name_of, plan, read_cells, row_of
 
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.training.recipe import Stage
+
+WHOLE = [
+    cell for data in ("ml-1m", "book-crossing") for cell in plan(data, DATASETS[data], 1, False)
+]
 
 
 def names(*args):
@@ -38,18 +45,14 @@ def test_what_a_cell_is_made_of_is_planned_before_it():
 
 
 def test_rows_stand_on_tables_and_are_compared_with_rows_that_exist():
-    cells = plan("ml-1m", list(TRACKS), 1, False)
-    for cell in cells:
+    for cell in WHOLE:
         assert not cell.cf or cell.cf in TABLES[cell.track]
-    found = {cell.row.removeprefix(f"{cell.track}-") for cell in cells}
-    assert set(COMPARED.values()) <= found
+    for data_tracks in DATASETS.values():
+        found = {c.row.removeprefix(f"{c.track}-") for c in WHOLE if c.track in data_tracks}
+        assert all(set(COMPARED[track].values()) <= found for track in data_tracks)
 
 
-@pytest.mark.parametrize(
-    "cell",
-    [cell for cell in plan("ml-1m", list(TRACKS), 1, False) if cell.stage],
-    ids=lambda cell: cell.name,
-)
+@pytest.mark.parametrize("cell", [cell for cell in WHOLE if cell.stage], ids=lambda cell: cell.name)
 def test_a_recipe_takes_the_settings(cell):
     stage = Stage(name="main", init_from="elsewhere" if cell.starts_from else "", **cell.stage)
     wanted = {"LoRA": ["lora"], "joint": ["fusion", "lora"], "two-stage": ["fusion"]}
@@ -57,9 +60,17 @@ def test_a_recipe_takes_the_settings(cell):
     assert stage.reads_cf() == bool(cell.cf)
 
 
+def test_a_run_of_the_recipe_is_the_cell_of_words():
+    recipe = Path(__file__).parents[2] / "examples" / "configs" / "bookcrossing.yaml"
+    (stage,) = yaml.safe_load(recipe.read_text())["stages"]
+    (cell,) = (cell for cell in WHOLE if cell.row == "frozen-text_only-LoRA")
+    assert Stage(name="main", **cell.stage) == Stage(**stage)
+
+
 def test_rows_in_words():
-    said = [name_of(row_of(cell)) for cell in plan("ml-1m", list(TRACKS), 1, False)]
+    said = [name_of(row_of(cell)) for cell in WHOLE]
     assert {"item mean", "MF without biases", "MF, folded in", "gate (MF, two-stage)"} <= set(said)
+    assert {"linear hybrid", "MF + fields", "cf_only (MF + fields, joint)"} <= set(said)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +78,7 @@ def test_rows_in_words():
 )
 def test_what_cannot_be_planned_is_refused(tracks, seeds, fragment):
     with pytest.raises(InputError, match=fragment):
-        plan(DATASETS[0], tracks, seeds, False)
+        plan("ml-1m", tracks, seeds, False)
 
 
 def test_a_line_that_is_no_result_is_named(tmp_path):

@@ -4,6 +4,7 @@ from ccf_llm_hf.evaluation.bootstrap import UserBootstrap, interval
 from ccf_llm_hf.evaluation.calibration_plot import plot_calibration
 from ccf_llm_hf.evaluation.controls import item_mean, item_user_mean, score_average
 from ccf_llm_hf.evaluation.hf_metrics import metric_path
+from ccf_llm_hf.evaluation.linear_hybrid import linear_hybrid
 from ccf_llm_hf.evaluation.metrics import (
     auc,
     auc_per_user,
@@ -33,6 +34,7 @@ __all__ = [
     "interval",
     "item_mean",
     "item_user_mean",
+    "linear_hybrid",
     "log_loss",
     "metric_path",
     "mrr",

@@ -19,6 +19,7 @@ from ccf_llm_hf.evaluation.controls import (
     item_user_mean,
     score_average,
 )
+from ccf_llm_hf.evaluation.linear_hybrid import DEFINITION, linear_hybrid
 from ccf_llm_hf.evaluation.metrics import (
     ECE_BINS,
     auc,
@@ -70,7 +71,8 @@ def evaluate_scores(
 
     Args:
         scores: user_id, item_id, score (any monotone scale) and, if known, prob and label.
-        data_dir: folder written by `ccf-llm prepare`; the means of train are computed from it.
+        data_dir: folder written by `ccf-llm prepare`; the means of train are computed from it, and
+            where its items have fields the linear hybrid is fitted to it (see `linear_hybrid`).
         split: train, validation or test.
         compare: name to scores of other methods, as of `read_scores` or `cf.score_cf`. One that
             covers only some rows is measured, and compared, on those; its `rows` says how many.
@@ -93,15 +95,23 @@ def evaluate_scores(
     rows, train = read_rows(data_dir, split), read_rows(data_dir, "train")
     if rows.empty:
         raise InputError(f"{data_dir}: the {split} split has no rows to evaluate")
+    hybrid = linear_hybrid(data_dir, split)
     if sample:
-        rows = rows[align_scores(scores, rows, name, partial=True)["score"].notna()]
-        rows = rows.reset_index(drop=True)
-    methods = _methods(scores, rows, train, dict(compare or {}), name, averages)
+        scored = align_scores(scores, rows, name, partial=True)["score"].notna()
+        rows = rows[scored].reset_index(drop=True)
+        hybrid = None if hybrid is None else hybrid[scored].reset_index(drop=True)
+    controls = {
+        "item mean": item_mean(train, rows),
+        "item + user mean": item_user_mean(train, rows),
+    }
+    if hybrid is not None:
+        controls["linear hybrid"] = hybrid
+    methods = _methods(scores, rows, controls, dict(compare or {}), name, averages)
     data = _Split(rows, methods, UserBootstrap(rows["user_id"], resamples, seed))
     masks = _slice_masks(rows, train)
-    definitions = (
-        METRICS | DEFINITIONS | {" & ".join(pair): AVERAGE_DEFINITION for pair in averages}
-    )
+    definitions = METRICS | DEFINITIONS
+    definitions |= {"linear hybrid": DEFINITION} if hybrid is not None else {}
+    definitions |= {" & ".join(pair): AVERAGE_DEFINITION for pair in averages}
     return _jsonable(
         {
             "split": split,
@@ -124,15 +134,11 @@ def evaluate_scores(
 def _methods(
     scores: pd.DataFrame,
     rows: pd.DataFrame,
-    train: pd.DataFrame,
+    controls: dict[str, pd.DataFrame],
     compare: dict[str, pd.DataFrame],
     name: str,
     averages: Sequence[tuple[str, str]],
 ) -> dict[str, pd.DataFrame]:
-    controls = {
-        "item mean": item_mean(train, rows),
-        "item + user mean": item_user_mean(train, rows),
-    }
     taken = {name, *controls} & set(compare) or {name} & set(controls)
     if taken:
         raise InputError(f"two methods are named {taken.pop()!r}; give the comparison another name")
