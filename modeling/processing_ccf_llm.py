@@ -278,7 +278,7 @@ class CCFLLMProcessor(ProcessorMixin):
         item_template: an item in words, of its title and its fields, such as `{title} by {author}`;
             see [`render_item`]. A gate reads it too.
         evidence_fields: fields, such as author, by which items of a history bear on a candidate;
-            see [`evidence`]. Of a history given whole they are found wherever in it they stand.
+            see [`evidence`]. Of a history given whole they are found before the window.
         evidence_items: how many of them stand in a candidate's block, at most.
         templates: replaces entries of `TEMPLATES[wording]`.
         item_fields: what is known of each catalog item besides its title, as text or lists of text.
@@ -517,33 +517,18 @@ class CCFLLMProcessor(ProcessorMixin):
             found += [(row, 1 / len(values)) for row in rows if row is not None]
         return tuple(found)
 
-    def evidence(
-        self,
-        history: Sequence[Item],
-        candidates: Sequence[Item],
-        lengths: Sequence[int] | None = None,
-    ) -> list[list[Item]]:
-        """For each candidate the items of a history that share a value of `evidence_fields` with
-        it, oldest first: `evidence_items` at most, those that share most, the latest of equals.
-
-        Args:
-            history: oldest first.
-            candidates: items.
-            lengths: how many of `history` each candidate may see; default all.
-        """
+    def evidence(self, history: Sequence[Item], candidates: Sequence[Item]) -> list[list[Item]]:
+        """For each candidate the items of a history, or of the part that the window leaves out,
+        that share a value of `evidence_fields` with it, oldest first: `evidence_items` at most,
+        those that share most, the latest of equals."""
         places: dict[tuple[str, str], list[int]] = {}
         for place, item in enumerate(history if self.evidence_fields else []):
             for topic in self.topics(item):
                 places.setdefault(topic, []).append(place)
         found = []
-        for candidate, length in zip(
-            candidates, lengths or [len(history)] * len(candidates), strict=True
-        ):
+        for candidate in candidates:
             shared = Counter(
-                place
-                for topic in self.topics(candidate)
-                for place in places.get(topic, [])
-                if place < length
+                place for topic in self.topics(candidate) for place in places.get(topic, [])
             )
             best = sorted(shared, key=lambda place: (-shared[place], -place))
             found.append([history[place] for place in sorted(best[: self.evidence_items])])
@@ -619,7 +604,7 @@ class CCFLLMProcessor(ProcessorMixin):
             history=history,
             history_lengths=[len(history)] * len(request.candidates),
             earlier=earlier,
-            evidence=self.evidence(request.history, request.candidates),
+            evidence=self.evidence(request.history[: -len(history) or None], request.candidates),
         )
 
     def count_tokens(self, request: Request) -> int:

@@ -586,7 +586,9 @@ def _without(
         history=history,
         history_lengths=[len(history)] * len(cut.candidates),
         earlier=[item for place, item in left if folded_in <= place < shown],
-        evidence=processor.evidence([item for _, item in left], cut.candidates),
+        evidence=processor.evidence(
+            [item for place, item in left if place < shown], cut.candidates
+        ),
     )
 
 
@@ -605,12 +607,7 @@ def _parts(
     others = catalog[:: max(1, len(catalog) // AVERAGE_OVER)][:AVERAGE_OVER]
     items = [*cut.candidates, *({"id": processor.item_ids[row]} for row in others)]
     unrated = _with_unrated(model, [row for row in (*rows, *others) if row is not None])
-    asked = replace(
-        cut,
-        candidates=items,
-        history_lengths=[len(cut.history)] * len(items),
-        evidence=processor.evidence(request.history, items),
-    )
+    asked = processor.cut(replace(request, candidates=items))
     (scores,) = score(unrated, processor, [asked], tokens_per_batch=tokens_per_batch)
     numbers, new = number_items(processor, cut.candidates, model.device)
     known = model.cf.lookup("item", numbers, new)[1].tolist()

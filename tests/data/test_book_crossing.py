@@ -131,6 +131,28 @@ def test_prepared_folder_and_card_tell_what_was_done(folder: Path) -> None:
     assert "`author`, `year`, `publisher`" in text
 
 
+def test_parts_of_the_users_are_disjoint_and_make_up_all(folder: Path) -> None:
+    whole = interactions(prepare(config(folder), summary=False))
+    parts = []
+    for number in (1, 2):
+        out = prepare(config(folder, users=f"{number}/2"), summary=False)
+        part, protocol = interactions(out), load_prepared(out).protocol
+        assert protocol["rejected"]["other_user"]["count"] == len(whole) - len(part)
+        assert f"part {number}/2 of the users" in protocol["row_rule"]
+        assert 10 <= part["user_id"].nunique() <= 30
+        parts.append(part)
+    assert not set(parts[0]["user_id"]) & set(parts[1]["user_id"])
+    key = ["user_id", "item_id"]
+    found = pd.concat(parts).sort_values(key, ignore_index=True)
+    pd.testing.assert_frame_equal(found, whole.sort_values(key, ignore_index=True))
+
+
+@pytest.mark.parametrize("users", ["0/2", "3/2", "half", "1/"])
+def test_a_part_that_cannot_be_is_refused(folder: Path, users: str) -> None:
+    with pytest.raises(InputError, match="--users must be K/N"):
+        prepare(config(folder, users=users), summary=False)
+
+
 def test_other_seeds_and_shares(folder: Path) -> None:
     def splits(**options: object) -> pd.DataFrame:
         out = prepare(config(folder, **options), summary=False)

@@ -106,14 +106,13 @@ def test_evidence_of_a_split_is_in_its_histories_or_in_the_frozen_lines(tokenize
     for group in group_split(split, processor):
         found |= dict(zip(group.rows, group.evidence or [], strict=True))
     places = {(row["user_id"], row["item_id"]): place for place, row in enumerate(split)}
-    # Only the two latest items are stored: c and a, whose label here is that of their row.
-    assert found[places["u", "d"]] == [{"id": "c", "liked": 0}]
-    assert found[places["v", "b"]] == []
+    # Only the two latest items are stored, c and a, and the window shows a.
+    assert found[places["u", "e"]] == [{"id": "c", "liked": 0}]
+    assert found[places["u", "a"]] == []
     lines = frozen_lines(split)
     assert [line["id"] for line in lines["u"]] == ["a", "b", "c", "a", "d", "e"]
     for group in group_split(split, processor, lines=lines):
+        before = lines[str(group.user)][: -len(group.history) or None]
         for item, evidence in zip(group.candidates, group.evidence or [], strict=True):
-            assert evidence == processor.evidence(lines[str(group.user)], [item])[0]
-            assert len(evidence) == sum(
-                (line["id"] in "az") == (item in "az") for line in lines[str(group.user)]
-            )
+            assert evidence == processor.evidence(before, [item])[0]
+            assert len(evidence) == sum((line["id"] in "az") == (item in "az") for line in before)

@@ -288,7 +288,7 @@ def test_the_card_says_how_an_item_is_shown(tmp_path, fusion, prompt, words, row
     assert words in card
     assert f"| Items | {row} |" in card
     assert ("TALLRec" in card) == (prompt == "title")
-    assert ("CF model scores highest" in card) == (prompt != "title")
+    assert ("choose from the catalog, by the CF model" in card) == (prompt != "title")
     assert "| LoRA | none |" in card
 
 

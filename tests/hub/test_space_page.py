@@ -26,6 +26,7 @@ from ccf_llm_hf.hub_cards.space.ccf_llm_space.recommender import (
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.inference.ranker import CTRRanker
 from ccf_llm_hf.modeling.pipeline_ccf_llm import CTRRankingPipeline
+from ccf_llm_hf.modeling.ranking_ccf_llm import preselect
 
 HISTORY = ["Heat (1995)", "Alien (1979)", "A film that nobody knows (2031)"]
 EVIL = "<img src=x onerror='alert(1)'> & \"friends\""
@@ -100,12 +101,19 @@ def test_liked_and_disliked_titles_are_not_ranked(recommender: Recommender) -> N
     assert {place.title for place in found} == {*TITLES} - {*HISTORY, *disliked}
 
 
-def test_the_language_model_scores_those_that_the_cf_model_prefers(
+def test_the_language_model_scores_the_candidates_that_ranking_takes(
     recommender: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CANDIDATES", 7)
-    left = [title for title in recommender.titles if title not in HISTORY][:7]
-    assert {place.title for place in recommender.rank(HISTORY)} == {*left}
+    model, processor = recommender.model, recommender.processor
+    taken = [
+        processor.resolve_item(item)[1] for item in preselect(model, processor, None, HISTORY, 7)
+    ]
+    assert len(taken) == 7
+    assert {place.title for place in recommender.rank(HISTORY)} == {*taken}
+
+
+def test_titles_stand_in_the_order_of_the_cf_models_biases(recommender: Recommender) -> None:
     table = recommender.model.cf
     bias = {title: float(table.item_vectors[row, -1]) for row, title in enumerate(TITLES)}
     rated = [title for title in recommender.titles if title not in UNRATED]

@@ -48,7 +48,8 @@ def test_a_new_item_is_given_with_its_fields(capsys, checkpoint):
     assert document["history"] == ["1", json.loads(new)]
     assert cli.main(["explain", *argv, "--item", new]) == 0
     explained = json.loads(capsys.readouterr().out)
-    assert explained["item"]["known"] and explained["history"][1]["known"]
+    assert explained["title"] == "Up" and explained["known"]
+    assert "Up" in {line["title"] for line in explained["lines"]}
 
 
 def test_rank_takes_a_stored_users_history(capsys, checkpoint, prepared):

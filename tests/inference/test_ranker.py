@@ -72,16 +72,19 @@ def test_new_and_unfitted_items_are_not_known(ranker):
 
 
 def test_catalog_is_preselected_by_item_bias_for_a_new_user(ranker):
-    # Biases: film 2 has 2.0, film 3 has 1.0, film 1 has .5; film 2 was seen.
-    ranked = ranker.rank(history=["Jumanji (1995)"], preselect=2)
-    assert {item.item_id for item in ranked} == {"3", "1"}
+    # Biases: film 2 has 2.0, film 3 has 1.0, film 1 has .5.
+    assert [item.item_id for item in ranker.rank(preselect=1)] == ["2"]
+    assert {item.item_id for item in ranker.rank(preselect=3)} == {"2", "3", "1"}
+    # Film 2 was seen; words of what was liked have the second turn.
+    assert [i.item_id for i in ranker.rank(history=["Jumanji (1995)"], preselect=1)] == ["3"]
 
 
-def test_without_item_biases_a_new_user_needs_candidates(ranker, monkeypatch):
+def test_without_item_biases_a_new_user_needs_likes_or_candidates(ranker, monkeypatch):
     table = ranker.model.cf
     monkeypatch.setitem(table._buffers, "default_user", torch.zeros_like(table.default_user))
     with pytest.raises(InputError, match="no item biases"):
-        ranker.rank(history=["1"])
+        ranker.rank()
+    assert "1" not in {item.item_id for item in ranker.rank(history=["1"])}  # by words alone
 
 
 def test_catalog_is_preselected_by_the_users_own_vector(ranker):

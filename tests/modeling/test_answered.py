@@ -170,14 +170,16 @@ def test_evidence_shares_a_value_and_comes_before(tokenizer: PreTrainedTokenizer
         [history[1]],
         [],
     ]
-    assert processor.evidence(history, ["a", "c"], [2, 1]) == [["a"], []]
     # Two values in common weigh more than being the latest.
     both = {"title": "The Talisman", "author": ["King", "Straub"]}
     assert by_author(tokenizer, evidence_items=1).evidence(["b", "a"], [both]) == [["b"]]
     assert by_author(tokenizer, evidence_items=1).evidence(["a", "b"], ["a"]) == [["b"]]
     assert by_author(tokenizer, evidence_items=0).evidence(["a", "b"], ["a"]) == [[]]
+    # Only what the window leaves out: it shows the last item.
     cut = processor.cut(Request(None, history, ["a", "d"]))
     assert (cut.history, cut.evidence) == (["d"], [shared, []])
+    assert processor.cut(Request(None, history[:3], ["a"])).evidence == [["a"]]
+    assert processor.cut(Request(None, [], ["a"])).evidence == [[]]
     asked = len(processor.pack([cut])["input_ids"][0]) - len(processor.prompt.instruction())
     assert processor.count_tokens(Request(None, history, ["a", "d"])) == asked
 

@@ -91,7 +91,7 @@ def test_rank_explain_and_the_pipeline_take_them(build: BuildModel) -> None:
     again = piped({"user": "u0", "history": ["i1"], "candidates": [NEW, "i2"]})
     assert [item["logit"] for item in again] == pytest.approx([item.logit for item in ranked])
     explained = ranker.explain("u0", ["i1"], item=NEW)
-    assert explained.item.known
+    assert explained.known
     assert explained.cf_logit == pytest.approx(ranker.explain("u0", item=TWIN).cf_logit)
 
 

@@ -166,10 +166,10 @@ def chosen(model: CCFLLMForCTR, processor: CCFLLMProcessor, *args: Any) -> list[
 
 
 def test_a_liked_author_brings_items_that_nobody_has_rated(build: BuildModel) -> None:
-    model, processor = build(prompt=BY_AUTHOR)
+    model, processor = build(prompt=BY_AUTHOR, item_text="static")
     assert "i7" in chosen(model, processor, None, ["i0"], 6)
     assert "i7" not in chosen(model, processor, None, ["i1"], 6)
-    _, without = build()
+    _, without = build(item_text="static")
     assert chosen(model, without, None, ["i0"], 7)[-1] == "i7", "last, where CF alone chooses"
 
 
@@ -181,6 +181,14 @@ def test_sources_take_turns_and_nothing_comes_twice(build: BuildModel) -> None:
     assert rows.index(king[0]) <= 1 and set(king) == {"i2", "i3", "i7"}
     for count in range(1, 8):
         assert chosen(model, processor, None, ["i0"], count) == rows[:count]
+
+
+def test_words_bring_an_item_that_cf_does_not_know(build: BuildModel) -> None:
+    model, processor = build()
+    words = model.text_vectors(torch.arange(8))
+    nearest = torch.nn.functional.cosine_similarity(words, words[:1]).argsort(descending=True)
+    assert chosen(model, processor, None, ["i0"], 2)[1] in [f"i{row}" for row in nearest[1:3]]
+    assert "i7" in chosen(model, processor, None, ["i0"], 7)
 
 
 def test_words_near_to_any_liked_title_bring_theirs() -> None:
@@ -210,7 +218,7 @@ def test_authors_get_places_as_often_as_they_were_liked(build: BuildModel) -> No
 def test_a_new_user_is_folded_in_wherever_the_cf_model_allows_it(
     build: BuildModel, settings: dict[str, Any]
 ) -> None:
-    model, processor = build(prompt={"histories": "signed"}, **settings)
+    model, processor = build(prompt={"histories": "signed"}, item_text="static", **settings)
     history = ["i0", "i3"]
     table = model.cf
     users = table.folded_users(torch.tensor([[0, 3]]), torch.ones(1, 2), torch.tensor([2]))

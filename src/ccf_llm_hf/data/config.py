@@ -24,8 +24,8 @@ class PrepareConfig:
     protocol (2017 only: train January-November, December halved by time, label = rating 5). `collm`
     keeps the rows that CoLLM published. Of the options below, the `ml-*` sources use `out`,
     `input`, `offline`, `cache_dir`, `histories`, `max_history` and `frozen_histories` only,
-    `book-crossing` also `split`, `ratios` and `seed`, `amazon-books` those of `ml-*` without
-    `offline` and `cache_dir`, `collm` `out` and `input` only, and `table` uses the others.
+    `book-crossing` also `split`, `ratios`, `seed` and `users`, `amazon-books` those of `ml-*`
+    without `offline` and `cache_dir`, `collm` `out` and `input` only, and `table` uses the others.
     """
 
     source: str = field(default="ml-1m", metadata={"help": ", ".join(SOURCES)})
@@ -110,6 +110,13 @@ class PrepareConfig:
     )
     test_start: str | None = field(
         default=None, metadata={"help": "table, split=time: test starts (time or ISO date)"}
+    )
+    users: str | None = field(
+        default=None,
+        metadata={
+            "help": "table, book-crossing: K/N keeps the K-th of N parts of the users, by a hash "
+            "of their ids; to train on some users and score others"
+        },
     )
     license: str | None = field(
         default=None,

@@ -68,12 +68,11 @@ def group_split(
         fold_in_items=processor.fold_in_items,
     )
     for group in groups if processor.evidence_fields else []:
-        if lines is None:
-            pool = [*group.earlier, *group.history]
-            lengths = [len(group.earlier) + length for length in group.history_lengths or []]
-        else:
-            pool, lengths = lines.get(str(group.user), []), None
-        group.evidence = processor.evidence(pool, group.candidates, lengths)
+        before = group.earlier
+        if lines is not None:
+            of_user = lines.get(str(group.user), [])
+            before = of_user[: len(of_user) - len(group.history)]
+        group.evidence = processor.evidence(before, group.candidates)
     return groups
 
 

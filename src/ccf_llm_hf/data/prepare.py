@@ -86,7 +86,7 @@ def prepare(config: PrepareConfig, *, summary: bool = True) -> Path:
             _advance(bar, config, "check rows")
             items = clean_items(raw, report)
             fields = _keep_fields(config, items)
-            rows = clean_interactions(raw, items, report, config.time_unit)
+            rows = clean_interactions(raw, items, report, config.time_unit, _user_part(config))
             del raw
             _advance(bar, config, "split")
             if config.source == "ml-latest-small":
@@ -97,6 +97,9 @@ def prepare(config: PrepareConfig, *, summary: bool = True) -> Path:
                 rows, protocol["split_rule"] = amazon.keep_active(rows)
             if config.source in ("amazon-books", "book-crossing"):
                 items = items[items["item_id"].isin(rows["item_id"])].reset_index(drop=True)
+            if config.users:
+                rule = f"part {config.users} of the users, by a hash of their ids"
+                protocol["row_rule"] = "; ".join(filter(None, [protocol.get("row_rule"), rule]))
             samples = _label_and_split(config, rows, protocol)
         protocol["splits"] = describe_splits(samples, protocol["has_times"])
         protocol["accepted_rows"], protocol["catalog_items"] = len(rows), len(items)
@@ -128,6 +131,7 @@ def _check_options(config: PrepareConfig) -> None:
         )
     if config.max_history is not None and config.max_history < 1:
         raise InputError(f"--max-history must be at least 1, not {config.max_history}")
+    _user_part(config)
     if config.source in ("amazon-books", "collm") and not config.input:
         raise InputError(f"the source `{config.source}` needs --input FOLDER with its files")
     if config.source == "table":
@@ -179,7 +183,7 @@ def _refuse_idle_options(config: PrepareConfig) -> None:
     elif config.source in MOVIELENS:
         used = fetched | histories
     elif config.source == "book-crossing":
-        used = fetched | histories | {"split", "ratios", "seed"}
+        used = fetched | histories | {"split", "ratios", "seed", "users"}
     else:
         used = {"input"} if config.source == "collm" else {"input"} | histories
     default = PrepareConfig()
@@ -188,6 +192,16 @@ def _refuse_idle_options(config: PrepareConfig) -> None:
             raise InputError(
                 f"{_flag(name)} has no meaning for the source {config.source}: leave it out"
             )
+
+
+def _user_part(config: PrepareConfig) -> tuple[int, int] | None:
+    """Which part of the users, of how many; None for all of them."""
+    if config.users is None:
+        return None
+    numbers = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", config.users)
+    if not numbers or int(numbers[1]) > int(numbers[2]):
+        raise InputError(f"--users must be K/N with K from 1 to N, such as 1/2, not {config.users}")
+    return int(numbers[1]), int(numbers[2])
 
 
 def _is_random(config: PrepareConfig) -> bool:

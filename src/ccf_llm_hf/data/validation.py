@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from ccf_llm_hf.data.hashing import hash_ids
 from ccf_llm_hf.data.sources import RawTables
 from ccf_llm_hf.errors import InputError
 
@@ -25,6 +26,7 @@ POLICIES = {
     "repeated_pair": "same user and item as an earlier row, in data without times: first kept",
     "not_rated": "rating 0, which means not rated: dropped",
     "inactive_user": "user with fewer usable rows than the source's rule asks for: dropped",
+    "other_user": "user of another part than the one asked for: dropped",
     "malformed_item_line": "items table, wrong number of fields: dropped",
     "missing_item_id": "items table, empty id: dropped",
     "duplicate_item": "items table, id occurs again: first kept",
@@ -86,9 +88,14 @@ def clean_items(raw: RawTables, report: RejectionReport) -> pd.DataFrame:
 
 
 def clean_interactions(
-    raw: RawTables, items: pd.DataFrame, report: RejectionReport, time_unit: str = "s"
+    raw: RawTables,
+    items: pd.DataFrame,
+    report: RejectionReport,
+    time_unit: str = "s",
+    part: tuple[int, int] | None = None,
 ) -> pd.DataFrame:
-    """Usable interactions, in the order of the file.
+    """Usable interactions, in the order of the file; with `part` `(k, n)` those of the k-th of n
+    parts of the users.
 
     Columns: `user_id` and `item_id` categorical (of str), `timestamp` int64 (Unix seconds) unless
     the data has no times, when each pair of user and item has one row; and `rating` float64 or
@@ -132,6 +139,12 @@ def clean_interactions(
         rows = _drop(rows, few, "inactive_user", file, report)
         if rows.empty:
             raise InputError(f"{file}: no user has {raw.min_user_rows} usable rows: check the file")
+    if part is not None:
+        number, parts = part
+        others = hash_ids(rows["user_id"], "part") % np.uint64(parts) != number - 1
+        rows = _drop(rows, pd.Series(others, index=rows.index), "other_user", file, report)
+        if rows.empty:
+            raise InputError(f"{file}: no user is in part {number} of {parts}: ask for fewer parts")
     rows[value] = rows[value].astype("int64" if value == "label" else "float64")
     if has_times:
         rows["timestamp"] = rows["timestamp"].astype("int64")
