@@ -37,7 +37,7 @@ def test_a_result_is_measured_on_the_scores_that_are_kept(world):
     assert result["temperature"] == pytest.approx(
         fit_temperature(validation["score"], validation["label"]), rel=1e-5
     )
-    assert result["minutes"] >= 2.0 and result["settings"]["model"] == {"fusion": "gate"}
+    assert result["minutes"] >= 2.0 and result["settings"]["model"]["fusion"] == "gate"
     assert world.cells() == {GATE: json.loads(json.dumps(result))}
 
 
