@@ -82,7 +82,8 @@ class CTRRankingPipeline(Pipeline):
         given = {"top_k": top_k, "preselect": preselect}
         varied = {} if max_per_topic is None else {"max_per_topic": max_per_topic}
         _check_counts(varied)
-        return {name: value for name, value in given.items() if value is not None}, varied, {}
+        given = {name: value for name, value in given.items() if value is not None}
+        return given | varied, varied, {}
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         # transformers looks at the first of a list, and an empty one has none.
@@ -131,7 +132,11 @@ class CTRRankingPipeline(Pipeline):
             yield request
 
     def preprocess(  # type: ignore[override]
-        self, input_: Any, top_k: int = 10, preselect: int = 100
+        self,
+        input_: Any,
+        top_k: int = 10,
+        preselect: int = 100,
+        max_per_topic: int | None = None,
     ) -> Checked:
         """Check one input and choose its candidates if it names none.
 
@@ -153,7 +158,8 @@ class CTRRankingPipeline(Pipeline):
         history = _item_list(input_.get("history") or [], "history")
         candidates = input_.get("candidates")
         if candidates is None:
-            candidates = choose(self.model, self.processor, user, history, int(preselect))
+            count = int(preselect)
+            candidates = choose(self.model, self.processor, user, history, count, max_per_topic)
         candidates = _item_list(candidates, "candidates")
         if not candidates:
             raise ValueError("candidates is empty: give at least one item, or leave it out.")

@@ -22,6 +22,7 @@ from .modeling_ccf_llm import CCFLLMForCTR, NewFields
 from .processing_ccf_llm import CCFLLMProcessor, Request, Values, pad_values
 
 TOKENS_PER_BATCH = 2048  # of one forward pass
+SPARE = 4  # candidates of a topic for each of its places in a list that is to vary (our choice)
 AVERAGE_OVER = 32  # titles, evenly spread over the catalog, that stand for any title
 CONTENT = ("input_ids", "item_slots", "user_slots")
 LAYOUT = ("position_ids", "sequence_ids", "block_ids", "history_depths")
@@ -203,6 +204,7 @@ def preselect(
     user: Any,
     history: Sequence[Any],
     count: int = 100,
+    max_per_topic: int | None = None,
 ) -> list[dict[str, str]]:
     """`count` catalog items to score, none of them in the history (our choice).
 
@@ -211,7 +213,8 @@ def preselect(
     scores highest), one that shares a value of the processor's `evidence_fields`, such as its
     author, with what was liked, and the one whose words, where a model has contextual text vectors,
     are nearest to those of a liked item. The latter two may be items that nobody has rated. A new
-    user is folded in from the history if the CF model allows it.
+    user is folded in from the history if the CF model allows it. With `max_per_topic` of the list,
+    see `rank`, a topic has `SPARE` times as many candidates at most, so that others have some too.
 
     Raises:
         ValueError: nothing tells items apart for this user, or none is left.
@@ -226,7 +229,7 @@ def preselect(
     if bool(known.any()) and bool(personal[known].max() > personal[known].min()):
         # Those of no vector stand last: that all are at one place says nothing of them.
         order = personal.masked_fill(~known, -torch.inf).argsort(descending=True, stable=True)
-        best = order[: count + len(seen)].tolist()
+        best = (order if max_per_topic else order[: count + len(seen)]).tolist()
         sources.append([row for row in best if row not in seen])
     if by_topic := _by_topic(processor, history, logits.tolist(), seen):
         sources.append(by_topic)
@@ -242,7 +245,10 @@ def preselect(
             f"this model has no {lack} to choose items by for this user, and no liked item shares "
             "one of its evidence_fields with another: give candidates"
         )
-    chosen = _take_turns(sources, count)
+    chosen = _take_turns(sources, len(rows) if max_per_topic else count)
+    if max_per_topic:
+        topics = [processor.topics({"id": processor.item_ids[row]}) for row in chosen]
+        chosen = [chosen[place] for place in _varied(topics, SPARE * max_per_topic)][:count]
     if not chosen:
         raise ValueError("the history holds every item of the catalog: give candidates")
     return [{"id": processor.item_ids[row]} for row in chosen]

@@ -183,6 +183,18 @@ def test_sources_take_turns_and_nothing_comes_twice(build: BuildModel) -> None:
         assert chosen(model, processor, None, ["i0"], count) == rows[:count]
 
 
+def test_a_list_that_is_to_vary_has_candidates_of_others(
+    build: BuildModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ccf_llm_hf.modeling.ranking_ccf_llm.SPARE", 1)
+    model, processor = build(prompt=BY_AUTHOR)
+    king = {"i2", "i3", "i7"}
+    assert len(king & set(chosen(model, processor, None, ["i0"], 8))) == 3
+    varied = preselect(model, processor, None, ["i0"], 8, max_per_topic=1)
+    rows = [item["id"] for item in varied]
+    assert len(king & set(rows)) == 1 and len(set(rows) - king) >= 3
+
+
 def test_words_bring_an_item_that_cf_does_not_know(build: BuildModel) -> None:
     model, processor = build()
     words = model.text_vectors(torch.arange(8))

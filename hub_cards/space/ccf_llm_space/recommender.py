@@ -142,11 +142,11 @@ class Recommender:
             top_k: length of the list; fewer when there are fewer candidates.
             disliked: titles that the model reads as such, if it `reads_dislikes`.
         """
-        candidates = self._candidates(history, [*history, *excluded, *disliked], disliked)
+        limit = MAX_PER_TOPIC if varied and self.topics else None
+        candidates = self._candidates(history, [*history, *excluded, *disliked], disliked, limit)
         if not candidates:
             return []
         ranker: Any = self._blank if blank else self.ranker
-        limit = MAX_PER_TOPIC if varied and self.topics else None
         asked = self._request(history, candidates, disliked)
         found = ranker(asked | {"top_k": top_k}, max_per_topic=limit)
         titles = [self.processor.item_text({"id": item["item_id"]})[1] for item in found]
@@ -159,13 +159,18 @@ class Recommender:
         ]
 
     def _candidates(
-        self, history: Sequence[str], left_out: Collection[str], disliked: Sequence[str]
+        self,
+        history: Sequence[str],
+        left_out: Collection[str],
+        disliked: Sequence[str],
+        limit: int | None,
     ) -> list[str]:
         """Titles to score: the pipeline's own choice, or the catalog's first if it has none."""
         asked = self._request(history, [], disliked) | {"candidates": None}
         ranker: Any = self.ranker
         try:
-            request, _ = ranker.preprocess(asked, preselect=CANDIDATES + len(left_out))
+            count = CANDIDATES + len(left_out)
+            request, _ = ranker.preprocess(asked, preselect=count, max_per_topic=limit)
         except ValueError:
             found = self.titles
         else:

@@ -216,7 +216,10 @@ class CTRRanker:
                 )
             past = _items(None if histories is None else histories[place], f"history {place}")
             items = None if candidates is None else candidates[place]
-            chosen = self._preselect(user, past, preselect) if items is None else _given(items)
+            if items is None:
+                chosen = self._preselect(user, past, preselect, max_per_topic)
+            else:
+                chosen = _given(items)
             requests.append(Request(user, past, chosen))
         try:
             return rank(
@@ -305,10 +308,12 @@ class CTRRanker:
         rows, new = number_items(self.processor, [item], self.model.device)
         return cf_logits(self.model, self.processor, user, history, rows, new).item()
 
-    def _preselect(self, user: User, history: Sequence[Item], count: int) -> list[Item]:
+    def _preselect(
+        self, user: User, history: Sequence[Item], count: int, max_per_topic: int | None
+    ) -> list[Item]:
         """As `preselect` of the modeling code."""
         try:
-            return list(preselect(self.model, self.processor, user, history, count))
+            return list(preselect(self.model, self.processor, user, history, count, max_per_topic))
         except ValueError as error:
             raise InputError(str(error)) from error
 
