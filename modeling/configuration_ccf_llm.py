@@ -1,9 +1,15 @@
-"""Configuration of CCF-LLM and the fingerprint that ties a CF table to its catalog."""
+"""Configuration of CCF-LLM, raw ids as text, and the fingerprint that ties a CF table to its
+catalog."""
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Sequence
+from decimal import Decimal
+from numbers import Integral, Real
 from typing import Any, ClassVar
+from uuid import UUID
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -23,6 +29,43 @@ AUTO_MAP = {
 CUSTOM_PIPELINES = {
     TASK: {"impl": "pipeline_ccf_llm.CTRRankingPipeline", "pt": ["AutoModel"], "type": "text"}
 }
+
+
+WHOLE = re.compile(r"-?[0-9]+\.0+")  # an integer that went through a floating-point column
+
+
+def read_id(value: Any) -> str | None:
+    """A raw id as text, the same by whatever door it comes in: integers of any size exactly, 12.0
+    as 12, bytes decoded, blanks around it trimmed; None where it is missing (None, NaN, empty).
+
+    Raises:
+        ValueError: a container, or anything else that is no single id.
+    """
+    if getattr(value, "shape", None) == ():  # a number of NumPy's or PyTorch's
+        value = value.item()
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas' own
+        return None
+    if isinstance(value, (bytes, bytearray)):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError:
+            raise ValueError(f"{value!r} is no id: its bytes are not UTF-8.") from None
+    if isinstance(value, str):
+        text = value.strip()
+        return (text.partition(".")[0] if WHOLE.fullmatch(text) else text) or None
+    if isinstance(value, (Integral, UUID)):
+        return str(value)
+    if isinstance(value, (Real, Decimal)):
+        if not math.isfinite(value):
+            return None
+        if isinstance(value, float) and abs(value) >= 2**53:
+            raise ValueError(
+                f"{value!r} is no id: a floating-point number this large stands for several "
+                "integers; give an integer or text."
+            )
+        return str(int(value) if value == int(value) else value)
+    shown = " ".join(repr(value).split())
+    raise ValueError(f"{shown[:80]} is no id: give one string or integer.")
 
 
 def ids_fingerprint(

@@ -191,7 +191,7 @@ def test_train_writes_card_then_example_of_each_checkpoint(monkeypatch, tmp_path
 
 def test_prepare_prints_json_and_writes_the_folder(capsys, tmp_path):
     table = tmp_path / "ratings.csv"
-    rows = [f"u{n % 4},i{n % 7},Film {n % 7},{n % 5 + 1},{1000 + n}" for n in range(60)]
+    rows = [f"u{n % 4},i{n % 7},Film {n % 7},{n % 5 + 1},{1_600_000_000 + n}" for n in range(60)]
     table.write_text("\n".join(["user_id,item_id,title,rating,timestamp", *rows]) + "\n")
     argv = ["prepare", "table", "--interactions", str(table), "--rating-column", "rating"]
     code, out, _ = run(capsys, *argv, "--out", str(tmp_path / "data"), "--json")

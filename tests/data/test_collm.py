@@ -123,3 +123,19 @@ def test_a_pickle_that_asks_for_more_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"valid_ood2\.pkl does not exist"):
         prepare(config(tmp_path))
     assert not (tmp_path / "ran").exists()
+
+
+def test_numbers_are_ids_exactly(tmp_path: Path) -> None:
+    large = 2**70
+    folder = write(
+        tmp_path,
+        uid=[1.9, 1.2, 3.0],
+        iid=[2**53 + 1, 2**53, 8],
+        his=[[0, large], [0, 8], [0, 8]],
+        his_title=[["", "Large"], ["", "Eight"], ["", "Eight"]],
+    )
+    data = load_prepared(prepare(config(folder), summary=False))
+    train = data.splits["train"]
+    assert train["user_id"][:] == ["1.9", "1.2", "3"]
+    assert train["item_id"][:] == ["9007199254740993", "9007199254740992", "8"]
+    assert train["history"][:] == [[str(large)], ["8"], ["8"]]

@@ -20,6 +20,7 @@ from ccf_llm_hf.data import (
     stored_histories,
 )
 from ccf_llm_hf.data.grouping import group_rows
+from ccf_llm_hf.data.prepared import rating_midpoint
 from ccf_llm_hf.data.sources import read_movielens_1m
 from ccf_llm_hf.errors import InputError
 
@@ -382,3 +383,91 @@ def test_ml_100k(tmp_path: Path) -> None:
     assert "Toy Story (1995)" in set(data.items["title"])
     first = datetime.datetime.fromtimestamp(splits["test"]["first_timestamp"], datetime.UTC)
     assert first.year == 1998
+
+
+@pytest.mark.parametrize("histories", ["likes", "signed"])
+@pytest.mark.parametrize("written", ["ms", "s", "date"])
+def test_rows_within_a_second_keep_their_order(
+    prepared_config: Make, histories: str, written: str
+) -> None:
+    raw = small_raw()
+    order = [str(n) for n in range(len(raw.items))]
+    # Within one second and against the order in which the file first names the items.
+    late = [("9", item, "5", n) for n, item in enumerate(reversed(order), start=1)]
+    form = {
+        "ms": lambda n: f"{START + n // 10}{n % 10}00",
+        "s": lambda n: f"{START + n // 10}.{n % 10}",
+        "date": lambda n: f"{datetime.datetime.fromtimestamp(START + n / 10, datetime.UTC)}",
+    }[written]
+    raw.rows = [("0", item, "5", n) for n, item in enumerate(order, start=1)] + late
+    raw.rows += [("1", item, "1", 1000 + 50 * n) for n, item in enumerate(order)]
+    raw.rows = [(user, item, rating, form(n)) for user, item, rating, n in raw.rows]
+    unit = "ms" if written == "ms" else "s"
+    config = prepared_config(raw, time_unit=unit, histories=histories, ratios=[0.7, 0.15, 0.15])
+    out = prepare(config, summary=False)
+    train = load_prepared(out).splits["train"].to_pandas()
+    rows = train[train["user_id"] == "9"]
+    assert rows["item_id"].tolist() == list(reversed(order))
+    assert [list(history) for history in rows["history"]] == [
+        rows["item_id"].tolist()[:place] for place in range(len(rows))
+    ]
+    shown = stored_histories(out)["9"]
+    assert [item["id"] if isinstance(item, dict) else item for item in shown] == order[::-1]
+    assert set(rows["timestamp"]) == {START, START + 1}
+
+
+def test_ties_in_time_follow_the_file_of_a_table(prepared_config: Make) -> None:
+    raw = small_raw()
+    raw.rows += [("9", item, "5", str(START)) for item in ("7", "2", "5")]
+    data = load_prepared(prepare(prepared_config(raw), summary=False))
+    train = data.splits["train"].to_pandas()
+    assert train[train["user_id"] == "9"]["item_id"].tolist() == ["7", "2", "5"]
+    assert stored_histories(data.path)["9"] == ["7", "2", "5"]
+    assert "in the order of the file" in data.protocol["history_rule"]
+
+
+@pytest.mark.parametrize(("scale", "threshold"), [(1, 0.6), (10, 5), (100, 50), (-4, -10)], ids=str)
+def test_signed_histories_of_any_scale(
+    prepared_config: Make, scale: float, threshold: float
+) -> None:
+    raw = small_raw()
+    raw.rows = [(u, i, str(int(r) * scale / 5), t) for u, i, r, t in raw.rows]
+    options: dict = {"histories": "signed", "positive_threshold": threshold * 1.0}
+    if scale == -4:
+        options["positive_threshold"] = -2.5
+    data = load_prepared(prepare(prepared_config(raw, **options), summary=False))
+    midpoint = rating_midpoint(interactions(data.path))
+    for row in data.splits["train"]:
+        liked = [rating > midpoint for rating in row["history_ratings"]]
+        assert liked == [label == 1 for label in row["history_labels"]]
+    with pytest.raises(InputError, match=r"every row has label 0: ratings go from .* to "):
+        prepare(prepared_config(raw, positive_threshold=1000.0))
+
+
+def test_files_of_many_kinds_give_one_folder(tmp_path: Path) -> None:
+    table = pd.DataFrame(small_raw().rows, columns=["user_id", "item_id", "rating", "timestamp"])
+    table["title"] = "Film " + table["item_id"]
+    whole = {name: table[name].astype(int) for name in ("user_id", "item_id")}
+    forms = {
+        "plain.csv": table,
+        "padded.csv": table.assign(user_id=" " + table["user_id"] + " "),
+        "floats.csv": table.assign(**{name: ids.astype(float) for name, ids in whole.items()}),
+        "integers.parquet": table.assign(**whole),
+        "floats.parquet": table.assign(**{name: ids.astype(float) for name, ids in whole.items()}),
+        "bytes.parquet": table.assign(user_id=table["user_id"].str.encode("utf-8")),
+        "categories.parquet": table.assign(user_id=table["user_id"].astype("category")),
+    }
+    found = []
+    for name, frame in forms.items():
+        file = tmp_path / name
+        frame.to_csv(file, index=False) if file.suffix == ".csv" else frame.to_parquet(file)
+        config = PrepareConfig(
+            "table", str(tmp_path / "out"), interactions=str(file), rating_column="rating"
+        )
+        out = prepare(config, summary=False)
+        tables = load_prepared(out).protocol["tables"]
+        assert tables == {name: {"read": len(table), "accepted": len(table), "rejected": 0}}
+        found.append((interactions(out), row_hashes(load_prepared(out))))
+    for log, hashes in found[1:]:
+        pd.testing.assert_frame_equal(log, found[0][0])
+        assert hashes == found[0][1]

@@ -1,5 +1,7 @@
 from pathlib import Path
 
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from raw_data import FORMATS, Raw, small_raw, write_raw
@@ -13,6 +15,7 @@ from ccf_llm_hf.data.sources import (
     read_movielens_latest_small,
     read_tables,
 )
+from ccf_llm_hf.data.validation import as_ids
 from ccf_llm_hf.errors import InputError
 
 
@@ -121,7 +124,6 @@ def test_columns_of_other_items_columns_are_kept(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "Empty"),
-        (b"user_id,item_id,rating,timestamp,title\n1,\xe9,1,1,t\n", "UTF-8"),
         (b"user_id,item_id,rating\n1,2,3\n", "no column 'timestamp'"),
         (b"user_id,item_id,rating,timestamp\n1,2,3,4\n", "no column 'title'"),
         (b"user_id,user_id,item_id,rating,timestamp\n1,1,2,3,4\n", "several columns"),
@@ -171,3 +173,97 @@ def test_a_column_may_be_called_line(tmp_path: Path) -> None:
     tables = read_tables(file, None, ColumnNames(item="line", rating="rating"))
     assert tables.interactions["item_id"].tolist() == ["Jubilee"]
     assert tables.interactions["_line"].tolist() == [2]
+
+
+HEADER = "user_id,item_id,rating,timestamp,title"
+SOUND = [f"{n},b{n % 7},5,{1_600_000_000 + n},Book {n % 7}" for n in range(1, 41)]
+
+
+def read_lines_of(tmp_path: Path, lines: list[str]) -> RawTables:
+    file = tmp_path / "x.csv"
+    file.write_text("\n".join([HEADER, *lines]) + "\n")
+    return read_tables(file, None, ColumnNames(rating="rating"))
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [
+        ('"Book 3', None),  # nothing closes it
+        ('"Book 3', 'The "Book'),  # a quote inside a later value does, and text follows it
+        ('"Book 3', '"A, b"'),  # a quoted value does
+        ('"Book 3', 'Live 12"'),  # at the end of a value, as if it were its own
+    ],
+)
+@pytest.mark.parametrize("later", [1, 2, 20])
+def test_a_quote_that_takes_in_rows_is_refused_by_line(
+    tmp_path: Path, opening: str, closing: str | None, later: int
+) -> None:
+    lines = list(SOUND)
+    lines[9] = lines[9].replace("Book 3", opening)
+    if closing:
+        lines[9 + later] = ",".join([*lines[9 + later].split(",")[:4], closing])
+    with pytest.raises(InputError, match=r"x\.csv, line 11: a quote opens that takes in") as error:
+        read_lines_of(tmp_path, lines)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        '"One, two\nthree"',
+        '"One\ntwo, three\nfour, five"',
+        '"One ""quoted""\n""two"""',
+        '"\n\nOne\n"',
+        '"1,2,3,4,""5""\n1,2,3,4,""5"""',
+    ],
+)
+def test_values_of_several_lines_stay_whole(tmp_path: Path, title: str) -> None:
+    lines = [*SOUND, f"50,long,5,1600000050,{title}", "51,long,4,1600000051,Other"]
+    tables = read_lines_of(tmp_path, lines)
+    assert tables.interactions_read == len(tables.interactions) == len(SOUND) + 2
+    whole = title[1:-1].replace('""', '"')
+    assert tables.items["title"].tolist()[-1] == whole
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_delimiters_and_encodings_are_recognized(
+    tmp_path: Path, delimiter: str, encoding: str, end: str
+) -> None:
+    text = end.join([HEADER, *SOUND, "99,é,4,1600000099,Größe – “so”"]).replace(",", delimiter)
+    file = tmp_path / "x.csv"
+    file.write_bytes(text.encode(encoding))
+    tables = read_tables(file, None, ColumnNames(rating="rating"))
+    assert tables.items.iloc[-1][["item_id", "title"]].tolist() == ["é", "Größe – “so”"]
+    assert tables.interactions_read == len(tables.interactions) == len(SOUND) + 1
+
+
+def test_damaged_utf_8_is_named_by_line_and_not_taken_for_latin_1(tmp_path: Path) -> None:
+    file = tmp_path / "x.csv"
+    file.write_bytes(f"{HEADER}\n1,é,5,1600000000,a\n2,".encode() + b"\xe9,5,1600000001,b\n")
+    with pytest.raises(InputError, match=r"x\.csv, line 3 is not UTF-8 as other lines are"):
+        read_tables(file, None, ColumnNames(rating="rating"))
+
+
+def test_parquet_comes_in_parts_with_indexes_and_with_integers_beside_nulls(tmp_path: Path) -> None:
+    table = pd.DataFrame([line.split(",") for line in SOUND], columns=HEADER.split(","))
+    table["user_id"] = [2**60 + n * n for n in range(len(table))]
+    wanted = [str(user) for user in table["user_id"]]
+    (tmp_path / "log").mkdir()
+    table[:20].set_index("user_id").to_parquet(tmp_path / "log" / "0.parquet")
+    table[20:].set_index("user_id").to_parquet(tmp_path / "log" / "1.parquet")
+    pq.write_table(
+        pa.table(
+            {
+                "user_id": [2**60, None],
+                **{name: ["1600000000"] * 2 for name in HEADER.split(",")[1:]},
+            }
+        ),
+        tmp_path / "null.parquet",
+    )
+    tables = read_tables(tmp_path / "log", None, ColumnNames(rating="rating"))
+    assert as_ids(tables.interactions["user_id"]).tolist() == wanted
+    assert tables.interactions_read == len(table)
+    tables = read_tables(tmp_path / "null.parquet", None, ColumnNames(rating="rating"))
+    assert as_ids(tables.interactions["user_id"]).tolist() == [str(2**60), ""]

@@ -139,7 +139,8 @@ def test_no_more_than_five_examples() -> None:
 
 def table(values: list, column: str) -> RawTables:
     n = len(values)
-    rows = pd.DataFrame({"user_id": "u", "item_id": "i", "timestamp": range(n), "_line": range(n)})
+    rows = pd.DataFrame({"user_id": "u", "item_id": "i", "_line": range(n)})
+    rows["timestamp"] = range(START, START + n)
     rows[column] = values
     items = pd.DataFrame({"item_id": ["i"], "title": ["T"], "_line": [1]})
     return RawTables(rows, items, "f", "g")
@@ -147,7 +148,7 @@ def table(values: list, column: str) -> RawTables:
 
 def test_labels() -> None:
     report = RejectionReport()
-    raw = table(["0", "1", "0.0", "1.0", "True", "false", "2", ""], "label")
+    raw = table(["0", "1", "0.0", "1.0", "True", "false", "yes", ""], "label")
     rows = clean_interactions(raw, clean_items(raw, report), report)
     assert rows["label"].tolist() == [0, 1, 0, 1, 1, 0]
     assert rows["label"].dtype == np.int64
@@ -169,10 +170,10 @@ def test_a_row_bad_in_two_ways_is_counted_once() -> None:
 def test_parse_times() -> None:
     text = pd.Series(["10", "10.7", "2020-01-02", "2020-01-02T03:00:00+02:00", "x", "", "1e400"])
     times = parse_times(text).tolist()
-    assert times[:4] == [10, 10, 1_577_923_200, 1_577_926_800]
+    assert times[:4] == [10, 10.7, 1_577_923_200, 1_577_926_800]
     assert all(math.isnan(time) for time in times[4:])
     assert parse_times(pd.Series([1_600_000_000_123])).isna().all()
-    assert parse_times(pd.Series([1_600_000_000_123]), "ms").tolist() == [1_600_000_000]
+    assert parse_times(pd.Series([1_600_000_000_123]), "ms").tolist() == [1_600_000_000.123]
     day = datetime.date(2020, 1, 2)
     for values in ([day, None], pd.to_datetime([day, None]), pd.to_datetime([day, None], utc=True)):
         times = parse_times(pd.Series(values)).tolist()
@@ -185,7 +186,10 @@ def test_parse_times() -> None:
     [
         ([1, 2], ["1", "2"]),
         ([1.0, None], ["1", ""]),
-        ([1.5, 2.0], ["1.5", "2.0"]),
+        ([1.5, 2.0], ["1.5", "2"]),
+        (["1.0", "2"], ["1", "2"]),
+        ([b"a", None], ["a", ""]),
+        ([2**70, 2**53 + 1], [str(2**70), "9007199254740993"]),
         ([" a ", None], ["a", ""]),
         (["007", "NA"], ["007", "NA"]),
         ([None, None], ["", ""]),
@@ -193,3 +197,57 @@ def test_parse_times() -> None:
 )
 def test_as_ids(values: list, ids: list[str]) -> None:
     assert as_ids(pd.Series(values)).tolist() == ids
+
+
+@pytest.mark.parametrize("values", [[["a"], ["b"]], [1e18, 2.0], [{"id": 1}]])
+def test_columns_of_no_ids_are_refused(values: list) -> None:
+    with pytest.raises(InputError, match="column 'who' holds no ids"):
+        as_ids(pd.Series(values, name="who"))
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "expected"),
+    [
+        ("label", ["1", "-1", "0"], "labels are 0 and 1"),
+        ("label", [1, 2, 1], "labels are 0 and 1"),
+        ("rating", ["4,5", "3", "5"], "ratings are numbers such as 4.5"),
+        ("rating", ["5", "4.5/5", "5"], "ratings are numbers such as 4.5"),
+        ("rating", ["5", "4 / 5", "5"], "ratings are numbers such as 4.5"),
+    ],
+)
+def test_another_notation_is_refused_and_not_dropped(
+    column: str, values: list, expected: str
+) -> None:
+    raw = table(values, column)
+    with pytest.raises(InputError, match=rf"f:\d: {column} '.*' is not read: {expected}"):
+        clean_interactions(raw, clean_items(raw, RejectionReport()), RejectionReport())
+
+
+@pytest.mark.parametrize(
+    ("times", "unit", "mend"),
+    [
+        ([20201108, 20201109, 20211231], "s", "dates without hyphens"),
+        (["20201108", "20201109", "20211231"], "s", "dates without hyphens"),
+        ([1_600_000_000, 1_600_000_001, 1_600_000_002], "ms", "check --time-unit"),
+        ([1, 2, 3], "s", "--split random if they are no times"),
+        ([1_600_000_000] * 3, "s", "all rows have one time, 1600000000"),
+        ([1_600_000_000_000, 1_600_000_000_001, 1_600_000_000_002], "s", "--time-unit ms"),
+        (["11/08/2020"] * 3, "s", "ISO date such as 2020-11-08"),
+    ],
+)
+def test_times_that_cannot_be_are_refused(times: list, unit: str, mend: str) -> None:
+    raw = table([5, 4, 3], "rating")
+    raw.interactions["timestamp"] = times
+    with pytest.raises(InputError, match=mend):
+        clean_interactions(raw, clean_items(raw, RejectionReport()), RejectionReport(), unit)
+
+
+def test_every_row_that_was_read_is_accounted_for() -> None:
+    raw = table([5, None, 4], "rating")
+    raw.interactions_read, raw.malformed_interactions = 4, [9]
+    report = RejectionReport()
+    clean_interactions(raw, clean_items(raw, report), report)
+    assert report.tables == {"f": {"read": 4, "accepted": 2, "rejected": 2}}
+    raw.interactions_read = 5
+    with pytest.raises(InputError, match="f holds 5 rows, but 2 were accepted and 2 rejected"):
+        clean_interactions(raw, clean_items(raw, report), report)

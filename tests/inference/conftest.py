@@ -119,7 +119,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder over the same films: 60 rows of four users, `new` unknown to the model."""
     folder = tmp_path_factory.mktemp("prepared")
     rows = [
-        f"{(*USERS, 'new')[n % 4]},{film},{TITLES[film]},{(7 * n) % 5 + 1},{1000 + n}"
+        f"{(*USERS, 'new')[n % 4]},{film},{TITLES[film]},{(7 * n) % 5 + 1},{1_600_000_000 + n}"
         for n in range(60)
         for film in [str(n * 5 % 6 + 1)]
     ]

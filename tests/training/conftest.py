@@ -61,7 +61,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for user in range(NUM_USERS):
         for item in draw.permutation(NUM_ITEMS)[:ROWS_PER_USER]:
             label = int(users[user] @ items[item] + 0.5 * items[item, 0] > 0)
-            time = int(draw.integers(0, 1_000_000))
+            time = 1_600_000_000 + int(draw.integers(0, 1_000_000))
             rows.append((f"u{user}", f"i{item}", f"Film number {item}", label, time))
     columns = ["user_id", "item_id", "title", "label", "timestamp"]
     pd.DataFrame(rows, columns=columns).to_csv(folder / "rows.csv", index=False)

@@ -53,7 +53,7 @@ def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for item in draw.permutation(NUM_ITEMS)
     ]
     table = pd.DataFrame(rows, columns=["user_id", "item_id", "title", "label"])
-    table["timestamp"] = draw.integers(0, 1_000_000, len(table))
+    table["timestamp"] = 1_600_000_000 + draw.integers(0, 1_000_000, len(table))
     table.to_csv(folder / "rows.csv", index=False)
     config = PrepareConfig(
         source="table",

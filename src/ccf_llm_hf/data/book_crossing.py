@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ccf_llm_hf.data.sources import RawTables, read_csv_strings, require_columns
+from ccf_llm_hf.data.sources import RawTables, count_lines, read_csv_strings, require_columns
 
 RATINGS_FILE, BOOKS_FILE = "BX-Book-Ratings.csv", "BX-Books.csv"
 RATING_COLUMNS = {"User-ID": "user_id", "ISBN": "item_id", "Book-Rating": "rating"}
@@ -72,6 +72,7 @@ def read_book_crossing(folder: Path) -> tuple[RawTables, str]:
         rating_range=(1, 10),
         not_rated=not_rated,
         min_user_rows=MIN_USER_RATINGS,
+        interactions_read=count_lines(folder / RATINGS_FILE, header=True),
     ), rule
 
 

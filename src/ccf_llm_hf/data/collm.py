@@ -15,6 +15,7 @@ import pyarrow as pa
 from ccf_llm_hf.data.protocol import SPLITS, Samples
 from ccf_llm_hf.data.sources import YEAR_IN_TITLE
 from ccf_llm_hf.data.unpickle import read_pickled_table
+from ccf_llm_hf.data.validation import as_ids
 from ccf_llm_hf.errors import InputError
 
 FILES = dict(zip(SPLITS, ("train_ood2.pkl", "valid_ood2.pkl", "test_ood2.pkl"), strict=True))
@@ -39,7 +40,7 @@ def read_collm(folder: Path) -> tuple[Samples, pd.DataFrame, pd.DataFrame]:
 
     Returns:
         Samples; the log with user_id, item_id, rating (NaN), label, timestamp and split (int8); the
-        items with item_id and title. Ids are the published numbers as strings.
+        items with item_id and title. Ids are the published numbers as text.
 
     Raises:
         InputError: a file or a column is missing, a pickle asks for more than tables, or a cell is
@@ -49,12 +50,10 @@ def read_collm(folder: Path) -> tuple[Samples, pd.DataFrame, pd.DataFrame]:
     table = pd.concat(frames, ignore_index=True)
     split = np.repeat(np.arange(len(SPLITS), dtype=np.int8), [len(frame) for frame in frames])
     lengths = np.array([len(history) for history in table["his"]], dtype=np.int64)
-    own = table["iid"].to_numpy(np.int64)
-    liked = np.concatenate([np.empty(0, dtype=np.int64), *table["his"]])
-    items, item_numbers = pd.factorize(np.concatenate([own, liked]))
-    users, user_numbers = pd.factorize(table["uid"].to_numpy(np.int64))
+    own = table["iid"].to_numpy(object)
+    items, item_names = pd.factorize(np.concatenate([own, *table["his"]]))
+    users, user_names = pd.factorize(table["uid"].to_numpy(object))
     stop = np.cumsum(lengths)
-    item_names = item_numbers.astype(str)
     samples = Samples(
         user=users,
         item=items[: len(table)],
@@ -69,12 +68,12 @@ def read_collm(folder: Path) -> tuple[Samples, pd.DataFrame, pd.DataFrame]:
         history_start=stop - lengths,
         history_stop=stop,
         history_dropped=None,
-        user_names=pa.array(user_numbers.astype(str), pa.string()),
+        user_names=pa.array(user_names, pa.string()),
         item_names=pa.array(item_names, pa.string()),
     )
     rows = pd.DataFrame(
         {
-            "user_id": user_numbers.astype(str)[users],
+            "user_id": user_names[users],
             "item_id": item_names[samples.item],
             "rating": np.nan,
             "label": samples.label,
@@ -83,7 +82,7 @@ def read_collm(folder: Path) -> tuple[Samples, pd.DataFrame, pd.DataFrame]:
         }
     )
     titles = _titles(table)
-    catalog = [titles.get(number) or str(number) for number in item_numbers.tolist()]
+    catalog = [titles.get(item) or item for item in item_names]
     return samples, rows, pd.DataFrame({"item_id": item_names, "title": catalog})
 
 
@@ -94,7 +93,8 @@ def is_movielens(items: pd.DataFrame) -> bool:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    """One split, checked; `his` as int64 arrays and `his_title` as lists, both without padding."""
+    """One split, checked; ids as text, `his` as arrays of them and `his_title` as lists, both
+    without padding."""
     if not path.is_file():
         raise InputError(f"{path} does not exist: pass the folder with {', '.join(FILES.values())}")
     with path.open("rb") as stream:
@@ -102,19 +102,36 @@ def _read(path: Path) -> pd.DataFrame:
     missing = [name for name in COLUMNS if name not in table]
     if missing:
         raise InputError(f"{path.name} has no column {missing[0]!r}: get CoLLM's file again")
-    for name in ("uid", "iid", "timestamp", "label"):
+    for name in ("uid", "iid"):
+        table[name], odd = _ids(table[name])
+        if odd.any():
+            raise _bad(path.name, int(odd.argmax()), name, "a number from 0 on")
+    for name in ("timestamp", "label"):
         table[name] = _whole(table[name], name, path.name)
     odd = np.flatnonzero(~table["label"].isin([0, 1]))
     if len(odd):
         raise _bad(path.name, odd[0], "label", "0 or 1")
     pairs = zip(table["his"], table["his_title"], strict=True)
     histories = [_history(ids, titles, path.name, row) for row, (ids, titles) in enumerate(pairs)]
+    ends = np.cumsum([len(history) for history, _ in histories])
+    flat, odd = _ids(pd.Series(np.concatenate([history for history, _ in histories])))
+    if odd.any():
+        row = int(np.searchsorted(ends, odd.argmax(), side="right"))
+        raise _bad(path.name, row, "his", "a list of whole numbers")
+    texts = np.split(flat.to_numpy(object), ends[:-1])
+    histories = [(ids, titles) for ids, (_, titles) in zip(texts, histories, strict=True)]
     for place, name in enumerate(("his", "his_title")):
         column = np.empty(len(table), dtype=object)
         for row, history in enumerate(histories):
             column[row] = history[place]
         table[name] = column
     return table
+
+
+def _ids(values: pd.Series) -> tuple[pd.Series, np.ndarray]:
+    """Numbers as text, exactly, and where there is none from 0 on."""
+    ids = as_ids(values)
+    return ids, ~ids.str.fullmatch(r"\d+(\.\d+)?").to_numpy(bool)
 
 
 def _whole(values: pd.Series, name: str, file: str) -> pd.Series:
@@ -131,8 +148,8 @@ def _history(ids: Any, titles: Any, file: str, row: int) -> tuple[np.ndarray, li
     if len(ids) != len(titles) or not all(isinstance(title, str) for title in titles):
         raise _bad(file, row, "his_title", "a title for each id of 'his'")
     try:
-        numbers = np.array(ids, dtype=np.int64).reshape(len(titles))
-    except (TypeError, ValueError) as error:
+        numbers = np.array(ids, dtype=object).reshape(len(titles))
+    except ValueError as error:
         raise _bad(file, row, "his", "a list of whole numbers") from error
     pad = int(len(numbers) > 0 and numbers[0] == 0 and titles[0] == "")
     return numbers[pad:], list(titles[pad:])
@@ -151,11 +168,11 @@ def _not_cold(table: pd.DataFrame, split: np.ndarray) -> np.ndarray:
     return np.where(published.isna(), seen, published == 1)
 
 
-def _titles(table: pd.DataFrame) -> dict[int, str]:
-    """Title by item number: the first one that is not empty."""
-    titles: dict[int, str] = {}
+def _titles(table: pd.DataFrame) -> dict[str, str]:
+    """Title by item: the first one that is not empty."""
+    titles: dict[str, str] = {}
 
-    def note(numbers: Sequence[int], names: Sequence[Any]) -> None:
+    def note(numbers: Sequence[str], names: Sequence[Any]) -> None:
         for number, name in zip(numbers, names, strict=True):
             if number not in titles and isinstance(name, str) and name.strip():
                 titles[number] = " ".join(name.split())

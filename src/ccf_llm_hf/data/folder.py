@@ -16,7 +16,7 @@ from ccf_llm_hf.data.prepared import (
     load_protocol,
     split_file,
 )
-from ccf_llm_hf.data.protocol import SPLITS, Samples, encode_ids
+from ccf_llm_hf.data.protocol import SPLITS, Samples, encode_ids, order_in_time
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.io import write_folder, write_json, write_text
 
@@ -59,7 +59,9 @@ def write_prepared(
         for split in SPLITS:
             _write_parquet(new / split_file(split), samples.tables(split))
         pq.write_table(pa.Table.from_pandas(items, preserve_index=False), new / ITEMS_FILE)
-        pq.write_table(_interactions_table(rows), new / INTERACTIONS_FILE, compression="zstd")
+        pq.write_table(
+            _interactions_table(rows, protocol), new / INTERACTIONS_FILE, compression="zstd"
+        )
         write_json(new / PROTOCOL_FILE, protocol)
         write_text(new / "README.md", render_dataset_card(protocol))
 
@@ -79,10 +81,10 @@ def _write_parquet(path: Path, tables: Iterator[pa.Table]) -> None:
             writer.write_table(table)
 
 
-def _interactions_table(rows: pd.DataFrame) -> pa.Table:
+def _interactions_table(rows: pd.DataFrame, protocol: dict) -> pa.Table:
     user, user_names = encode_ids(rows["user_id"])
     item, item_names = encode_ids(rows["item_id"])
-    order = np.lexsort((item, user, rows["timestamp"].to_numpy()))
+    order = order_in_time(rows, protocol.get("ties", "item"))
     names = pa.array([*SPLITS, ""], pa.string())  # -1, in no split, is the last
     split = rows["split"].to_numpy()[order]
     rating, label, timestamp = (rows[c].to_numpy()[order] for c in ("rating", "label", "timestamp"))
@@ -92,7 +94,7 @@ def _interactions_table(rows: pd.DataFrame) -> pa.Table:
             "item_id": item_names.take(pa.array(item[order])),
             "rating": pa.array(rating, pa.float64(), from_pandas=True),
             "label": pa.array(label, pa.int64()),
-            "timestamp": pa.array(timestamp, pa.int64()),
+            "timestamp": pa.array(np.floor(timestamp).astype(np.int64)),
             "split": names.take(pa.array(np.where(split < 0, len(SPLITS), split))),
         }
     )

@@ -7,6 +7,7 @@ import pandas as pd
 
 from ccf_llm_hf.data.prepared import interactions, load_protocol
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.modeling.configuration_ccf_llm import read_id
 
 
 def stored_histories(data_dir: str | Path) -> dict[str, list[Any]]:
@@ -15,7 +16,7 @@ def stored_histories(data_dir: str | Path) -> dict[str, list[Any]]:
     return {str(user): rows["shown"].tolist() for user, rows in shown.groupby("user_id")}
 
 
-def stored_history(data_dir: str | Path, user: str) -> list[Any]:
+def stored_history(data_dir: str | Path, user: str | int) -> list[Any]:
     """Items that a user liked, over all splits, oldest first; in a folder with signed histories all
     that the user rated, as dicts of `id` with `rating` or `liked`.
 
@@ -32,7 +33,7 @@ def stored_history(data_dir: str | Path, user: str) -> list[Any]:
     Raises:
         InputError: not a prepared folder, or no such user in it.
     """
-    rows = interactions(data_dir)
+    rows, user = interactions(data_dir), read_id(user) or ""
     if not (rows["user_id"] == user).any():
         known = rows["user_id"].iloc[0]
         raise InputError(f"user {user!r} has no rows in {data_dir}: give an id like {known!r}")

@@ -32,6 +32,7 @@ from ccf_llm_hf.data.sources import (
     read_tables,
 )
 from ccf_llm_hf.data.validation import (
+    COMPACT_DATE,
     RejectionReport,
     clean_fields,
     clean_interactions,
@@ -54,7 +55,10 @@ SIGNED_RULE = (
     "all items of the user's rows at earlier times, oldest first, rows outside all splits too, "
     "with their labels in `history_labels`"
 )
-TIES_RULE = "ties in time are ordered by first appearance of the item in the ratings file"
+TIES_RULES = {
+    "item": "ties in time are ordered by first appearance of the item in the ratings file",
+    "file": "ties in time are in the order of the file",
+}
 FROZEN_RULE = "rows of validation and test are in no history (frozen histories)"
 NO_TIMES = (
     "position, from 0, in a random order of the user's rows, those of train first, then "
@@ -105,7 +109,7 @@ def prepare(config: PrepareConfig, *, summary: bool = True) -> Path:
         protocol["accepted_rows"], protocol["catalog_items"] = len(rows), len(items)
         protocol["item_columns"] = [c for c in items.columns if c not in ("item_id", "title")]
         protocol["item_fields"] = fields
-        protocol["rejected"] = report.reasons
+        protocol["rejected"], protocol["tables"] = report.reasons, report.tables
         _advance(bar, config, "write")
         write_prepared(out, samples, rows, items, protocol)
         bar.update()
@@ -204,6 +208,11 @@ def _user_part(config: PrepareConfig) -> tuple[int, int] | None:
     return int(numbers[1]), int(numbers[2])
 
 
+def _ties(config: PrepareConfig) -> str:
+    """How a user's rows of one time are ordered: of published data as CoLLM does."""
+    return "file" if config.source == "table" else "item"
+
+
 def _is_random(config: PrepareConfig) -> bool:
     return config.source == "book-crossing" or config.split == "random"
 
@@ -217,6 +226,7 @@ def _protocol(config: PrepareConfig) -> dict:
         "split_rule": "",
         "history_rule": _history_rule(config),
         "histories": config.histories,
+        "ties": _ties(config),
         "frozen_histories": config.frozen_histories or _is_random(config),
         "has_times": not _is_random(config),
     }
@@ -235,7 +245,11 @@ def _history_rule(config: PrepareConfig) -> str:
             "validation or test all of them, in that order"
         )
     else:
-        rule = SIGNED_RULE if config.histories == "signed" else f"{LIKES_RULE}; {TIES_RULE}"
+        rule = (
+            SIGNED_RULE
+            if config.histories == "signed"
+            else f"{LIKES_RULE}; {TIES_RULES[_ties(config)]}"
+        )
         rule += f"; {FROZEN_RULE}" if config.frozen_histories else ""
     if config.max_history:
         rule += (
@@ -364,8 +378,8 @@ def _choose_split(config: PrepareConfig, timestamps: np.ndarray, protocol: dict)
 
 def _parse_option(option: str, text: str | None, unit: str) -> int:
     seconds = parse_times(pd.Series([text]), unit).iloc[0]
-    if np.isnan(seconds):
-        raise InputError(f"{option} {text!r} is neither a Unix time nor an ISO date")
+    if np.isnan(seconds) or re.fullmatch(COMPACT_DATE, text or ""):
+        raise InputError(f"{option} {text!r} is neither a Unix time nor an ISO date (2020-11-08)")
     return int(seconds)
 
 
@@ -380,6 +394,12 @@ def _label_and_split(config: PrepareConfig, rows: pd.DataFrame, protocol: dict) 
         rows["rating"] = np.nan
     else:
         rows["label"] = (rows["rating"] >= _threshold(config)).astype("int64")
+        if config.source == "table" and rows["label"].nunique() == 1:
+            raise InputError(
+                f"every row has label {rows['label'].iloc[0]}: ratings go from "
+                f"{rows['rating'].min():g} to {rows['rating'].max():g}, so set "
+                f"--positive-threshold, which is {_threshold(config):g}, between them"
+            )
     if _is_random(config):
         rows["split"], rows["timestamp"] = split_at_random(
             rows["user_id"], rows["item_id"], config.ratios, config.seed
@@ -396,6 +416,7 @@ def _label_and_split(config: PrepareConfig, rows: pd.DataFrame, protocol: dict) 
         config.max_history,
         signed=config.histories == "signed",
         frozen=protocol["frozen_histories"],
+        ties=protocol["ties"],
     )
 
 
@@ -410,6 +431,11 @@ def format_summary(protocol: dict, out: Path) -> str:
     lines.append(
         f"accepted rows {protocol['accepted_rows']:,}, items {protocol['catalog_items']:,}"
     )
+    for file, n in protocol["tables"].items():
+        lines.append(
+            f"{file}: {n['read']:,} rows read = {n['accepted']:,} accepted + {n['rejected']:,} "
+            "rejected"
+        )
     for reason, entry in protocol["rejected"].items():
         places = ", ".join(entry["examples"])
         lines.append(f"{entry['count']:,} {reason} ({entry['policy']}), at {places}")

@@ -169,12 +169,14 @@ def build_samples(
     *,
     signed: bool = False,
     frozen: bool = False,
+    ties: str = "item",
 ) -> Samples:
     """Order the rows of all splits by user and attach to each its history.
 
     `interactions` holds every accepted row in the order of the ratings file, with columns user_id,
-    item_id, timestamp, label (0/1) and split (int8, -1 for none). Users come in order of first
-    appearance in the file; a user's rows by time, ties by first appearance of the item in the file.
+    item_id, timestamp (with its fraction, which is stored cut to seconds), label (0/1) and split
+    (int8, -1 for none). Users come in order of first appearance in the file; a user's rows by time,
+    ties by first appearance of the item in the file or, with `ties="file"`, as they stand in it.
     The history of a row is the items of the user's earlier rows (in that order) with label 1,
     oldest first, carried across splits; rows outside the splits do not count (this, with that order
     of ties, gives CoLLM's published ML-1M files row for row). With `signed` it is all items of the
@@ -185,7 +187,7 @@ def build_samples(
     """
     user, user_names = encode_ids(interactions["user_id"])
     item, item_names = encode_ids(interactions["item_id"])
-    order = np.lexsort((item, interactions["timestamp"].to_numpy(), user))
+    order = order_in_time(interactions, ties, users_first=True)
     user, item = user[order], item[order]
     label, timestamp, split = (
         interactions[name].to_numpy()[order] for name in ("label", "timestamp", "split")
@@ -216,7 +218,7 @@ def build_samples(
         user=user,
         item=item,
         label=label,
-        timestamp=timestamp,
+        timestamp=np.floor(timestamp).astype(np.int64),
         split=split,
         # Time grows along a user's rows, so the rows of a split are one run.
         split_position=np.arange(len(user)) - _find_run_starts(user * len(SPLITS) + split),
@@ -230,6 +232,15 @@ def build_samples(
         user_names=user_names,
         item_names=item_names,
     )
+
+
+def order_in_time(rows: pd.DataFrame, ties: str, users_first: bool = False) -> np.ndarray:
+    """Places `(n,)` that sort rows by time, then user, or by user, then time; see `build_samples`
+    for equal ones."""
+    user, item = (pd.factorize(rows[side])[0] for side in ("user_id", "item_id"))
+    tie = np.arange(len(rows)) if ties == "file" else item
+    time = rows["timestamp"].to_numpy()
+    return np.lexsort((tie, time, user) if users_first else (tie, user, time))
 
 
 def encode_ids(ids: pd.Series) -> tuple[np.ndarray, pa.Array]:

@@ -4,6 +4,10 @@ Every reader returns `RawTables`; `validation` decides which rows are usable. Li
 so that a rejected row can be found again in its file.
 """
 
+import codecs
+import csv
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +21,21 @@ import pyarrow.parquet as pq
 
 from ccf_llm_hf.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 # Order of the 19 flags at the end of a u.item line (README of MovieLens-100K).
 GENRES_1 = "unknown Action Adventure Animation Children's Comedy Crime Documentary Drama"
 GENRES_2 = "Fantasy Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"
 ML_100K_GENRES = f"{GENRES_1} {GENRES_2}".split()
 FIELDS_HINT = "name columns of this file with --item-fields"
 YEAR_IN_TITLE = r"\((\d{4})\)\s*$"
+NUMBER = re.compile(r"\s*-?\d+(\.\d+)?\s*")
+SAMPLE = 100  # rows that tell which columns hold numbers
+SOUND = re.compile("[^\x00-\x7f\udc80-\udcff]")  # a letter past ASCII, not an undecoded byte
+# What Windows writes where Latin-1 has no letters.
+WINDOWS = {
+    byte: bytes([byte]).decode("cp1252", errors="ignore") or chr(byte) for byte in range(128, 160)
+}
 
 
 @dataclass
@@ -36,7 +49,8 @@ class RawTables:
     neither table. `untitled_items` has the first line, in the interactions, of each item that is
     left out of `items` for want of a title. `not_rated` are the lines of interactions that hold no
     rating, which are not in the table either. Users with fewer than `min_user_rows` usable rows are
-    to be left out.
+    to be left out. `interactions_read` and `items_read` are numbers of rows that the files hold,
+    counted apart from reading them; None where the table is none of a file's own.
     """
 
     interactions: pd.DataFrame
@@ -49,6 +63,8 @@ class RawTables:
     untitled_items: list[int] = field(default_factory=list)
     not_rated: list[int] = field(default_factory=list)
     min_user_rows: int = 0
+    interactions_read: int | None = None
+    items_read: int | None = None
 
 
 @dataclass
@@ -75,6 +91,12 @@ def read_lines(path: Path) -> pa.Array:
     # Not str.splitlines: that also cuts at U+0085 and others, which occur inside Latin-1 text.
     lines = pc.split_pattern(pa.array([text], pa.large_string()), "\n").flatten()
     return pc.utf8_rtrim(lines, characters="\r")
+
+
+def count_lines(path: Path, header: bool = False) -> int:
+    """Lines of a text file that are not blank, the header left out."""
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip(b"\r\n")) - header
 
 
 def read_fields(
@@ -140,7 +162,15 @@ def _read_dat(folder: Path) -> RawTables:
     items, bad_items = read_fields(folder / "movies.dat", "::", ["item_id", "title", "genres"])
     items["year"] = _years(items["title"].str.extract(YEAR_IN_TITLE)[0])
     return RawTables(
-        interactions, items, "ratings.dat", "movies.dat", bad, bad_items, rating_range=(1, 5)
+        interactions,
+        items,
+        "ratings.dat",
+        "movies.dat",
+        bad,
+        bad_items,
+        rating_range=(1, 5),
+        interactions_read=count_lines(folder / "ratings.dat"),
+        items_read=count_lines(folder / "movies.dat"),
     )
 
 
@@ -155,7 +185,17 @@ def _read_u_files(folder: Path) -> RawTables:
     items["genres"] = ["|".join(genres[row]) for row in flags]
     items["year"] = _years(items["title"].str.extract(YEAR_IN_TITLE)[0])
     items = items[["item_id", "title", "genres", "year", "_line"]]
-    return RawTables(interactions, items, "u.data", "u.item", bad, bad_items, rating_range=(1, 5))
+    return RawTables(
+        interactions,
+        items,
+        "u.data",
+        "u.item",
+        bad,
+        bad_items,
+        rating_range=(1, 5),
+        interactions_read=count_lines(folder / "u.data"),
+        items_read=count_lines(folder / "u.item"),
+    )
 
 
 def _read_recbole(folder: Path, name: str) -> RawTables:
@@ -181,7 +221,15 @@ def _read_recbole(folder: Path, name: str) -> RawTables:
     items["year"] = _years(year)
     items = items[["item_id", "title", "genres", "year", "_line"]]
     return RawTables(
-        interactions, items, inter_file.name, item_file.name, bad, bad_items, rating_range=(1, 5)
+        interactions,
+        items,
+        inter_file.name,
+        item_file.name,
+        bad,
+        bad_items,
+        rating_range=(1, 5),
+        interactions_read=count_lines(inter_file, header=True),
+        items_read=count_lines(item_file, header=True),
     )
 
 
@@ -193,7 +241,8 @@ def _read_recbole_file(path: Path) -> tuple[pd.DataFrame, list[int]]:
 
 
 def read_tables(interactions: Path, items: Path | None, columns: ColumnNames) -> RawTables:
-    """A CSV, TSV (also .gz) or parquet file of interactions and one of items.
+    """A CSV, TSV (also .gz) or parquet file, or folder of parquet files, of interactions and one of
+    items.
 
     Without an items file, the title column is looked for in the interactions. "Line" is the number
     of the record, the header being line 1 of a text file.
@@ -201,7 +250,7 @@ def read_tables(interactions: Path, items: Path | None, columns: ColumnNames) ->
     Raises:
         InputError: a file or a column is missing, or a file cannot be read.
     """
-    table, bad = _read_table(interactions)
+    table, bad, count = _read_table(interactions)
     value = columns.label or columns.rating
     if value is None:
         raise InputError("name the column to predict: --rating-column or --label-column")
@@ -221,12 +270,12 @@ def read_tables(interactions: Path, items: Path | None, columns: ColumnNames) ->
     if items is None:
         require_columns(table, [columns.title], interactions.name, "or pass --items")
         require_columns(table, columns.fields, interactions.name, FIELDS_HINT)
-        bad_items: list[int] = []
+        bad_items, item_count = list[int](), None
         item_table = table[~table[columns.item].duplicated()]
         item_table = _select(item_table, {**item_names, "_line": "_line"}, keep_rest=False)
         item_table = item_table[item_table["item_id"].notna() & (item_table["item_id"] != "")]
     else:
-        item_table, bad_items = _read_table(items)
+        item_table, bad_items, item_count = _read_table(items)
         require_columns(item_table, [columns.item, columns.title], items.name)
         require_columns(item_table, columns.fields, items.name, FIELDS_HINT)
         item_table = _select(item_table, item_names, keep_rest=True)
@@ -237,6 +286,8 @@ def read_tables(interactions: Path, items: Path | None, columns: ColumnNames) ->
         items.name if items else interactions.name,
         bad,
         bad_items,
+        interactions_read=count,
+        items_read=item_count,
     )
 
 
@@ -248,30 +299,143 @@ def _select(table: pd.DataFrame, names: dict[str, str], keep_rest: bool) -> pd.D
     return pd.DataFrame(chosen).reset_index(drop=True)
 
 
-def _read_table(path: Path) -> tuple[pd.DataFrame, list[int]]:
+def _read_table(path: Path) -> tuple[pd.DataFrame, list[int], int]:
+    """A table, the numbers of its malformed rows, and how many rows the file holds."""
     suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
-    if suffix in ("csv", "tsv"):
-        return read_csv_strings(path, "," if suffix == "csv" else "\t")
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path} does not exist")
-    if suffix != "parquet":
-        raise InputError(f"{path.name}: expected a .csv, .tsv (also .gz) or .parquet file")
+    if suffix in ("csv", "tsv") and path.is_file():
+        text = read_text(path)
+        delimiter = find_delimiter(text, "," if suffix == "csv" else "\t")
+        frame, bad = read_csv_strings(path, delimiter, text=text)
+        return frame, bad, _count_records(text, delimiter, len(frame) + len(bad), path.name)
+    if suffix != "parquet" and not (path.is_dir() and any(path.glob("*.parquet"))):
+        raise InputError(
+            f"{path.name}: expected a .csv, .tsv (also .gz) or .parquet file, or a folder of "
+            ".parquet files"
+        )
     try:
-        frame = pq.read_table(path).to_pandas()
-    except (pa.ArrowException, OSError) as error:
+        # An integer beside a null stays one: a floating-point number holds no more than 16 digits.
+        frame = pq.read_table(path).to_pandas(integer_object_nulls=True)
+        # A named index of pandas' is a column like any other.
+        frame = frame.reset_index(drop=frame.index.names == [None])
+        files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+        count = sum(pq.read_metadata(file).num_rows for file in files)
+    except (pa.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path.name} cannot be read as parquet: {reason}") from error
     frame["_line"] = np.arange(1, len(frame) + 1)
-    return frame, []
+    return frame, [], count
+
+
+def read_text(path: Path) -> bytes:
+    """A text file, also .gz, as UTF-8 without a mark of byte order.
+
+    UTF-16 is recognized, and so is Latin-1 (as Windows writes it), which a warning tells of: bytes
+    above 127 that are nowhere UTF-8.
+
+    Raises:
+        InputError: the file cannot be read, or is UTF-8 with damaged bytes.
+    """
+    try:
+        with pa.input_stream(str(path)) as stream:
+            raw = stream.read()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path.name} cannot be read: {str(error).splitlines()[0]}") from error
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw[:2]:
+        marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        name = "utf-16" if marked else "utf-16-be" if raw[0] == 0 else "utf-16-le"
+        try:
+            return raw.decode(name).encode()
+        except UnicodeError as error:
+            raise InputError(f"{path.name} is damaged UTF-16 ({error}): save it again") from error
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    try:
+        raw.decode()
+    except UnicodeDecodeError as error:
+        if SOUND.search(raw.decode(errors="surrogateescape")):
+            line = raw.count(b"\n", 0, error.start) + 1
+            raise InputError(
+                f"{path.name}, line {line} is not UTF-8 as other lines are: mend it"
+            ) from error
+        logger.warning("%s is not UTF-8: read as Latin-1 (Windows-1252)", path.name)
+        return raw.decode("latin-1").translate(WINDOWS).encode()
+    return raw
+
+
+def find_delimiter(text: bytes, default: str) -> str:
+    """What cuts a table's header: the one of `,`, `;` and tab that it holds most of; `default`
+    where none is more frequent."""
+    header = text.partition(b"\n")[0].decode(errors="replace")
+    return max((default, ",", ";", "\t"), key=header.count)
+
+
+def _count_records(text: bytes, delimiter: str, read: int, file: str) -> int:
+    """Records of a quoted text, the header left out, counted in the text itself.
+
+    Raises:
+        InputError: a quote opens that takes in whole rows.
+    """
+    if text.count(b"\n") + (not text.endswith(b"\n")) == read + 1:  # every record is a line
+        return read
+    lines = text.decode().replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter)
+    records, sample = -1, list[list[str]]()
+    while True:
+        start = reader.line_num
+        try:
+            row = next(reader, None)
+        except csv.Error:  # a value of more than 128 kB
+            row, taken = [], lines[start:]
+        else:
+            taken = lines[start : reader.line_num]
+        if row is None:
+            return records
+        if len(taken) > 1 and _takes_in_rows(taken, delimiter, sample):
+            raise InputError(
+                f"{file}, line {start + 1}: a quote opens that takes in the lines up to "
+                f"{start + len(taken)}: delete it, or put the whole value in quotes and double "
+                "those inside"
+            )
+        records += bool(row)
+        if len(taken) == 1 and row and len(sample) < SAMPLE:
+            sample.append(row)
+
+
+def _takes_in_rows(lines: list[str], delimiter: str, sample: list[list[str]]) -> bool:
+    """Whether a record of several lines is several rows that a stray quote runs together, and no
+    value of several lines: text follows its last quote, or each line would make a row (our choice).
+
+    `sample` are rows before it, the header first.
+    """
+    try:
+        list(csv.reader([line + "\n" for line in lines], delimiter=delimiter, strict=True))
+    except csv.Error:
+        return True
+    cut = [next(csv.reader([line], delimiter=delimiter, quoting=csv.QUOTE_NONE)) for line in lines]
+    if any(len(row) != len(sample[0]) for row in cut) or any('""' in line for line in lines):
+        return False
+    of_numbers = [
+        place
+        for place, cells in enumerate(zip(*sample[1:], strict=False))
+        if all(NUMBER.fullmatch(cell) for cell in cells)
+    ]
+    numbers = all(NUMBER.fullmatch(row[place]) for row in cut for place in of_numbers)
+    return numbers and (bool(of_numbers) or len(lines) > 2)
 
 
 def read_csv_strings(
-    path: Path, delimiter: str, encoding: str = "utf8", escape: str | None = None
+    path: Path,
+    delimiter: str,
+    encoding: str = "utf8",
+    escape: str | None = None,
+    text: bytes | None = None,
 ) -> tuple[pd.DataFrame, list[int]]:
     """A quoted text file, also .gz, with a header: every column as strings, and `_line` (int64).
 
     Also the numbers of rows with a wrong number of fields, which are not in the table. `escape` is
-    the character before a quote that belongs to a value; without it such quotes are doubled.
+    the character before a quote that belongs to a value; without it such quotes are doubled. `text`
+    is the file's content, where it has been read.
 
     Raises:
         InputError: the file is missing or cannot be read, or two columns have one name.
@@ -292,8 +456,9 @@ def read_csv_strings(
         newlines_in_values=True,
         invalid_row_handler=lambda row: "skip",
     )
+    source = (lambda: path) if text is None else (lambda: pa.BufferReader(text))
     try:
-        with pa.csv.open_csv(path, read_options=read, parse_options=parse) as reader:
+        with pa.csv.open_csv(source(), read_options=read, parse_options=parse) as reader:
             names = reader.schema.names
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -303,13 +468,12 @@ def read_csv_strings(
         )
         parse.invalid_row_handler = skip
         frame = pa.csv.read_csv(
-            path, read_options=read, parse_options=parse, convert_options=convert
+            source(), read_options=read, parse_options=parse, convert_options=convert
         ).to_pandas()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
-        kind = {",": "csv", "\t": "tsv"}.get(delimiter, f"text cut by {delimiter!r}")
-        named = {"utf8": "UTF-8", "latin-1": "Latin-1"}[encoding]
-        raise InputError(f"{path.name} cannot be read as {kind} in {named}: {reason}") from error
+        kind = f"text cut by {delimiter!r} in {encoding}"
+        raise InputError(f"{path.name} cannot be read as {kind}: {reason}") from error
     lines = np.arange(2, 2 + len(frame) + len(bad))
     frame["_line"] = np.delete(lines, np.array(bad, dtype=np.int64) - 2)
     return frame, bad
