@@ -13,14 +13,13 @@ from typing import Any
 
 from transformers import Pipeline
 
-from .configuration_ccf_llm import CUSTOM_PIPELINES, TASK
+from .configuration_ccf_llm import CUSTOM_PIPELINES, TASK, read_id
 from .modeling_ccf_llm import CCFLLMForCTR
-from .processing_ccf_llm import CCFLLMProcessor, Request
+from .processing_ccf_llm import CCFLLMProcessor, Request, read_items
 from .ranking_ccf_llm import RankedItem, explain, rank
 from .ranking_ccf_llm import preselect as choose
 
 INPUT_KEYS = ("user", "history", "candidates", "top_k")
-ID_TYPES = (str, Integral)  # NumPy's integers are of the second
 Checked = tuple[Request, int]  # a checked input and the length of its list
 
 
@@ -149,21 +148,19 @@ class CTRRankingPipeline(Pipeline):
                 f"{TASK} takes a dict with the keys {', '.join(INPUT_KEYS)}, or a list of such "
                 f"dicts, not {found}."
             )
-        user: Any = input_.get("user")
+        user = read_id(input_.get("user"))
         wanted = input_.get("top_k")
-        if not (user is None or isinstance(user, ID_TYPES)):
-            raise ValueError(f"user {user!r} is no id: give one string or integer.")
         top_k = top_k if wanted is None else wanted
         _check_counts({"top_k": top_k, "preselect": preselect})
-        history = _item_list(input_.get("history") or [], "history")
+        history = read_items(input_.get("history"), "history")
         candidates = input_.get("candidates")
         if candidates is None:
             count = int(preselect)
             candidates = choose(self.model, self.processor, user, history, count, max_per_topic)
-        candidates = _item_list(candidates, "candidates")
+        candidates = read_items(candidates, "candidates")
         if not candidates:
             raise ValueError("candidates is empty: give at least one item, or leave it out.")
-        return Request(None if user is None else str(user), history, candidates), int(top_k)
+        return Request(user, history, candidates), int(top_k)
 
     def _forward(  # type: ignore[override]
         self, input_tensors: list[Checked], max_per_topic: int | None = None
@@ -203,22 +200,6 @@ def _check_counts(counts: Mapping[str, Any]) -> None:
     for name, value in counts.items():
         if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
-
-
-def _item_list(values: Any, name: str) -> list[Any]:
-    """A list of items, none of them blank."""
-    if not isinstance(values, (list, tuple)):
-        raise ValueError(f"{name} is {values!r}: give a list of items.")
-    for place, item in enumerate(values):
-        if isinstance(item, dict):
-            usable = item.get("id") is not None or bool(item.get("title"))
-        else:
-            usable = isinstance(item, ID_TYPES) and bool(str(item).strip())
-        if not usable:
-            raise ValueError(
-                f"{name}: item {place} is {item!r}: give an id, a title, or a dict with either."
-            )
-    return list(values)
 
 
 __all__ = ["CTRRankingPipeline"]

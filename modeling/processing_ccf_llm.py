@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,13 @@ from .checkpoint_ccf_llm import (
     write_ids,
     write_json,
 )
-from .configuration_ccf_llm import AUTO_MAP, IGNORED_LABEL, check_release, ids_fingerprint
+from .configuration_ccf_llm import (
+    AUTO_MAP,
+    IGNORED_LABEL,
+    check_release,
+    ids_fingerprint,
+    read_id,
+)
 from .prompt_ccf_llm import (
     ANSWERS,
     NO_SLOT,
@@ -86,6 +92,38 @@ def window_start(num_earlier: Count, history_window: tuple[int, int]) -> Count:
     length, stride = history_window
     beyond: Any = num_earlier
     return (beyond > length) * stride * ((beyond - length) // stride)
+
+
+def is_container(value: Any) -> bool:
+    """Whether a value holds several others in an order: a list, an array, a Series, an iterator."""
+    if isinstance(value, (str, bytes, bytearray, Mapping, Set)) or not hasattr(value, "__iter__"):
+        return False
+    return getattr(value, "shape", None) != ()  # a single number of PyTorch's claims to be one
+
+
+def read_items(values: Any, name: str) -> list[Any]:
+    """The items of any container as a list, none for None.
+
+    Raises:
+        ValueError: it is a single item, a set or a table, or holds what is no item.
+    """
+    if values is None:
+        return []
+    if not is_container(values) or len(getattr(values, "shape", ())) > 1:
+        raise ValueError(f"{name} is {' '.join(repr(values).split())[:80]}: give a list of items.")
+    items = list(values)
+    for place, item in enumerate(items):
+        try:
+            is_dict = isinstance(item, dict)
+            usable = read_id(item.get("id") if is_dict else item) is not None
+        except ValueError:
+            usable, is_dict = False, False
+        if not usable and not (is_dict and item.get("title") is not None):
+            raise ValueError(
+                f"{name}: item {place} is {' '.join(repr(item).split())[:80]}: give an id, a "
+                "title, or a dict with either."
+            )
+    return items
 
 
 @dataclass
@@ -251,12 +289,24 @@ def pad_values(values: Sequence[Values]) -> tuple[Tensor, Tensor]:
     return table[..., 0].long(), table[..., 1].float()
 
 
+def _index_ids(ids: Sequence[Any], side: str) -> tuple[list[str], dict[str, int]]:
+    """Ids as text, those of text as they are, and the row of each as it is looked up."""
+    index: dict[str, int] = {}
+    for row, raw in enumerate(ids):
+        key = read_id(raw)
+        if key is None or key in index:
+            wrong = "leaves an id empty" if key is None else f"names an id twice, {key!r}"
+            raise ValueError(f"The catalog {wrong}: give each {side} one row and an id.")
+        index[key] = row
+    return [raw if isinstance(raw, str) else str(read_id(raw)) for raw in ids], index
+
+
 class CCFLLMProcessor(ProcessorMixin):
     """Writes hybrid prompts and packs them.
 
     Args:
         tokenizer: the backbone's; two slot tokens are added past its vocabulary.
-        item_ids, item_titles, user_ids: the catalog in CF table order (raw ids as strings).
+        item_ids, item_titles, user_ids: the catalog in CF table order (raw ids, see [`read_id`]).
         wording: the prompt's words: `shared_prefix` (ours, default) or `question_last` (the
             papers'), which asks after every candidate, or `answered` (ours): a history is lines of
             an item and its answer, and a candidate the next line up to its colon. It shows dislikes
@@ -348,7 +398,7 @@ class CCFLLMProcessor(ProcessorMixin):
         if evidence_items < 0:
             raise ValueError(f"evidence_items={evidence_items} must not be below 0.")
         self._set_catalog(item_ids or [], item_titles or [], user_ids or [], item_fields)
-        self._warned: set[str] = set()
+        self._warned = False
 
     def with_catalog(
         self,
@@ -381,7 +431,9 @@ class CCFLLMProcessor(ProcessorMixin):
             raise ValueError(
                 f"{len(item_ids)} item ids but {len(item_titles)} titles: give one each."
             )
-        self.item_ids, self.item_titles, self.user_ids = item_ids, item_titles, user_ids
+        self.item_ids, self.item_index = _index_ids(item_ids, "item")
+        self.user_ids, self.user_index = _index_ids(user_ids, "user")
+        self.item_titles = item_titles
         self.item_fields = item_fields or [{} for _ in item_ids]
         if len(self.item_fields) != len(item_ids):
             raise ValueError(
@@ -406,10 +458,6 @@ class CCFLLMProcessor(ProcessorMixin):
             render_item(self.item_template, {**fields, "title": title})
             for title, fields in zip(item_titles, self.item_fields, strict=True)
         ]
-        self.item_index = {item: row for row, item in enumerate(item_ids)}
-        self.user_index = {user: row for row, user in enumerate(user_ids)}
-        if len(self.item_index) < len(item_ids) or len(self.user_index) < len(user_ids):
-            raise ValueError("The catalog names an id twice: give each user and item one row.")
         self.title_index: dict[str, int] = {}
         for row, title in enumerate(item_titles):
             self.title_index.setdefault(title, row)
@@ -476,23 +524,31 @@ class CCFLLMProcessor(ProcessorMixin):
         text but no CF vector. (One given as a dict has, by its fields, see `new_values`.)
         """
         if isinstance(item, dict):
-            raw, title = item.get("id"), item.get("title")
+            raw, title = read_id(item.get("id")), item.get("title")
             if raw is None and title is None:
                 raise ValueError(f"Item {item!r} has neither id nor title: give at least one.")
-            row = self.item_index.get(str(raw)) if raw is not None else None
+            row = None if raw is None else self.item_index.get(raw)
             row = self.title_index.get(title) if row is None and title else row
             return row, (title or "") if row is None else self.item_titles[row]
-        key = str(item)
-        row = self.item_index.get(key, self.title_index.get(key))
+        key = read_id(item)
+        if key is None:
+            raise ValueError(f"Item {item!r} is empty: give an id or a title.")
+        row = self.item_index.get(key)
+        if row is None:
+            key = item if isinstance(item, str) else key
+            row = self.title_index.get(key)
         if row is not None:
             return row, self.item_titles[row]
-        if key not in self._warned:
-            self._warned.add(key)
+        if not self._warned:  # of thousands, one is enough
+            self._warned = True
             example = (
                 f" (ids of this catalog look like {self.item_ids[0]!r})" if self.item_ids else ""
             )
             logger.warning(
-                "Item %r is no id or title of the catalog: taken as a new title%s.", key, example
+                "Item %r is no id or title of the catalog: taken as a new title%s. Further ones "
+                "are not named.",
+                key,
+                example,
             )
         return None, key
 
@@ -581,12 +637,21 @@ class CCFLLMProcessor(ProcessorMixin):
                 f"The history holds {item!r}, but this model takes no ratings: give liked instead."
             )
         midpoint, slope = self.rating_scale
+        try:
+            rating = float(rating)
+        except (TypeError, ValueError):
+            rating = math.nan
+        if not math.isfinite(rating):
+            raise ValueError(
+                f"The history holds {item!r}: give a rating as a number, as {midpoint:g} is."
+            )
         # The sigmoid, in a form that no slope can make overflow.
-        return 0.5 * (1.0 + math.tanh(0.5 * slope * (float(rating) - midpoint)))
+        return 0.5 * (1.0 + math.tanh(0.5 * slope * (rating - midpoint)))
 
-    def resolve_user(self, user: str | int | None) -> int:
+    def resolve_user(self, user: User) -> int:
         """CF table row of a user; `len(user_ids)`, the cold row, for an unknown one."""
-        return self.user_index.get(str(user), len(self.user_ids))
+        key = read_id(user)
+        return len(self.user_ids) if key is None else self.user_index.get(key, len(self.user_ids))
 
     def window(self, history: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """What of a whole history a candidate after it reads: items that are folded in only, and
@@ -667,9 +732,12 @@ class CCFLLMProcessor(ProcessorMixin):
             raise ValueError(
                 f"return_tensors must be 'pt' and {sorted(kwargs)} are unknown arguments."
             )
+        candidates = (
+            list(candidates) if is_container(candidates) else read_items(candidates, "candidates")
+        )
         if not candidates:
             raise ValueError("candidates is empty: give at least one item to score.")
-        batched = isinstance(candidates[0], (list, tuple))
+        batched = is_container(candidates[0])
         size = len(candidates) if batched else 1
         given = {
             "user": user,
@@ -685,16 +753,16 @@ class CCFLLMProcessor(ProcessorMixin):
             if value is not None
         }
         for name, values in columns.items():
-            if not isinstance(values, (list, tuple, Tensor)):
+            if not is_container(values):
                 raise ValueError(f"{name} must be a list with one entry for each of {size} users.")
-            if len(values) != size:
-                raise ValueError(f"{name} has {len(values)} entries but candidates has {size}.")
+            columns[name] = list(values)
+            if len(columns[name]) != size:
+                found = len(columns[name])
+                raise ValueError(f"{name} has {found} entries but candidates has {size}.")
         rows = [{name: values[place] for name, values in columns.items()} for place in range(size)]
         for row in rows:
             for name in ("history", "candidates", "earlier"):
-                if isinstance(row.get(name), (str, dict)):
-                    raise ValueError(f"{name} must be a list of items, not the item {row[name]!r}.")
-                row[name] = list(row.get(name) or [])
+                row[name] = read_items(row.get(name), name)
         return self.pack([Request(**row) for row in rows])
 
     def pack(self, requests: Sequence[Request]) -> BatchFeature:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ccf_llm_hf.cf import CFVectors, read_vector_table
+from ccf_llm_hf.errors import InputError
 
 DOC = (Path(__file__).parents[2] / "docs" / "cf.md").read_text(encoding="utf-8")
 USERS, ITEMS = [f"reader-{n}" for n in range(6)], [f"book-{n}" for n in range(9)]
@@ -72,3 +73,21 @@ def test_the_documented_exports_leave_the_padding_row_out() -> None:
     assert snippet is not None
     compile(snippet[1], "docs/cf.md", "exec")
     assert '_id"][1:]' in snippet[1] and ".numpy()[1:]" in snippet[1]
+
+
+@pytest.mark.parametrize("ids", [np.arange(1, 7), np.arange(1.0, 7), np.arange(1, 7).astype("S")])
+def test_ids_of_any_type_are_the_same_ids(tmp_path: Path, ids: np.ndarray) -> None:
+    np.savez(tmp_path / "users.npz", ids=ids, vectors=vectors(6, 0))
+    table = read_vector_table(tmp_path / "users.npz")
+    imported = CFVectors.from_tables(table, {2**70: [0.0] * 4, 7.0: [1.0] * 4, b"b": [2.0] * 4})
+    assert imported.user_ids == ["1", "2", "3", "4", "5", "6"]
+    assert imported.item_ids == [str(2**70), "7", "b"]
+    wanted = imported.logits(["3", "6"], ["7", "b"])
+    assert imported.logits(np.array([3, 6]), [7, "b"]).equal(wanted)
+
+
+@pytest.mark.parametrize("ids", [[1.0, float("nan")], ["a", " "], [1e18, 2.0], ["a", "a"]])
+def test_missing_repeated_and_inexact_ids_are_refused(tmp_path: Path, ids: list) -> None:
+    np.savez(tmp_path / "users.npz", ids=np.array(ids), vectors=vectors(2, 0))
+    with pytest.raises(InputError, match=r"users\.npz"):
+        read_vector_table(tmp_path / "users.npz")

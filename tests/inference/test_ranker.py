@@ -2,6 +2,7 @@ import dataclasses
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -221,11 +222,11 @@ def test_the_folder_of_a_run_is_told_from_its_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"history": "Toy Story (1995)"}, "history is the single item"),
-        ({"history": ["Heat (1995)", " "]}, "history: item 1 is empty"),
-        ({"history": [None]}, "history: item 0 is empty"),
+        ({"history": "Toy Story (1995)"}, "history is 'Toy Story .1995.': give a list of items"),
+        ({"history": ["Heat (1995)", " "]}, "history: item 1 is ' ': give an id"),
+        ({"history": [None]}, "history: item 0 is None"),
         ({"candidates": []}, "candidates is empty"),
-        ({"candidates": [""]}, "candidates: item 0 is empty"),
+        ({"candidates": [""]}, "candidates: item 0 is ''"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"max_per_topic": 0}, "max_per_topic=0 must be at least 1"),
     ],
@@ -233,3 +234,43 @@ def test_the_folder_of_a_run_is_told_from_its_checkpoint(tmp_path):
 def test_blank_items_and_bare_strings_are_refused(ranker, call, message):
     with pytest.raises(InputError, match=message):
         ranker.rank(**call)
+
+
+def test_pairs_of_any_container_and_spelling_are_the_same(ranker):
+    wanted = ranker.predict([("a", "1"), ("b", "5")])
+    users, items = ["a", b"b"], pd.Series([1.0, 5])
+    table = pd.DataFrame({"user": ["a", "b"], "item": [1, 5]})
+    for pairs in (
+        zip(users, items, strict=True),
+        table.itertuples(index=False),
+        np.array([["a", "1"], [" b", "5.0"]]),
+        ({"user": user, "item": np.int64(item)} for user, item in [("a", 1), ("b", 5)]),
+    ):
+        np.testing.assert_allclose(ranker.predict(pairs), wanted, atol=1e-4)
+    with pytest.raises(InputError, match="pair 0 is 'user'"):
+        ranker.predict(table)
+    with pytest.raises(InputError, match=r"pair 1: .* is no id"):
+        ranker.predict([("a", "1"), {"user": users, "item": "1"}])
+
+
+def test_several_users_may_come_as_a_series(ranker):
+    users, histories = pd.Series(["a", "b"], index=[7, 9]), np.array([["1"], ["2"]])
+    found = ranker.rank_many(users, histories, top_k=2)
+    assert found == ranker.rank_many(["a", "b"], [["1"], ["2"]], top_k=2)
+    with pytest.raises(InputError, match="give several to rank_many"):
+        ranker.rank(user=users)
+    with pytest.raises(InputError, match="users is 'ab': give a list"):
+        ranker.rank_many("ab")
+
+
+def test_unknown_users_and_items_are_counted(ranker, caplog):
+    ranker.predict([("a", "1"), ("x", "1"), ("y", "999"), (None, "2")])
+    said = caplog.records[-1].getMessage()
+    assert "2 users unknown to the model, such as 'x' (its own look like 'a')" in said
+    assert "1 item unknown to the model, such as '999' (its own look like '1')" in said
+    ranker.rank(user="stranger", history=["1"])
+    assert "1 user unknown" in caplog.records[-1].getMessage()
+    told = len(caplog.records)
+    ranker.predict([("a", "1"), (None, "2")])
+    ranker.rank(user="b")
+    assert len(caplog.records) == told, "where all are known there is nothing to tell"

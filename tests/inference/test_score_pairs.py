@@ -184,7 +184,7 @@ def test_memory_does_not_grow_with_the_input(ranker, tmp_path, monkeypatch):
         ({"user_id": ["a"]}, "no column 'item_id'"),
         ({"user_id": ["a", None], "item_id": ["1", "2"]}, "row 1 of the pairs has no user_id"),
         ({"user_id": pa.array([], pa.string()), "item_id": pa.array([], pa.string())}, "no rows"),
-        ({"user_id": ["a"], "item_id": [" "]}, "is empty"),
+        ({"user_id": ["a"], "item_id": [" "]}, "row 0 of the pairs has no item_id"),
     ],
 )
 def test_bad_tables_are_named(ranker, tmp_path, columns, message):
@@ -256,3 +256,42 @@ def test_other_columns_of_a_csv_may_hold_anything(ranker, tmp_path, monkeypatch)
     pairs.write_text("user_id,item_id,rank\n" + "a,1,1\n" * 200_000 + "a,1,first\n")
     manifest = PairScorer(ranker, "x", shard_rows=300_000).run(pairs, tmp_path / "out")
     assert manifest["rows"] == 200_001
+
+
+def as_file(folder, kind):
+    """Two pairs in one of the forms that they come in."""
+    users, items = ["a", "nobody"], ["3", "999"]
+    if kind in (".csv", ".tsv"):
+        delimiter = {".csv": ";", ".tsv": "\t"}[kind]
+        rows = [("user_id", "item_id"), *zip([" a", "nobody "], ["3.0", "999"], strict=True)]
+        (folder / f"p{kind}").write_text("\n".join(delimiter.join(row) for row in rows))
+        return folder / f"p{kind}"
+    if kind == "folder":
+        (folder / "p").mkdir()
+        for row in range(2):
+            write(folder / "p" / f"{row}.parquet", {"user_id": users[row:][:1], "item_id": ["3"]})
+        write(folder / "p" / "1.parquet", {"user_id": users[1:], "item_id": items[1:]})
+        return folder / "p"
+    columns = {
+        "bytes": {"user_id": [b"a", b"nobody"], "item_id": [b"3", b"999"]},
+        "floats": {"user_id": users, "item_id": [3.0, 999.0]},
+        "integers": {"user_id": users, "item_id": [3, 999]},
+    }
+    return write(folder / "p.parquet", columns[kind])
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv", "folder", "bytes", "floats", "integers"])
+def test_ids_are_the_same_by_whatever_door(ranker, tmp_path, kind):
+    manifest = PairScorer(ranker, "x", {"a": ["2"]}).run(as_file(tmp_path, kind), tmp_path / "out")
+    wanted = ranker.predict([{"user": "a", "item": "3", "history": ["2"]}, ("nobody", "999")])
+    np.testing.assert_allclose(read(tmp_path / "out")["probability"], wanted, atol=1e-4)
+    assert (manifest["rows"], manifest["unknown_users"], manifest["unknown_items"]) == (2, 1, 1)
+    assert "1 user unknown to the model, such as 'nobody'" in manifest["unknown"]
+
+
+@pytest.mark.parametrize("user", ["", " ", None, float("nan")])
+def test_a_pair_without_a_user_is_refused(ranker, tmp_path, user):
+    known = 1.0 if isinstance(user, float) else "a"
+    pairs = write(tmp_path / "p.parquet", {"user_id": [known, user], "item_id": ["1", "2"]})
+    with pytest.raises(InputError, match="row 1 of the pairs has no user_id"):
+        PairScorer(ranker, "x").run(pairs, tmp_path / "out")

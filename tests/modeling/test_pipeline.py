@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import BuildModel
@@ -312,3 +313,12 @@ def test_the_package_runs_no_code_of_the_checkpoint(build: BuildModel, tmp_path:
     # Such a model, saved again, still carries the pipeline.
     ranker.model.save_pretrained(tmp_path / "again")
     assert "custom_pipelines" in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_ids_and_containers_are_read_as_everywhere(ranker: Pipeline) -> None:
+    wanted = ranker({"user": "u0", "history": ["i0"], "candidates": ["i1", "i2"]})
+    asked = {"user": b"u0 ", "history": np.array(["i0"]), "candidates": iter(["i1", "i2"])}
+    assert_same_lists(ranker(asked), wanted)
+    strangers = [ranker({"user": user, "candidates": ["i1"]}) for user in (None, float("nan"), "")]
+    for found in strangers:
+        assert_same_lists(found, strangers[0])

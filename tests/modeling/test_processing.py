@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -185,8 +186,11 @@ def test_integer_ids_are_ids(tokenizer: PreTrainedTokenizerFast) -> None:
             "user has 1 entries but candidates has 2",
         ),
         ({"candidates": [["i0"], ["i1"]], "user": "u0"}, "user must be a list"),
-        ({"candidates": [["i0"], ["i1"]], "history": ["i1", "i2"]}, "history must be a list of"),
-        ({"candidates": "i0"}, "candidates must be a list of items"),
+        (
+            {"candidates": [["i0"], ["i1"]], "history": ["i1", "i2"]},
+            "history is 'i1': give a list",
+        ),
+        ({"candidates": "i0"}, "candidates is 'i0': give a list of"),
         ({"candidates": [["i0"], ["i1"]], "labels": [[1], None]}, "for every user of the batch"),
         ({"candidates": ["i0"], "truncation": True}, r"\['truncation'\] are unknown"),
     ],
@@ -312,3 +316,64 @@ def test_an_item_template_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make(tokenizer, **({"item_fields": AUTHORS} | settings))
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("user", [7.0, "7.0", " 7 ", b"7", np.int64(7), torch.tensor(7)])
+def test_every_spelling_of_an_id_is_that_id(tokenizer: PreTrainedTokenizerFast, user: Any) -> None:
+    processor = CCFLLMProcessor(tokenizer, [10, 11.0, b"12"], ["A", "B", "C"], [7, np.int64(8)])
+    assert (processor.item_ids, processor.user_ids) == (["10", "11", "12"], ["7", "8"])
+    wanted = processor(user="7", history=["10"], candidates=["11", "12"])
+    assert same(processor(user=user, history=[10.0], candidates=[b"11", " 12 "]), wanted)
+
+
+@pytest.mark.parametrize("missing", [None, "", float("nan"), pd.NA])
+def test_a_missing_user_is_a_new_one_and_a_missing_item_is_refused(
+    tokenizer: PreTrainedTokenizerFast, missing: Any
+) -> None:
+    processor = make(tokenizer)
+    assert processor.resolve_user(missing) == 2
+    with pytest.raises(ValueError, match="candidates: item 1 is"):
+        processor(candidates=["i0", missing])
+
+
+def test_containers_are_lists(tokenizer: PreTrainedTokenizerFast) -> None:
+    processor = make(tokenizer)
+    wanted = processor(user="u0", history=["i1", "i2"], candidates=["i3", "i4"])
+    for kind in (tuple, np.array, lambda ids: pd.Series(ids, index=[5, 9]), iter):
+        found = processor(user="u0", history=kind(["i1", "i2"]), candidates=kind(["i3", "i4"]))
+        assert same(found, wanted)
+    batch = processor(user=["u0", "u1"], candidates=[["i3"], ["i4"]])
+    users, candidates = pd.Series(["u0", "u1"], index=[5, 9]), np.array([["i3"], ["i4"]])
+    assert same(processor(user=users, candidates=candidates), batch)
+    for history in ({"i1", "i2"}, {"id": "i1"}, b"i1", 5, pd.DataFrame({"i1": [1]})):
+        with pytest.raises(ValueError, match=r"history is .* give a list of items"):
+            processor(history=history, candidates=["i3"])
+    with pytest.raises(ValueError, match="is no id"):
+        processor(user=users, candidates=["i3"])
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (1, 5), (1, 10), (-10, 10), (0, 100), (0, 1e6)])
+@pytest.mark.parametrize("slope", [1.5, 1e3])
+def test_ratings_of_any_scale_are_targets(
+    tokenizer: PreTrainedTokenizerFast, low: float, high: float, slope: float
+) -> None:
+    middle = (low + high) / 2
+    processor = make(tokenizer, histories="signed", rating_scale=(middle, slope))
+    ratings = [float(rating) for rating in np.linspace(low, high, 20)]
+    history = [{"id": "i1", "rating": rating} for rating in ratings]
+    targets = [processor.target(item) for item in history]
+    assert targets == sorted(targets) and targets[0] >= 0 and targets[-1] <= 1
+    assert [processor.likes(item) for item in history] == [rating > middle for rating in ratings]
+
+
+@pytest.mark.parametrize("rating", ["4,5", "4.5/5", float("nan"), float("inf"), [4]])
+def test_a_rating_that_is_no_number_is_named(
+    tokenizer: PreTrainedTokenizerFast, rating: Any
+) -> None:
+    processor = make(tokenizer, histories="signed", rating_scale=(3.5, 1.5))
+    with pytest.raises(ValueError, match=r"give a rating as a number, as 3\.5 is"):
+        processor(history=[{"id": "i1", "rating": rating}], candidates=["i2"])

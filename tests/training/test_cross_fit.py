@@ -1,9 +1,11 @@
 """A training row reads the CF vectors of its own fit, in every place where the model reads any."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import TITLES, BuildModel
 
 from ccf_llm_hf.cf.vectors import CFVectors
@@ -15,6 +17,7 @@ from ccf_llm_hf.training.collator import PackingCollator
 from ccf_llm_hf.training.cross_fit import (
     STRIDE,
     check_folded,
+    check_known,
     decode_rows,
     encode_rows,
     install_cross_fit,
@@ -203,3 +206,26 @@ def test_vectors_of_another_catalog_are_refused(build: BuildModel, cf: CFVectors
     other = replace(cf, user_ids=[f"v{row}" for row in range(len(cf.user_ids))])
     with pytest.raises(InputError, match="other users or items than the model"):
         install_cross_fit(model, other)
+
+
+def rows_of(users: list[str], items: list[str]) -> Dataset:
+    pairs = [(user, item) for user in users for item in items]
+    return Dataset.from_list([{"user_id": user, "item_id": item} for user, item in pairs])
+
+
+def test_vectors_of_other_spellings_are_refused_and_cold_ones_counted(
+    build: BuildModel, cf: CFVectors
+) -> None:
+    model, _ = build()
+    known = [["u0", "u1", "u2"], ["i0", "i1"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_known(model, cf, rows_of(*known))
+    with pytest.raises(InputError, match=r"3 of the 3 users .* such as '0'; theirs look like 'u0'"):
+        check_known(model, cf, rows_of(["0", "1", "2"], known[1]))
+    with pytest.raises(InputError, match=r"2 of the 2 items .* such as '0'; theirs look like 'i0'"):
+        check_known(model, cf, rows_of(known[0], ["0", "1"]))
+    with pytest.warns(UserWarning, match="1 of the 4 users of the training rows, such as 'new'"):
+        check_known(model, cf, rows_of([*known[0], "new"], known[1]))
+    folded, _ = build(prompt={"histories": "signed"}, **FOLD_IN)
+    check_known(folded, cf, rows_of(["0", "1"], known[1]))

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
+from ccf_llm_hf.data.validation import require_ids
 from ccf_llm_hf.errors import InputError
 
 DAMAGED = (SafetensorError, BadZipFile, pa.ArrowException)
@@ -20,7 +21,7 @@ def read_vector_table(path: str | Path) -> dict[str, np.ndarray]:
 
     The suffix decides the format; nothing is unpickled:
 
-    - `.npz`: arrays `ids` `(n,)`, integers or text, and `vectors` `(n, dim)`;
+    - `.npz`: arrays `ids` `(n,)`, see `read_id`, and `vectors` `(n, dim)`;
     - `.safetensors`: tensor `vectors` `(n, dim)`, metadata `ids`, a JSON list of n ids;
     - `.parquet`: columns `id` and `vector`, a list of numbers.
 
@@ -50,7 +51,7 @@ def read_vector_table(path: str | Path) -> dict[str, np.ndarray]:
         raise InputError(f"{path} cannot be read ({error}); write it again") from error
     if len(ids) != len(rows):
         raise InputError(f"{path} holds {len(ids)} ids for {len(rows)} vectors; give one each")
-    table = dict(zip(map(str, ids), rows, strict=True))
+    table = dict(zip(require_ids(ids, f"{path}: ids"), rows, strict=True))
     if len(table) != len(ids):
         raise InputError(f"{path} names an id more than once; keep one vector per id")
     return table

@@ -26,6 +26,7 @@ from ccf_llm_hf.cf.files import (
     write_lines,
 )
 from ccf_llm_hf.cf.folds import fold_of, fold_of_users
+from ccf_llm_hf.data.validation import as_ids, require_ids
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.io import write_files
 from ccf_llm_hf.modeling.configuration_ccf_llm import ids_fingerprint
@@ -209,8 +210,10 @@ class CFVectors:
             raise InputError(
                 f"CF logits: {len(user_ids)} user_ids but {len(item_ids)} item_ids; give pairs"
             )
-        users = torch.as_tensor(self._user_index.get_indexer(pd.Index(user_ids)))
-        items = torch.as_tensor(self._item_index.get_indexer(pd.Index(item_ids)))
+        users, items = (
+            torch.as_tensor(index.get_indexer(pd.Index(as_ids(pd.Series(ids)))))
+            for index, ids in ((self._user_index, user_ids), (self._item_index, item_ids))
+        )
         when = torch.as_tensor(fit).long().expand(len(users)) % self.num_fits
         logits = torch.empty(len(users))
         for piece in torch.arange(len(users)).split(PAIRS_AT_ONCE):
@@ -403,7 +406,7 @@ class CFVectors:
         item stands at the mean of the known ones (our choice).
 
         Args:
-            user: raw id (str or int) to vector, all of one width.
+            user: raw id (see `read_id`) to vector, all of one width.
             item: the same for items.
             titles: raw id to title for the whole catalog; ids without a vector become unknown
                 items. Default: every item's title is its id.
@@ -424,7 +427,8 @@ class CFVectors:
                 f"CF import: user vectors have {user_vectors.shape[1]} dimensions but item vectors "
                 f"{item_vectors.shape[1]}; both sides need the same"
             )
-        names = {str(key): str(title) for key, title in (titles or {}).items()}
+        given = titles or {}
+        names = dict(zip(require_ids(given, "title ids"), map(str, given.values()), strict=True))
         listed = set(item_ids)
         without = [key for key in names if key not in listed]
         vectors = cls(
@@ -464,7 +468,8 @@ def _names_of_fits() -> list[str]:
 def _table(side: str, vectors: Mapping[Any, Any]) -> tuple[list[str], Tensor]:
     if not vectors:
         raise InputError(f"CF import: the {side} table is empty; give at least one vector")
-    arrays = {str(key): np.asarray(value, dtype=np.float32) for key, value in vectors.items()}
+    named = zip(require_ids(vectors, f"{side} ids"), vectors.values(), strict=True)
+    arrays = {key: np.asarray(value, dtype=np.float32) for key, value in named}
     if len(arrays) < len(vectors):
         raise InputError(f"CF import: {side} ids repeat once they are strings; make them unique")
     width = next(iter(arrays.values())).shape

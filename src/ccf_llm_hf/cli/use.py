@@ -231,7 +231,12 @@ def _rank(arguments: argparse.Namespace, _: list[str]) -> Output:
         note = "  (not in the CF model)" if has_cf and not item.known else ""
         words = ranker.processor.item_text({"id": item.item_id, "title": item.title})[1]
         lines.append(f"{place:>3}.  {item.probability:.3f}  {words}{note}")
-    data = {"user": arguments.user, "history": history, "items": [asdict(item) for item in ranked]}
+    data = {
+        "user": arguments.user,
+        "unknown_users": ranker.unknown([arguments.user], [])[0],
+        "history": history,
+        "items": [asdict(item) for item in ranked],
+    }
     return Output("\n".join(lines), data)
 
 
@@ -240,7 +245,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pairs",
         required=True,
-        help="parquet or CSV with user_id and item_id; parquet also history",
+        help="parquet, a folder of it, or CSV with user_id and item_id; parquet also history",
     )
     parser.add_argument("--out", required=True, help="folder of the shards; run again to go on")
     parser.add_argument(
@@ -273,6 +278,8 @@ def _score(arguments: argparse.Namespace, _: list[str]) -> Output:
         text += f"; the other {rows - new_rows:,} were scored already"
     if not new_rows:
         text = f"all {rows:,} pairs were scored already, in {arguments.out}"
+    if manifest["unknown"]:
+        text += f"\n{manifest['unknown']}"
     return Output(text, manifest)
 
 

@@ -1,7 +1,7 @@
 """`CTRRanker`: probabilities, ranked lists and explanations from a checkpoint."""
 
-from collections.abc import Mapping, Sequence
-from numbers import Integral
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,16 @@ import torch
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.inference.explanation import Explanation, render_prompt
+from ccf_llm_hf.modeling.configuration_ccf_llm import read_id
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
-from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor, Item, Request, User
+from ccf_llm_hf.modeling.processing_ccf_llm import (
+    CCFLLMProcessor,
+    Item,
+    Request,
+    User,
+    is_container,
+    read_items,
+)
 from ccf_llm_hf.modeling.ranking_ccf_llm import (
     TOKENS_PER_BATCH,
     RankedItem,
@@ -24,6 +32,7 @@ from ccf_llm_hf.modeling.ranking_ccf_llm import (
     score,
 )
 
+logger = logging.getLogger(__name__)
 Pair = Mapping[str, Any] | tuple[User, Item]
 
 
@@ -94,8 +103,8 @@ class CTRRanker:
         """Probability that the user likes the item, for each pair.
 
         Args:
-            pairs: `(user, item)` tuples, or dicts with `item` and optionally `user` and `history`.
-                Pairs that share user and history share one forward pass.
+            pairs: `(user, item)` tuples, or dicts with `item` and optionally `user` and `history`;
+                any container of them. Pairs that share user and history share one forward pass.
             progress: show a bar on stderr.
 
         Returns:
@@ -104,18 +113,27 @@ class CTRRanker:
         Raises:
             InputError: a pair of another form, naming its place.
         """
-        return self.probabilities(self.pair_logits(pairs, progress=progress))
+        pairs = _pair_list(pairs)
+        logits = self.pair_logits(pairs, progress=progress)
+        read = [_read_pair(pair, place) for place, pair in enumerate(pairs)]
+        self._tell_unknown([user for user, _, _ in read], [item for _, _, item in read])
+        return self.probabilities(logits)
 
     def pair_logits(self, pairs: Sequence[Pair], *, progress: bool = False) -> np.ndarray:
         """As `predict`, before the temperature and the sigmoid."""
+        pairs = _pair_list(pairs)
         requests: dict[Any, Request] = {}
         places: dict[Any, list[int]] = {}
         for place, pair in enumerate(pairs):
             user, history, item = _read_pair(pair, place)
             read = self.processor
-            seen = [
-                (read.item_text(past), read.new_values(past), read.target(past)) for past in history
-            ]
+            try:
+                seen = [
+                    (read.item_text(past), read.new_values(past), read.target(past))
+                    for past in history
+                ]
+            except ValueError as error:
+                raise InputError(f"pair {place}: {error}") from error
             key = (user, tuple(seen))
             requests.setdefault(key, Request(user, history)).candidates.append(item)
             places.setdefault(key, []).append(place)
@@ -124,6 +142,19 @@ class CTRRanker:
         for indices, values in zip(places.values(), scores, strict=True):
             logits[indices] = values.numpy()
         return logits
+
+    def unknown(self, users: Iterable[User], items: Iterable[Item]) -> tuple[list[Any], list[Any]]:
+        """Of distinct users and items those that the model does not know; users that are None, or
+        of a model that knows none at all, do not count."""
+        read = self.processor
+        strangers = [u for u in dict.fromkeys(map(read_id, users)) if u is not None]
+        strangers = [u for u in strangers if read.user_ids and u not in read.user_index]
+        by_text = {read.item_text(item): item for item in items}
+        return strangers, [item for (row, _), item in by_text.items() if row is None]
+
+    def _tell_unknown(self, users: Iterable[User], items: Iterable[Item]) -> None:
+        if said := describe_unknown(self.processor, *self.unknown(users, items)):
+            logger.warning(said)
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Calibrated probabilities of logits."""
@@ -156,9 +187,10 @@ class CTRRanker:
         Raises:
             InputError: several users (see `rank_many`), or no candidates.
         """
-        if isinstance(user, (list, tuple)) or (history and isinstance(history[0], (list, tuple))):
+        past = list(history) if is_container(history) else history
+        if is_container(user) or (isinstance(past, list) and past and is_container(past[0])):
             raise InputError("rank is for one user: give several to rank_many")
-        past = _items(history, "history")
+        past = _items(past, "history")
         given = None if candidates is None else [candidates]
         return self.rank_many([user], [past], given, top_k, preselect, max_per_topic)[0]
 
@@ -194,13 +226,16 @@ class CTRRanker:
         ):
             if count < 1:
                 raise InputError(f"{name}={count} must be at least 1")
+        given = {"users": users, "histories": histories, "candidates": candidates}
+        for name, values in given.items():
+            if not (values is None or is_container(values)):
+                raise InputError(f"{name} is {values!r}: give a list with one entry a user")
+        users, histories, candidates = (
+            None if values is None else list(values) for values in given.values()
+        )
         sizes = {
             name: len(values)
-            for name, values in (
-                ("users", users),
-                ("histories", histories),
-                ("candidates", candidates),
-            )
+            for name, values in zip(given, (users, histories, candidates), strict=True)
             if values is not None
         }
         if len(set(sizes.values())) != 1:
@@ -209,11 +244,13 @@ class CTRRanker:
         size = next(iter(sizes.values()))
         requests = []
         for place in range(size):
-            user = None if users is None else users[place]
-            if not (user is None or isinstance(user, (str, Integral))):
+            try:
+                user = None if users is None else read_id(users[place])
+            except ValueError as error:
                 raise InputError(
-                    f"user {place} is {user!r}: give ids in users, and histories beside them"
-                )
+                    f"user {place} is {users and users[place]!r}: give ids in users, and histories "
+                    "beside them"
+                ) from error
             past = _items(None if histories is None else histories[place], f"history {place}")
             items = None if candidates is None else candidates[place]
             if items is None:
@@ -221,6 +258,7 @@ class CTRRanker:
             else:
                 chosen = _given(items)
             requests.append(Request(user, past, chosen))
+        self._tell_unknown([one.user for one in requests], [])
         try:
             return rank(
                 self.model,
@@ -276,7 +314,7 @@ class CTRRanker:
         return Explanation(
             **vars(reasons),
             prompt=render_prompt(self.processor, request),
-            user=None if user is None else str(user),
+            user=read_id(user),
             user_known=self._user_known(user),
             item_id=None if row is None else self.processor.item_ids[row],
             title=title,
@@ -318,36 +356,63 @@ class CTRRanker:
             raise InputError(str(error)) from error
 
     def _user_known(self, user: User) -> bool:
-        row = self.processor.user_index.get(str(user))
-        return row is not None and bool(self.model.cf.user_known[row])
+        row = self.processor.resolve_user(user)
+        return row < len(self.processor.user_ids) and bool(self.model.cf.user_known[row])
 
 
-def _read_pair(pair: Pair, place: int) -> tuple[User, list[Item], Item]:
+def describe_unknown(processor: CCFLLMProcessor, users: Sequence[Any], items: Sequence[Any]) -> str:
+    """How many users and items a model does not know, with the spelling of one and of its own; ""
+    where it knows all."""
+    said = [
+        f"{len(ids):,} {side}{'s' * (len(ids) > 1)} unknown to the model, such as {ids[0]!r} (its "
+        f"own look like {own[0]!r})"
+        for side, ids, own in (
+            ("user", users, processor.user_ids),
+            ("item", items, processor.item_ids),
+        )
+        if ids and own
+    ]
+    return " and ".join(said)
+
+
+def _pair_list(pairs: Any) -> list[Any]:
+    """Pairs of any container."""
+    if not is_container(pairs):
+        raise InputError(f"pairs is {pairs!r}: give a list of (user, item)")
+    return list(pairs)
+
+
+def _read_pair(pair: Pair, place: int) -> tuple[str | None, list[Item], Item]:
+    name = f"pair {place}"
+    history: Any = None
     if isinstance(pair, Mapping):
         if "item" not in pair or set(pair) - {"user", "history", "item"}:
             raise InputError(
-                f"pair {place} has the keys {sorted(pair)}: give item, and user or history if known"
+                f"{name} has the keys {sorted(pair)}: give item, and user or history if known"
             )
-        history = _items(pair.get("history"), f"history of pair {place}")
-        return pair.get("user"), history, _items([pair["item"]], f"pair {place}")[0]
-    if isinstance(pair, (tuple, list)) and len(pair) == 2:
-        return pair[0], [], _items([pair[1]], f"pair {place}")[0]
-    raise InputError(f"pair {place} is {pair!r}: give (user, item) or a dict with item")
+        user, history, item = pair.get("user"), pair.get("history"), pair["item"]
+    elif is_container(pair) and isinstance(pair, Iterable) and len(both := list(pair)) == 2:
+        user, item = both
+    else:
+        raise InputError(f"{name} is {pair!r}: give (user, item) or a dict with item")
+    try:
+        return read_id(user), _items(history, f"history of {name}"), _items([item], name)[0]
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
-def _items(values: Sequence[Item] | None, name: str) -> list[Item]:
-    """A list of items, none of them blank."""
-    if isinstance(values, (str, dict)):
-        raise InputError(f"{name} is the single item {values!r}: give a list of items")
-    items = list(values if values is not None else [])
-    for place, item in enumerate(items):
-        if item is None or (isinstance(item, str) and not item.strip()):
-            raise InputError(f"{name}: item {place} is empty: give an id or a title")
-    return items
+def _items(values: Any, name: str) -> list[Item]:
+    """As `read_items`."""
+    try:
+        return read_items(values, name)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
-def _given(values: Sequence[Item]) -> list[Item]:
+def _given(values: Any) -> list[Item]:
     """Given candidates, at least one."""
-    if len(values) == 0:
-        raise InputError("candidates is empty: give at least one item, or leave it out")
-    return _items(values, "candidates")
+    if items := _items(values, "candidates"):
+        return items
+    raise InputError("candidates is empty: give at least one item, or leave it out")

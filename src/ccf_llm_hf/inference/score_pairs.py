@@ -14,9 +14,12 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from ccf_llm_hf.data.sources import find_delimiter
+from ccf_llm_hf.data.validation import as_ids
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.inference.malformed_csv import malformed_line
-from ccf_llm_hf.inference.ranker import CTRRanker
+from ccf_llm_hf.inference.ranker import CTRRanker, describe_unknown
+from ccf_llm_hf.io import sha256_of
 
 KEYS = ("user_id", "item_id")
 MANIFEST = "_manifest.json"  # readers of a folder of parquet files pass over such names
@@ -47,13 +50,14 @@ class PairScorer:
         when it was whole.
 
         Args:
-            pairs: parquet or CSV with `user_id`, `item_id` and, in parquet, optionally `history`
-                (a list of items, oldest first).
+            pairs: parquet, also a folder of it, or CSV with `user_id`, `item_id` and, in parquet,
+                optionally `history` (a list of items, oldest first).
             out: folder, made if missing.
 
         Returns:
-            The manifest: what was scored, with what, and how many `rows`; and `new_rows`, how many
-            of them this call scored.
+            The manifest: what was scored, with what, how many `rows`, and how many distinct users
+            and items of them the model does not know, `unknown_users` and `unknown_items`; and
+            `new_rows`, how many of them this call scored, and `unknown`, a sentence about them.
 
         Raises:
             InputError: the input cannot be read, lacks a column or holds a null; or `out` holds the
@@ -70,9 +74,13 @@ class PairScorer:
         }
         _claim(out, manifest)
         rows = new_rows = 0
+        unknown: tuple[dict[Any, None], ...] = ({}, {})
         with tqdm(total=source.rows, desc="scoring", unit=" pairs") as bar:
             for number, shard in enumerate(source.shards(self.shard_rows)):
                 path = out / f"part-{number:05d}.parquet"
+                ids = [_read_ids(shard, name, rows) for name in KEYS]
+                for known, new in zip(unknown, self.ranker.unknown(*ids), strict=True):
+                    known.update(dict.fromkeys(new))
                 if not path.exists():
                     partial = path.with_name(path.name + ".partial")
                     pq.write_table(self._score(shard, first=rows), partial)
@@ -82,25 +90,23 @@ class PairScorer:
                 bar.update(len(shard))
         if not rows:
             raise InputError(f"{pairs} has no rows: nothing to score")
-        finished = manifest | {"rows": rows, "finished": True}
+        counts = dict(zip(("unknown_users", "unknown_items"), map(len, unknown), strict=True))
+        finished = manifest | {"rows": rows, "finished": True} | counts
         _write_json(out / MANIFEST, finished)
-        return finished | {"new_rows": new_rows}
+        said = describe_unknown(self.ranker.processor, *map(list, unknown))
+        return finished | {"new_rows": new_rows, "unknown": said}
 
     def _score(self, shard: pa.Table, first: int) -> pa.Table:
-        columns = {name: shard[name].to_pylist() for name in shard.column_names}
-        for name in KEYS:
-            if None in columns[name]:
-                row = first + columns[name].index(None)
-                raise InputError(f"row {row} of the pairs has no {name}: fill it or drop the row")
-        users = columns["user_id"]
-        given = columns.get("history", [None] * len(users))
+        users, items = (_read_ids(shard, name, first) for name in KEYS)
+        has_history = "history" in shard.column_names
+        given = shard["history"].to_pylist() if has_history else [None] * len(users)
         histories = [
-            self.histories.get(str(user), []) if history is None else history
+            self.histories.get(user, []) if history is None else history
             for user, history in zip(users, given, strict=True)
         ]
         pairs = [
             {"user": user, "item": item, "history": history}
-            for user, item, history in zip(users, columns["item_id"], histories, strict=True)
+            for user, item, history in zip(users, items, histories, strict=True)
         ]
         try:
             logits = self.ranker.pair_logits(pairs)
@@ -113,21 +119,40 @@ class PairScorer:
         return table
 
 
+def _read_ids(shard: pa.Table, name: str, first: int) -> list[str]:
+    """A column of ids, none of them missing; `first` is the shard's first row."""
+    ids = as_ids(shard[name].to_pandas(integer_object_nulls=True).rename(name)).tolist()
+    if "" in ids:
+        row = first + ids.index("")
+        raise InputError(f"row {row} of the pairs has no {name}: fill it or drop the row")
+    return ids
+
+
 class _Source:
     """A parquet or CSV file of pairs, read in pieces."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.is_csv = path.suffix.lower() in (".csv", ".tsv")
-        self.delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        self.is_csv = path.suffix.lower() in (".csv", ".tsv") and path.is_file()
+        self.files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        self.rows: int | None = None
         try:
-            reader = None if self.is_csv else pq.ParquetFile(path)
-            names = self._csv().schema.names if reader is None else reader.schema_arrow.names
+            if self.is_csv:
+                with path.open("rb") as file:
+                    usual = "\t" if path.suffix.lower() == ".tsv" else ","
+                    self.delimiter = find_delimiter(file.readline(), usual)
+                names = self._csv().schema.names
+            elif self.files:
+                readers = [pq.read_metadata(file) for file in self.files]
+                self.rows = sum(reader.num_rows for reader in readers)
+                names = readers[0].schema.to_arrow_schema().names
+            else:
+                raise OSError("no parquet file in it")
         except (OSError, pa.ArrowException) as error:
             if self.is_csv and path.is_file():
                 raise self._malformed(error) from error
             raise InputError(
-                f"{path} cannot be read as pairs: give a parquet or CSV file"
+                f"{path} cannot be read as pairs: give parquet, also a folder of it, or a CSV file"
             ) from error
         if missing := [name for name in KEYS if name not in names]:
             raise InputError(
@@ -140,7 +165,6 @@ class _Source:
                 "parquet, or drop the column and give --data"
             )
         self.columns = [*KEYS, *(["history"] * ("history" in names and not self.is_csv))]
-        self.rows = None if reader is None else reader.metadata.num_rows
 
     def _csv(self, columns: list[str] | None = None) -> pa_csv.CSVStreamingReader:
         # Ids stay as written: 007 is not 7.
@@ -158,9 +182,8 @@ class _Source:
         )
 
     def fingerprint(self) -> str:
-        """Digest of the whole file: a table with one cell changed is another one."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Digest of the whole content: a table with one cell changed is another one."""
+        return sha256_of(self.files)
 
     def shards(self, rows: int) -> Iterator[pa.Table]:
         """Tables of `rows` rows, the last one shorter."""
@@ -186,8 +209,9 @@ class _Source:
                         raise self._malformed()
                     yield batch
             else:
-                with pq.ParquetFile(self.path) as file:
-                    yield from file.iter_batches(min(rows, 65_536), columns=self.columns)
+                for path in self.files:
+                    with pq.ParquetFile(path) as file:
+                        yield from file.iter_batches(min(rows, 65_536), columns=self.columns)
         except (OSError, pa.ArrowException) as error:
             if self.is_csv:
                 raise self._malformed(error) from error

@@ -6,10 +6,12 @@ table rows, and the modules below take it apart again. Rows without it, as evalu
 the last fit.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from ccf_llm_hf.modeling.modeling_ccf_llm import (
     rms_of_known,
 )
 
+MOSTLY = 0.95  # share of unknown ids from which on they are another spelling, not cold
 STRIDE = 1 << 32  # past every table, and past the rows of titles outside the catalog
 
 
@@ -131,6 +134,29 @@ def check_folded(model: CCFLLMForCTR, cf: CFVectors, reads_logit: bool) -> None:
             "the CF vectors are cross-fit by users, so no training row's user has one, which the "
             "CF logit needs: set cf_fold_in: true, or fit with cross_fit=folds"
         )
+
+
+def check_known(model: CCFLLMForCTR, cf: CFVectors, rows: Dataset) -> None:
+    """Tell how many users and items of the training rows the CF vectors do not know. Folded-in
+    users have no vector of their own to be known by.
+
+    Raises:
+        InputError: they know (nearly) none: they have the same ones by other names.
+    """
+    for side, own in (("user", cf.user_ids), ("item", cf.item_ids)):
+        if not own or (side == "user" and model.config.cf_fold_in):
+            continue
+        ids = pd.Index(rows.unique(f"{side}_id"))
+        unknown = ids[~ids.isin(own)]
+        if not len(unknown):
+            continue
+        said = (
+            f"the CF vectors do not know {len(unknown)} of the {len(ids)} {side}s of the training "
+            f"rows, such as {unknown[0]!r}; theirs look like {own[0]!r}"
+        )
+        if len(unknown) > MOSTLY * len(ids):
+            raise InputError(f"{said}: import them by the ids of the data, or fit them on it")
+        warnings.warn(said, stacklevel=3)
 
 
 def install_cross_fit(model: CCFLLMForCTR, cf: CFVectors) -> None:

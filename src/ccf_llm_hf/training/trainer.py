@@ -44,7 +44,12 @@ from ccf_llm_hf.training.collator import (
     PackingCollator,
     TokenBudgetBatchSampler,
 )
-from ccf_llm_hf.training.cross_fit import check_folded, choose_fits, install_cross_fit
+from ccf_llm_hf.training.cross_fit import (
+    check_folded,
+    check_known,
+    choose_fits,
+    install_cross_fit,
+)
 from ccf_llm_hf.training.lora import inject_lora, record_of
 
 GATES_SHOWN = 2048
@@ -141,6 +146,8 @@ class CTRTrainer(Trainer):
         choose_trained(model, fusion=processing_class.uses_slots, lora=peft_config is not None)
         if self.cf is not None:
             check_folded(model, self.cf, model.config.cf_logit or taught)
+            if train_dataset is not None:
+                check_known(model, self.cf, train_dataset)
             install_cross_fit(model, self.cf)
         self.train_groups: list[Group] = []
         self.eval_groups: list[Group] = []
