@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from accelerate import PartialState
@@ -8,12 +9,14 @@ from peft import LoraConfig
 
 from ccf_llm_hf import CTRRanker
 from ccf_llm_hf.cf.folds import fold_of
+from ccf_llm_hf.data.prepare import PrepareConfig, prepare
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR, CCFLLMModel
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 from ccf_llm_hf.training.collator import PackingCollator
 from ccf_llm_hf.training.lora import inject_lora
-from ccf_llm_hf.training.stage import uses_bf16
+from ccf_llm_hf.training.recipe import Recipe, Stage
+from ccf_llm_hf.training.stage import RunInputs, StageRun, uses_bf16
 from ccf_llm_hf.training.trainer import group_split, sample_users
 
 TEXT = {"preset": "text_only", "lora": {}}
@@ -32,6 +35,36 @@ def save_slim(model, processor, folder):
     model.save_pretrained(folder, form="slim")
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-10, 10), (0, 100)])
+def test_signed_histories_of_ratings_of_any_scale_can_be_packed(
+    settings, data_dir, tmp_path, low, high
+):
+    table = pd.read_csv(data_dir.parent / "rows.csv")
+    draw = np.random.default_rng(0).random(len(table))
+    table["rating"] = low + (high - low) * (table["label"] + draw) / 2
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    config = PrepareConfig(
+        "table",
+        str(tmp_path / "data"),
+        interactions=str(tmp_path / "rows.csv"),
+        rating_column="rating",
+        positive_threshold=(low + high) / 2,
+        histories="signed",
+    )
+    top = settings | {"data_dir": str(prepare(config, summary=False))}
+    stage = Stage(name="any")
+    recipe = Recipe(**top, output_dir="unused", stages=[stage])
+    run = StageRun(recipe, stage, RunInputs.load(recipe), tmp_path, None)
+    processor = run.build_processor()
+    split = run.inputs.data.splits["train"]
+    groups = group_split(split, processor)
+    targets = processor.pack(groups)["history_targets"]
+    assert targets.min() >= 0 and targets.max() <= 1 and targets.isfinite().all()
+    for group in groups:
+        labels = {item["id"]: item["rating"] >= (low + high) / 2 for item in group.history}
+        assert [processor.likes(item) for item in group.history] == list(labels.values())
 
 
 def test_training_rows_see_earlier_snapshots_only(stage_run, inputs):

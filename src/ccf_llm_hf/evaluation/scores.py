@@ -8,6 +8,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ccf_llm_hf.data.validation import as_ids
 from ccf_llm_hf.errors import InputError
 
 NEEDED = ("user_id", "item_id", "score")
@@ -41,7 +42,8 @@ def align_scores(
         InputError: a row has no score or several, labels differ, or a score is NaN.
     """
     _check_columns(scores, f"of {name!r}")
-    scores = scores.reset_index(drop=True).astype({"user_id": str, "item_id": str})
+    scores = scores.reset_index(drop=True)
+    scores = scores.assign(**{side: as_ids(scores[side]) for side in ("user_id", "item_id")})
     if len(scores) != len(rows) or not _same_pairs(scores, rows):
         scores = _matched(scores, rows, name, partial)
     scored = scores["score"].notna().to_numpy() | (not partial)
