@@ -178,7 +178,7 @@ def _folded_logits(
     targets = torch.tensor([[processor.target(item) for item in history]], device=rows.device)
     depth = torch.tensor([len(history)], device=rows.device)
     users = model.cf.folded_users(items[None], targets.float(), depth, of_history)
-    return model.cf.folded_logits(users, rows, new)
+    return model.cf.folded_logits(users, rows[None], new)[0]
 
 
 def number_items(
@@ -651,7 +651,7 @@ def _with_unrated(model: CCFLLMForCTR, rows: Sequence[int]) -> CCFLLMForCTR:
     other.model.cf = table = _shallow_copy(model.cf)
     index = torch.tensor(rows, device=table.item_known.device).long()
     table.item_known = table.item_known.index_fill(0, index, False)
-    table.field_vectors = None
+    table.field_vectors = table.item_values = None
     return other
 
 
