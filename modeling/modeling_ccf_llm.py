@@ -40,6 +40,19 @@ if TYPE_CHECKING:
     from .pipeline_ccf_llm import CTRRankingPipeline  # noqa: F401
 
 FOLD_IN_STEPS = 8  # of Newton's method; a test holds their result against the optimum
+# Of a batch, what `CCFLLMForCTR.cf_logits` takes.
+CF_INPUTS = (
+    "candidate_users",
+    "candidate_items",
+    "answer_positions",
+    "sequence_ids",
+    "history_depths",
+    "history_items",
+    "history_targets",
+    "history_unshown",
+    "new_field_values",
+    "new_field_weights",
+)
 NewTitles = tuple[Tensor, Tensor]  # token ids of new items' titles, flat, and their lengths
 READ_TOKENS = 4096  # of one pass that reads texts, padding included
 TEXTS_KEPT = 4096  # of items outside the catalog, whose states a model remembers

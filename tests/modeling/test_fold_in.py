@@ -13,7 +13,7 @@ from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import cf_settings
 from ccf_llm_hf.modeling.modeling_ccf_llm import CFTable
 from ccf_llm_hf.modeling.processing_ccf_llm import Request
-from ccf_llm_hf.modeling.ranking_ccf_llm import cf_logits, score
+from ccf_llm_hf.modeling.ranking_ccf_llm import cf_logits, score, score_cf_logit
 
 PRECISION = [1.0, 2.0, 0.5, 1.5, 3.0, 0.0]  # the last dimension is fixed, as the "1" of MF is
 FOLDED = {"cf_logit": True, "cf_fold_in": True}
@@ -164,6 +164,16 @@ def test_scoring_in_parts_on_cached_keys_changes_no_score(build: BuildModel) -> 
     (whole,) = score(model, processor, [request])
     (parts,) = score(model, processor, [request], tokens_per_batch=3)
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+
+
+def test_the_cf_logit_alone_is_the_score_without_the_backbones(build: BuildModel) -> None:
+    model, processor = build(prompt=SIGNED, **FOLDED)
+    model.answer_scale.data.zero_()
+    requests = [Request("u1", HISTORY[3:], CANDIDATES, [5, 2, 0, 5], earlier=HISTORY[:3])]
+    requests.append(Request("u0", [], ["i1"]))
+    found, expected = score_cf_logit(model, processor, requests), score(model, processor, requests)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_dislikes_are_shown_as_such_and_only_to_models_that_read_them(build: BuildModel) -> None:

@@ -34,7 +34,7 @@ from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import auc, fit_temperature, uauc
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import FUSION_FILE
 from ccf_llm_hf.modeling.configuration_ccf_llm import IGNORED_LABEL
-from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.modeling.modeling_ccf_llm import CF_INPUTS, CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 from ccf_llm_hf.modeling.ranking_ccf_llm import score
 from ccf_llm_hf.training.arguments import DEFAULT_RATES, CTRTrainingArguments
@@ -48,16 +48,6 @@ from ccf_llm_hf.training.cross_fit import check_folded, choose_fits, install_cro
 from ccf_llm_hf.training.lora import inject_lora, record_of
 
 GATES_SHOWN = 2048
-CF_INPUTS = (
-    "candidate_users",
-    "candidate_items",
-    "answer_positions",
-    "sequence_ids",
-    "history_depths",
-    "history_items",
-    "history_targets",
-    "history_unshown",
-)
 
 
 @dataclass
