@@ -46,6 +46,7 @@ from ccf_llm_hf.training.collator import (
 )
 from ccf_llm_hf.training.cross_fit import check_folded, choose_fits, install_cross_fit
 from ccf_llm_hf.training.lora import inject_lora, record_of
+from ccf_llm_hf.training.memory import HeapTrimmer
 
 GATES_SHOWN = 2048
 
@@ -146,9 +147,9 @@ class CTRTrainer(Trainer):
                 eval_dataset, processing_class, args.max_candidates, lines=self.lines
             )
             self.eval_groups = sample_users(groups, args.max_eval_labels, args.seed)
+        callbacks = [*(callbacks or []), HeapTrimmer()]
         if args.early_stopping_patience:
-            stopping = EarlyStoppingCallback(args.early_stopping_patience)
-            callbacks = [*(callbacks or []), stopping]
+            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         super().__init__(
             model=model,
             args=args,
