@@ -63,7 +63,8 @@ def read_id(value: Any) -> str | None:
                 f"{value!r} is no id: a floating-point number this large stands for several "
                 "integers; give an integer or text."
             )
-        return str(int(value) if value == int(value) else value)
+        whole = math.trunc(value)
+        return str(whole if value == whole else value)
     shown = " ".join(repr(value).split())
     raise ValueError(f"{shown[:80]} is no id: give one string or integer.")
 

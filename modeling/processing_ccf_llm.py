@@ -732,9 +732,8 @@ class CCFLLMProcessor(ProcessorMixin):
             raise ValueError(
                 f"return_tensors must be 'pt' and {sorted(kwargs)} are unknown arguments."
             )
-        candidates = (
-            list(candidates) if is_container(candidates) else read_items(candidates, "candidates")
-        )
+        asked: Any = candidates
+        candidates = list(asked) if is_container(asked) else read_items(asked, "candidates")
         if not candidates:
             raise ValueError("candidates is empty: give at least one item to score.")
         batched = is_container(candidates[0])

@@ -306,8 +306,10 @@ def _check_notation(values: pd.Series, kind: str, file: str, lines: pd.Series) -
         other = text.str.fullmatch(OTHER_RATING)
         mend = "ratings are numbers such as 4.5, with a point and without what they are out of"
     if other.any():
-        place = other.idxmax()
-        raise InputError(f"{file}:{lines[place]}: {kind} {text[place]!r} is not read: {mend}")
+        place = int(other.to_numpy().argmax())
+        raise InputError(
+            f"{file}:{lines.iloc[place]}: {kind} {text.iloc[place]!r} is not read: {mend}"
+        )
 
 
 def _date_seconds(values: pd.Series) -> pd.Series:

@@ -187,7 +187,8 @@ class CTRRanker:
         Raises:
             InputError: several users (see `rank_many`), or no candidates.
         """
-        past = list(history) if is_container(history) else history
+        past: Any = history
+        past = list(past) if is_container(past) else past
         if is_container(user) or (isinstance(past, list) and past and is_container(past[0])):
             raise InputError("rank is for one user: give several to rank_many")
         past = _items(past, "history")
