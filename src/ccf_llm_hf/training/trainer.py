@@ -348,8 +348,13 @@ class CTRTrainer(Trainer):
                 f"resume_from_checkpoint {folder} is no trainer checkpoint: name a folder "
                 f"{PREFIX_CHECKPOINT_DIR}-N of the run"
             )
-        self.model.load_trained_weights(folder)
         saved = json.loads((folder / CONFIG_NAME).read_text())
+        if saved["backbone_fingerprint"] != self.model.config.backbone_fingerprint:
+            raise InputError(
+                f"{folder} was trained on other weights of {saved['backbone_name']!r} than those "
+                "loaded now: restore them, or name another output_dir"
+            )
+        self.model.load_trained_weights(folder)
         self.model.config.logit_temperature = saved["logit_temperature"]
 
     def load_best(self) -> None:

@@ -14,12 +14,13 @@ from ccf_llm_hf.modeling.checkpoint_ccf_llm import (
     ADAPTER_FILE,
     ADAPTER_FOLDER,
     FUSION_FILE,
+    TEXT_FILE,
     TEXT_SETTINGS,
 )
 from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import PROCESSOR_FILE
-from ccf_llm_hf.training.lora import inject_lora
+from ccf_llm_hf.training.lora import check_lora, inject_lora
 
 # What `warm_start` reads, as patterns of a Hub repository's files.
 STARTING_FILES = [
@@ -64,10 +65,20 @@ def find_adapter(source: Path) -> Path | None:
 
 
 def read_lora(adapter: Path) -> dict[str, Any]:
-    """The LoRA settings of a PEFT adapter folder."""
-    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    settings = {key: config[key] for key in ("r", "lora_alpha", "target_modules")}
-    return settings | {"use_rslora": bool(config.get("use_rslora"))}
+    """The LoRA settings of a PEFT adapter folder.
+
+    Raises:
+        InputError: it is no LoRA, or more than plain LoRA, such as one with scales by layer.
+    """
+    config = peft.PeftConfig.from_pretrained(str(adapter))
+    if not isinstance(config, peft.LoraConfig):
+        raise InputError(f"`init_from` {adapter} holds {config.peft_type}, not LoRA")
+    try:
+        check_lora(config)
+    except InputError as problem:
+        raise InputError(f"`init_from` {adapter}: {problem}") from problem
+    names = ("r", "lora_alpha", "target_modules", "use_rslora")
+    return {name: getattr(config, name) for name in names}
 
 
 def fills_slots_alike(source: Path, config: CCFLLMConfig) -> bool:
@@ -121,3 +132,11 @@ def hash_start(source: Path) -> str:
             "checkpoint has its LoRA merged: name its slim form)"
         )
     return sha256_of(files)
+
+
+def hash_start_settings(source: Path) -> str:
+    """Sha256 over the settings that say what the weights of a start are, and its text vectors."""
+    adapter = find_adapter(source) or source
+    names = ("config.json", PROCESSOR_FILE, TEXT_FILE)
+    files = [*(source / name for name in names), adapter / ADAPTER_CONFIG]
+    return sha256_of(file for file in files if file.is_file())
