@@ -261,25 +261,4 @@ def check_adapter(adapter: Adapter, lora: dict[str, Any], backbone: nn.Module, s
         )
 
 
-def load_injected_adapter(backbone: nn.Module, adapter: Adapter, source: str) -> None:
-    """Copy an adapter into the LoRA modules that PEFT injected.
-
-    Raises:
-        ValueError: when names or shapes differ from what was injected.
-    """
-    live = dict(backbone.named_parameters())
-    targets = {name.replace(".weight", ".default.weight"): value for name, value in adapter.items()}
-    injected = {name for name in live if ".lora_" in name}
-    wrong = injected ^ targets.keys()
-    wrong |= {name for name in injected & targets.keys() if live[name].shape != targets[name].shape}
-    if wrong:
-        raise ValueError(
-            f"The adapter in {source} does not fit the injected LoRA at {min(wrong)!r}: "
-            "inject one of the same r and target_modules."
-        )
-    with torch.no_grad():
-        for name, value in targets.items():
-            live[name].copy_(value)
-
-
 __all__ = ["Adapter"]

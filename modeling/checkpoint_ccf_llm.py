@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -40,7 +41,6 @@ from .adapter_ccf_llm import (
     from_peft,
     injected_parts,
     join_parts,
-    load_injected_adapter,
     plain_state,
     to_peft,
 )
@@ -226,6 +226,18 @@ def load_text_tokenizer(path: str, hub: dict[str, Any]) -> PreTrainedTokenizerBa
     return PreTrainedTokenizerFast.from_pretrained(path, **{**hub, "subfolder": inside})
 
 
+@contextmanager
+def open_tensors(file: str | Path) -> Iterator[Any]:
+    """A safetensors file; an OSError that names it where it is damaged or truncated."""
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            yield handle
+    except (SafetensorError, ValueError) as error:
+        raise OSError(
+            f"{file} is damaged or truncated ({error}): copy or download it again."
+        ) from error
+
+
 def read_tensors(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
@@ -233,23 +245,17 @@ def read_tensors(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         OSError: naming the file, when it is truncated, no safetensors file, of another format
             version than this code reads, or holds NaN or infinity.
     """
-    try:
-        with safe_open(file, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            # Files by other libraries, such as an adapter by PEFT, have no such version.
-            version = metadata.get("format_version", FORMAT_VERSION)
-            if version != FORMAT_VERSION:
-                newer = "load it with a newer ccf-llm-hf"
-                mend = newer if version > FORMAT_VERSION else CONVERT
-                raise OSError(
-                    f"{file} has format version {version}, and this code reads version "
-                    f"{FORMAT_VERSION}: {mend}."
-                )
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise OSError(
-            f"{file} is damaged or truncated ({error}): copy or download it again."
-        ) from error
+    with open_tensors(file) as handle:
+        metadata = handle.metadata() or {}
+        # Files by other libraries, such as an adapter by PEFT, have no such version.
+        version = metadata.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            mend = "load it with a newer ccf-llm-hf" if version > FORMAT_VERSION else CONVERT
+            raise OSError(
+                f"{file} has format version {version}, and this code reads version "
+                f"{FORMAT_VERSION}: {mend}."
+            )
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
     check_finite(tensors, file)
     return tensors, metadata
 
@@ -257,7 +263,9 @@ def read_tensors(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 def check_finite(tensors: dict[str, Tensor], source: str) -> None:
     """Raise an OSError naming the first tensor that holds NaN or infinity."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).isfinite():
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        if tensor.sum(dtype=torch.float32).isfinite():
             continue  # the sum is a tenth of the work, and not finite where a value is not
         if not tensor.isfinite().all():
             raise OSError(
@@ -476,7 +484,7 @@ class CheckpointMixin(PreTrainedModel):
         if form not in CHECKPOINT_FORMS:
             raise ValueError(f"form={form!r} is unknown: choose full or slim.")
         if form == "slim":
-            self._check_slim(changed)
+            self.check_slim()
         adapter, lora = self.whole_adapter()
         kept = {"checkpoint_form": config.checkpoint_form, "lora": config.lora}
         kept["backbone_fingerprint"] = config.backbone_fingerprint
@@ -515,12 +523,14 @@ class CheckpointMixin(PreTrainedModel):
             parts[path] = more + parts.get(path, [])
         return join_parts(parts, self.language_model, self.config.lora)
 
-    def _check_slim(self, changed: str | None) -> None:
+    def check_slim(self) -> None:
+        """Raise a `ValueError` where a slim checkpoint cannot hold what this model computes."""
         if self.model.merged_adapter is None:
             raise ValueError(
                 "LoRA is merged into this model's weights, so it has no slim form: "
                 "load the slim checkpoint, or save with form='full'."
             )
+        changed = self.changed_weight()
         if changed or not self.config.backbone_fingerprint:
             what = f" ({changed!r} differs)" if changed else ""
             raise ValueError(
@@ -571,61 +581,6 @@ class CheckpointMixin(PreTrainedModel):
             space = space_fingerprint(item_text.mean, item_text.projection)
             write_tensors(folder / TEXT_FILE, text, metadata | {"text_space": space})
 
-    def load_trained_weights(self, folder: str | Path) -> None:
-        """Copy a slim checkpoint's fusion weights and adapter into this live model.
-
-        Alignment networks for CF vectors of another width are left fresh, and a log line says so.
-
-        Raises:
-            ValueError: naming a weight of another shape, or text vectors in another space.
-        """
-        live = dict(self.fusion_parameters() + self.head_parameters())
-        tensors, _ = read_tensors(str(Path(folder) / FUSION_FILE))
-        self._take_text_vectors(Path(folder), tensors)
-        tensors = {name: value for name, value in tensors.items() if name in live}
-        wrong = [name for name, value in tensors.items() if value.shape != live[name].shape]
-        of_cf = ("model.item_alignment.", "model.user_alignment.")
-        if any(name.startswith(of_cf) and ".up." in name for name in wrong):
-            logger.warning(
-                "The alignment networks start afresh, because those in %s are for CF vectors of "
-                "another width: train them.",
-                folder,
-            )
-            wrong = [name for name in wrong if not name.startswith(of_cf)]
-            tensors = {n: value for n, value in tensors.items() if not n.startswith(of_cf)}
-        if wrong:
-            raise ValueError(
-                f"{folder} holds {min(wrong)!r} for another backbone or alignment_multiplier."
-            )
-        self.load_state_dict(tensors, strict=False)
-        if self.lora_parameters():
-            self.load_adapter_folder(Path(folder) / ADAPTER_FOLDER)
-
-    def _take_text_vectors(self, folder: Path, fusion: dict[str, Tensor]) -> None:
-        """Have the text vectors that a checkpoint's weights were trained on."""
-        text = self.model.item_text
-        names = [f"model.item_text.{name}" for name in TEXT_SPACE]
-        if self.config.item_text == "static" or not all(name in fusion for name in names):
-            return
-        space = {name: fusion[f"model.item_text.{name}"] for name in TEXT_SPACE}
-        if all(torch.equal(value, getattr(text, name).cpu()) for name, value in space.items()):
-            return
-        file = folder / TEXT_FILE
-        vectors, metadata = read_tensors(str(file)) if file.is_file() else ({}, {})
-        fits = all(value.shape == getattr(text, name).shape for name, value in space.items())
-        if not fits or metadata.get("ids_fingerprint") != self.config.ids_fingerprint:
-            raise ValueError(
-                f"{folder} was trained on text vectors in another space than this model's: build "
-                "the model with text_space_of=FOLDER, and read words as that one does."
-            )
-        text.load_state_dict(space | vectors)
-
-    def load_adapter_folder(self, folder: str | Path) -> None:
-        """Copy a PEFT adapter folder into the LoRA modules injected into the backbone."""
-        file = str(Path(folder) / ADAPTER_FILE)
-        adapter = from_peft(read_tensors(file)[0], self.language_model, file)
-        load_injected_adapter(self.language_model, adapter, str(folder))
-
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """As `torch.nn.Module`'s, but weights with LoRA merged into them are refused where PEFT has
         put LoRA beside: `strict=False`, as trainers have it, would leave them out."""
@@ -675,7 +630,8 @@ class CheckpointMixin(PreTrainedModel):
     @classmethod
     def _load_full(cls, path: str, *args: Any, **kwargs: Any) -> Any:
         for file in sorted(Path(path).glob("*.safetensors")):
-            try_header(file)
+            with open_tensors(file):  # transformers' error would not name it
+                pass
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -988,6 +944,8 @@ def load_adapter(
 
 def note_weight(weight: Tensor) -> tuple[torch.dtype, torch.Size, int, Tensor]:
     """What tells a weight from another: dtype, shape, a sum over all its bits, and a sample."""
+    if weight.is_meta:  # offloaded by accelerate
+        return weight.dtype, weight.shape, 0, torch.empty(0)
     flat = weight.detach().reshape(-1)
     octets = flat.view(torch.uint8)
     whole = len(octets) // 8 * 8
@@ -1001,17 +959,6 @@ def is_noted(weight: Tensor, note: tuple[torch.dtype, torch.Size, int, Tensor]) 
     cast = weight.dtype != note[0]
     alike = now[1] == note[1] if cast else now[:3] == note[:3]
     return alike and torch.equal(now[3], note[3].to(weight.dtype))
-
-
-def try_header(file: Path) -> None:
-    """Raise an OSError that names `file` when it is no whole safetensors file."""
-    try:
-        with safe_open(str(file), framework="pt"):
-            return
-    except SafetensorError as error:
-        raise OSError(
-            f"{file} is damaged or truncated ({error}): copy or download it again."
-        ) from error
 
 
 def local_copy(backbone: str) -> str:
