@@ -95,7 +95,7 @@ CF_TENSORS = (
     "default_item",
     "offset",
 )
-FIELD_TENSOR = "field_vectors"
+FIELD_TENSORS = ("field_vectors", "item_values", "field_tastes")
 HUB_ARGUMENTS = (
     "revision",
     "token",
@@ -561,7 +561,7 @@ class CheckpointMixin(PreTrainedModel):
         cf, text, fusion = {}, {}, {}
         for name, value in plain_state(self, merge=True, but=(BODY,)).items():
             field = name.removeprefix("model.cf.")
-            if field in (*CF_TENSORS, FIELD_TENSOR):
+            if field in (*CF_TENSORS, *FIELD_TENSORS):
                 cf[field] = value
             elif name == "model.item_text.vectors":
                 text["vectors"] = value
@@ -803,6 +803,7 @@ class CheckpointMixin(PreTrainedModel):
             "num_users": len(processor.user_ids),
             "num_items": len(processor.item_ids),
             "num_field_values": 0,
+            "num_item_values": 0,
             "cf_model": "",
             "ids_fingerprint": processor.ids_fingerprint,
             "cf_user_precision": None,
@@ -869,6 +870,7 @@ def cf_settings(cf: Any) -> dict[str, Any]:
         "num_users": len(cf.user_ids),
         "num_items": len(cf.item_ids),
         "num_field_values": len(cf.field_values),
+        "num_item_values": 0 if cf.item_values is None else cf.item_values.shape[1],
         "cf_dim": cf.item_vectors.shape[2],
         "cf_model": cf.model_name,
         "ids_fingerprint": cf.fingerprint,

@@ -56,6 +56,8 @@ class CCFLLMConfig(PreTrainedConfig):
         cf_dim: width of a CF vector.
         num_users, num_items: rows of the CF tables; the item table covers the whole catalog.
         num_field_values: values of item fields that have CF vectors.
+        num_item_values: how many of them, at most, an item has that users have tastes for; 0 where
+            users have no tastes.
         item_text: how an item's words are read for its slot, one of `ITEM_TEXTS`: `contextual`, by
             the states of a language model (ours; `from_backbone` takes it where slots have words in
             them), or `static`, by the mean of their token embeddings.
@@ -108,6 +110,7 @@ class CCFLLMConfig(PreTrainedConfig):
         sentence_encoder_revision: str | None = None,
         sentence_encoder_fingerprint: str = "",
         num_field_values: int = 0,
+        num_item_values: int = 0,
         num_title_tokens: int = 0,
         alignment_multiplier: int = 10,
         slot_scale: float = 1.0,
@@ -161,6 +164,7 @@ class CCFLLMConfig(PreTrainedConfig):
         self.sentence_encoder_revision = sentence_encoder_revision
         self.sentence_encoder_fingerprint = sentence_encoder_fingerprint
         self.num_field_values = num_field_values
+        self.num_item_values = num_item_values
         self.num_title_tokens = num_title_tokens
         self.alignment_multiplier = alignment_multiplier
         self.slot_scale = slot_scale

@@ -28,7 +28,7 @@ from .adapter_ccf_llm import Adapter, without_adapter
 from .attention_ccf_llm import Layout, attention_inputs, use_tiles
 from .checkpoint_ccf_llm import (
     CF_TENSORS,
-    FIELD_TENSOR,
+    FIELD_TENSORS,
     CheckpointMixin,
     load_sentence_encoder,
 )
@@ -40,6 +40,19 @@ if TYPE_CHECKING:
     from .pipeline_ccf_llm import CTRRankingPipeline  # noqa: F401
 
 FOLD_IN_STEPS = 8  # of Newton's method; a test holds their result against the optimum
+# Of a batch, what `CCFLLMForCTR.cf_logits` takes.
+CF_INPUTS = (
+    "candidate_users",
+    "candidate_items",
+    "answer_positions",
+    "sequence_ids",
+    "history_depths",
+    "history_items",
+    "history_targets",
+    "history_unshown",
+    "new_field_values",
+    "new_field_weights",
+)
 NewTitles = tuple[Tensor, Tensor]  # token ids of new items' titles, flat, and their lengths
 READ_TOKENS = 4096  # of one pass that reads texts, padding included
 TEXTS_KEPT = 4096  # of items outside the catalog, whose states a model remembers
@@ -53,9 +66,15 @@ class CFTable(nn.Module):
     vector; so do rows past the table. Rows past the item table are new items: where values of their
     fields, such as the author, have vectors `(num_field_values, cf_dim)`, the default plus these.
     Vectors enter ALG at unit RMS per dimension; `*_scale` holds that RMS.
+
+    Users may have tastes for values of fields, see `folded_users`: `field_tastes`
+    `(num_field_values,)` are their variances, `item_values` `(num_items, num_item_values)` which
+    values an item has, -1 where there are no more.
     """
 
     field_vectors: Tensor | None
+    field_tastes: Tensor | None
+    item_values: Tensor | None
     item_vectors: Tensor
     item_known: Tensor
     user_known: Tensor
@@ -74,7 +93,11 @@ class CFTable(nn.Module):
         self.register_buffer("default_item", torch.zeros(dim))
         self.register_buffer("offset", torch.zeros(()))
         values = config.num_field_values
-        self.register_buffer(FIELD_TENSOR, torch.zeros(values, dim) if values else None)
+        most = config.num_item_values
+        self.register_buffer("field_vectors", torch.zeros(values, dim) if values else None)
+        self.register_buffer("field_tastes", torch.zeros(values) if most else None)
+        own = torch.full((items, most), -1, dtype=torch.int32) if most else None
+        self.register_buffer("item_values", own)
         self.register_buffer("user_scale", torch.ones(dim))
         self.register_buffer("item_scale", torch.ones(dim))
         self.user_precision = config.cf_user_precision
@@ -88,8 +111,9 @@ class CFTable(nn.Module):
         for name in CF_TENSORS:
             buffer = getattr(self, name)
             buffer.copy_(torch.as_tensor(getattr(cf, name))[-1].to(buffer.dtype))
-        if self.field_vectors is not None:
-            self.field_vectors.copy_(cf.field_vectors)
+        for name in FIELD_TENSORS:
+            if getattr(self, name) is not None:
+                getattr(self, name).copy_(getattr(cf, name))
         if cf.cross_fit == "users":
             self.user_known.zero_()
         for side in ("user", "item"):
@@ -140,20 +164,47 @@ class CFTable(nn.Module):
 
     def logits(self, users: Tensor, items: Tensor, new: NewFields | None = None) -> Tensor:
         """The CF model's own logits of rows `(...)`; `new` as in `lookup`."""
-        return self.folded_logits(self.lookup("user", users)[0], items, new)
+        vectors = self.lookup("item", items, new)[0]
+        return (self.lookup("user", users)[0] * vectors).sum(-1) + self.fit_of(items)[1]
 
-    def folded_logits(self, users: Tensor, items: Tensor, new: NewFields | None = None) -> Tensor:
-        """As `logits`, for user vectors `(..., cf_dim)` in place of table rows."""
-        return (users * self.lookup("item", items, new)[0]).sum(-1) + self.offset
+    def folded_logits(
+        self, users: FoldedUsers, items: Tensor, new: NewFields | None = None
+    ) -> Tensor:
+        """As `logits`, of items `(..., m)`, for users `(...)` in place of table rows."""
+        vectors = self.lookup("item", items, new)[0]
+        logits = (users.vectors.unsqueeze(-2) * vectors).sum(-1) + self.fit_of(items)[1]
+        if self.item_values is None:
+            return logits
+        return logits + users.taste_of(self.values_of(items, new))
+
+    def fit_of(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Default user `(..., cf_dim)` and global bias `(...)` of the fit that rows are read by."""
+        return self.default_user.expand(*items.shape, -1), self.offset.expand(items.shape)
+
+    def values_of(self, items: Tensor, new: NewFields | None = None) -> Tensor:
+        """The values that users may have tastes for of item rows `(...)`: `(..., most)`, -1 where
+        there are no more."""
+        assert self.item_values is not None
+        table = self.item_values.long()
+        if new is not None and new[0].shape[1]:
+            width = max(table.shape[1], new[0].shape[1])
+            parts = (F.pad(part, (0, width - part.shape[1]), value=-1) for part in (table, new[0]))
+            table = torch.cat(list(parts))
+        # The last row, of nothing, is for what lies past all others and for padding, which is -1.
+        table = F.pad(table, (0, 0, 0, 1), value=-1)
+        return table[items.clamp(max=len(table) - 1)]
 
     @torch.no_grad()
     def folded_users(
         self, items: Tensor, targets: Tensor, depths: Tensor, new: NewFields | None = None
-    ) -> Tensor:
-        """The user vectors that histories ask for: the mode of the CF model's posterior.
+    ) -> FoldedUsers:
+        """The users that histories ask for: the mode of the CF model's posterior.
 
         The CF model's own objective for one user, with the item vectors held (our choice): it
-        serves users that the CF model has never seen, and follows those that it has.
+        serves users that the CF model has never seen, and follows those that it has. What few
+        dimensions cannot hold, such as a liking for one author among thousands, the user's tastes
+        do: an effect of each value of a field, at a Gaussian prior about zero of its own variance;
+        one step of Newton's from the mode without tastes, each value by itself.
 
         Args:
             items: `(n, longest)` table rows of the histories, oldest first; -1 where padded, rows
@@ -164,13 +215,59 @@ class CFTable(nn.Module):
             new: as in `lookup`.
 
         Returns:
-            `(n, cf_dim)` float32; the default user where the history is empty.
+            n users; the default one without tastes where the history is empty.
         """
+        if not items.shape[1]:
+            items, targets = (F.pad(part, (0, 1), value=-1) for part in (items, targets))
         vectors, seen = self.lookup("item", items.clamp(min=0), new)
         place = torch.arange(items.shape[1], device=items.device)
-        counts = seen & (items >= 0) & (place < depths[:, None])
-        default, offset = self.default_user, self.offset
-        return fold_in(vectors, targets, counts, self.user_precision, default, offset)
+        there = (items >= 0) & (place < depths[:, None])
+        default, offset = (part[:, 0] for part in self.fit_of(items))
+        users = fold_in(vectors, targets, seen & there, self.user_precision, default, offset)
+        if self.item_values is None:
+            return FoldedUsers(users)
+        p = torch.sigmoid((vectors @ users[..., None])[..., 0] + offset[:, None])
+        sums = torch.stack([targets - p, p * (1 - p)]) * there  # (2, n, longest)
+        values = self.values_of(items, new)
+        known, column = torch.unique(values, return_inverse=True)
+        column = column.flatten(1).expand(2, -1, -1)  # (2, n, longest * most)
+        sums = sums.repeat_interleave(values.shape[-1], dim=-1)
+        residuals, curvatures = sums.new_zeros(2, len(users), len(known)).scatter_add(
+            2, column, sums
+        )
+        assert self.field_tastes is not None
+        prior = self.field_tastes[known.clamp(min=0)] * (known >= 0)
+        return FoldedUsers(users, known, prior * residuals / (1 + prior * curvatures))
+
+
+@dataclass
+class FoldedUsers:
+    """Users that are solved for from histories.
+
+    Attributes:
+        vectors: `(n, cf_dim)` float32.
+        values: `(m,)` int64, ascending, field values that occur in the histories; None where the CF
+            model knows no tastes.
+        tastes: `(n, m)` float32, what each user's logit of an item gains by a value.
+    """
+
+    vectors: Tensor
+    values: Tensor | None = None
+    tastes: Tensor | None = None
+
+    def taste_of(self, values: Tensor) -> Tensor:
+        """What the logits of items with these values `(n, items, most)` gain: `(n, items)`."""
+        if self.values is None or self.tastes is None or not len(self.values):
+            return torch.zeros(values.shape[:-1], device=values.device)
+        place = torch.searchsorted(self.values, values).clamp(max=len(self.values) - 1)
+        there = (self.values[place] == values) & (values >= 0)
+        gains = self.tastes.gather(1, place.flatten(1)).view(values.shape)
+        return (gains * there).sum(-1)
+
+    def at(self, rows: Tensor) -> FoldedUsers:
+        """Some of them."""
+        tastes = None if self.tastes is None else self.tastes[rows]
+        return FoldedUsers(self.vectors[rows], self.values, tastes)
 
 
 def rms_of_known(vectors: Tensor, known: Tensor) -> Tensor:
@@ -440,7 +537,8 @@ class CCFLLMPreTrainedModel(PreTrainedModel):
         "default_user",
         "default_item",
         "offset",
-        FIELD_TENSOR,
+        "field_vectors",
+        "field_tastes",
         "user_scale",
         "item_scale",
     ]
@@ -845,8 +943,9 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
             history_unshown[sequence] + depth,
             new,
         )
-        users = folded[place].view(*sequences.shape, -1)  # (batch, num_candidates, cf_dim)
-        return self.cf.folded_logits(users, candidate_items, new)
+        # Each candidate with the user that it sees: (batch * num_candidates, 1).
+        logits = self.cf.folded_logits(folded.at(place), candidate_items.flatten()[:, None], new)
+        return logits.view(candidate_items.shape)
 
     @torch.no_grad()
     def text_vectors(self, items: Tensor, new_titles: NewTitles | None = None) -> Tensor:

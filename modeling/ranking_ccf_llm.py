@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.utils import logging
 
-from .modeling_ccf_llm import CCFLLMForCTR, NewFields
+from .modeling_ccf_llm import CF_INPUTS, CCFLLMForCTR, NewFields
 from .processing_ccf_llm import CCFLLMProcessor, Request, Values, pad_values
 
 TOKENS_PER_BATCH = 2048  # of one forward pass
@@ -69,6 +69,27 @@ def score(
                 bar.update(sum(len(request.scored) for request in batch))
     finally:
         model.train(was_training)
+    return [scores[index] for index in range(len(requests))]
+
+
+@torch.no_grad()
+def score_cf_logit(
+    model: CCFLLMForCTR, processor: CCFLLMProcessor, requests: Sequence[Request]
+) -> list[Tensor]:
+    """As `score`, of the CF logit alone: what the model would say without its language model.
+
+    The model's own CF logit, with users folded in where it does so, whether or not `cf_logit` adds
+    it to the score.
+    """
+    requests = [processor.cut(request) for request in requests]
+    scores: dict[int, Tensor] = {}
+    lengths = [processor.count_tokens(request) for request in requests]
+    for indices in cut_by_budget(lengths, TOKENS_PER_BATCH):
+        batch = processor.pack([requests[index] for index in indices])
+        given = {name: batch[name].to(model.device) for name in CF_INPUTS if name in batch}
+        logits = model.cf_logits(**given).float().cpu()
+        for index, row in zip(indices, logits, strict=True):
+            scores[index] = row[: len(requests[index].scored)]
     return [scores[index] for index in range(len(requests))]
 
 
@@ -178,7 +199,7 @@ def _folded_logits(
     targets = torch.tensor([[processor.target(item) for item in history]], device=rows.device)
     depth = torch.tensor([len(history)], device=rows.device)
     users = model.cf.folded_users(items[None], targets.float(), depth, of_history)
-    return model.cf.folded_logits(users, rows, new)
+    return model.cf.folded_logits(users, rows[None], new)[0]
 
 
 def number_items(
@@ -651,7 +672,7 @@ def _with_unrated(model: CCFLLMForCTR, rows: Sequence[int]) -> CCFLLMForCTR:
     other.model.cf = table = _shallow_copy(model.cf)
     index = torch.tensor(rows, device=table.item_known.device).long()
     table.item_known = table.item_known.index_fill(0, index, False)
-    table.field_vectors = None
+    table.field_vectors = table.item_values = None
     return other
 
 
@@ -674,4 +695,5 @@ __all__ = [
     "preselect",
     "rank",
     "score",
+    "score_cf_logit",
 ]

@@ -92,7 +92,10 @@ TABLES: dict[str, dict[str, tuple[str, CFConfig]]] = {
     "frozen": {
         "mf": ("mf", MFConfig(dim=16)),
         "mf_nobias": ("mf", MFConfig(dim=16, use_biases=False)),
-        "mf_fields": ("mf", MFConfig(dim=16, item_fields=["author"], cross_fit="users")),
+        "mf_fields": (
+            "mf",
+            MFConfig(dim=16, item_fields=["author", "publisher"], cross_fit="users"),
+        ),
     },
 }
 MEANS = {"item mean": item_mean, "item + user mean": item_user_mean}
@@ -228,7 +231,8 @@ class Bench:
             return keys.join(linear_hybrid(data, split))
         table = self.cf(cell.track, cell.cf)
         if cell.arm == "CF, folded in":
-            return keys.join(folded_scores(table, load_prepared(data).splits[split]))
+            prepared = load_prepared(data)
+            return keys.join(folded_scores(table, prepared.splits[split], prepared.lines()))
         return score_cf(table, data, split)
 
     def model_scores(self, cell: Cell, split: str) -> pd.DataFrame:
@@ -370,13 +374,18 @@ def _unseen_items(report: dict[str, Any], name: str) -> dict[str, Any]:
     return {"unseen_items": {key: found[key] for key in MEASURED[:4]}}
 
 
-def folded_scores(cf_folder: str | Path, split: datasets.Dataset) -> pd.DataFrame:
+def folded_scores(
+    cf_folder: str | Path,
+    split: datasets.Dataset,
+    lines: dict[str, list[dict[str, Any]]] | None = None,
+) -> pd.DataFrame:
     """The CF model alone: logits of a split's rows by the last snapshot, each user's vector solved
     for from the signed history that is stored with the row.
 
     Args:
         cf_folder: a table fitted by `fit-cf mf`.
         split: rows of a folder prepared with signed histories.
+        lines: whole histories by user, where they are frozen, in place of the stored ones.
 
     Returns:
         `score` and `prob`, float64, in row order.
@@ -396,6 +405,8 @@ def folded_scores(cf_folder: str | Path, split: datasets.Dataset) -> pd.DataFram
             num_items=len(cf.item_ids),
             cf_dim=cf.dim,
             cf_user_precision=cf.user_precision,
+            num_field_values=len(cf.field_values),
+            num_item_values=0 if cf.item_values is None else cf.item_values.shape[1],
         )
     )
     table.fill(cf)
@@ -403,10 +414,14 @@ def folded_scores(cf_folder: str | Path, split: datasets.Dataset) -> pd.DataFram
     parts = []
     for start in range(0, len(split), FOLDED_AT_ONCE):
         rows = split[start : start + FOLDED_AT_ONCE]
+        if lines is not None:
+            histories = [lines.get(user, []) for user in rows["user_id"]]
+            rows["history"] = [[line["id"] for line in history] for history in histories]
+            rows["history_labels"] = [[line["liked"] for line in history] for history in histories]
         items, targets, depths = _signed(rows, index, cf.rating_scale)
         users = table.folded_users(items, targets, depths)
         candidates = torch.tensor([index[item] for item in rows["item_id"]])
-        parts.append(table.folded_logits(users, candidates))
+        parts.append(table.folded_logits(users, candidates[:, None])[:, 0])
     logits = torch.cat(parts).double()
     return pd.DataFrame({"score": logits.numpy(), "prob": logits.sigmoid().numpy()})
 

@@ -49,6 +49,7 @@ COMPARED = {
     "open": IN_TIME,
     "frozen": {
         "MF + fields": "CF-mf_fields",
+        "MF + fields, folded in": "CF_folded_in-mf_fields",
         "linear hybrid": "linear_hybrid",
         "cf_only": "cf_only-mf_fields-joint",
         "text_only": "text_only-LoRA",
@@ -266,6 +267,7 @@ def frozen_rows() -> list[Cell]:
         Cell("frozen", "CF", "mf_nobias"),
         Cell("frozen", "CF", "mf"),
         Cell("frozen", "CF", "mf_fields"),
+        Cell("frozen", "CF, folded in", "mf_fields"),
         Cell("frozen", "linear hybrid"),
         text_only,
         replace(

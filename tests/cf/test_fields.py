@@ -33,6 +33,7 @@ GENRES[1] = ["only here"]
 FIELDS = {"author": AUTHORS, "genres": GENRES}
 FIXED = {"l2_factors": 2.0, "l2_user_bias": 1.0, "l2_item_bias": 2.0}
 VALUES = {"item_fields": ["author", "genres"], "l2_value_factors": 2.0, "l2_value_bias": 1.0}
+VALUES |= {"field_scales": [1.0, 1.0], "tastes": [0.5, 0.25]}
 CONFIG = MFConfig(dim=3, cross_fit="users", folds=3, **FIXED, **VALUES)
 
 
@@ -91,6 +92,40 @@ def test_values_that_cost_much_give_mf_without_fields(folder: Path) -> None:
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
+def test_a_scale_is_a_standard_deviation(folder: Path) -> None:
+    train = read_rows(folder, "train")
+    settings = FIXED | {"item_fields": ["author"]}
+    weak = MFConfig(dim=2, folds=2, l2_value_factors=8.0, l2_value_bias=4.0, **settings)
+    scaled = replace(weak, l2_value_factors=2.0, l2_value_bias=1.0, field_scales=[0.5])
+    one, other = (fit_mf(folder, config) for config in (weak, scaled))
+    np.testing.assert_allclose(one.score(train)["score"], other.score(train)["score"], atol=0.02)
+    torch.testing.assert_close(
+        one.field_vectors[:, -1], other.field_vectors[:, -1], atol=0.01, rtol=0
+    )
+
+
+def test_a_field_of_scale_0_moves_no_item(folder: Path) -> None:
+    given = VALUES | {"field_scales": [1.0, 0.0], "tastes": [0.0, 0.0]}
+    both = fit_mf(folder, MFConfig(dim=2, folds=2, **FIXED, **given))
+    given |= {"item_fields": ["author"], "field_scales": [1.0], "tastes": [0.0]}
+    alone = fit_mf(folder, MFConfig(dim=2, folds=2, **FIXED, **given))
+    assert both.field_values == alone.field_values
+    train = read_rows(folder, "train")
+    found, expected = (fit.score(train)["score"] for fit in (both, alone))
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_the_scales_of_further_fields_are_chosen_on_validation(folder: Path) -> None:
+    given = {key: value for key, value in VALUES.items() if key != "field_scales"}
+    chosen = fit_mf(folder, MFConfig(dim=2, folds=2, **FIXED, **given)).metadata
+    scales, tried = json.loads(chosen["field_scales"]), {}
+    assert scales[0] == 1
+    for scale in mf_module.SCALE_GRID:
+        config = MFConfig(dim=2, folds=2, **FIXED, **given, field_scales=[1.0, scale])
+        tried[scale] = float(fit_mf(folder, config).metadata["validation_auc"])
+    assert tried[scales[1]] == max(tried.values())
+
+
 def test_the_solution_is_an_optimum_in_every_part() -> None:
     draw = torch.Generator().manual_seed(0)
     users, items = (torch.randint(0, 8, (400,), generator=draw) for _ in range(2))
@@ -101,6 +136,7 @@ def test_the_solution_is_an_optimum_in_every_part() -> None:
         torch.tensor([0, 1, 1, 2, 3, 0, 4]),
         torch.tensor([0.5, 0.5, 1, 1, 1, 1, 1]),
         5,
+        torch.tensor([0, 0, 1, 1, 1]),
     )
     penalties = Penalties(0.3, 0.5, 0.7, value_factors=0.4, value_bias=0.2)
     fit = solve(rows, penalties, draw_parameters(8, 9, 2, 0, fields), iterations=1000)
@@ -155,7 +191,8 @@ def test_what_is_loaded_equals_what_was_saved(fitted: CFVectors, tmp_path: Path)
     loaded = CFVectors.load(tmp_path)
     assert loaded.field_values == fitted.field_values
     assert loaded.field_vectors is not None
-    assert torch.equal(loaded.field_vectors, fitted.field_vectors)
+    for name in ("field_vectors", "item_values", "field_tastes"):
+        assert torch.equal(getattr(loaded, name), getattr(fitted, name)), name
     assert loaded.cross_fit == "users"
     assert loaded.fingerprint == fitted.fingerprint
     lines = (tmp_path / "field_values.jsonl").read_text().splitlines()
@@ -169,9 +206,14 @@ def test_what_is_loaded_equals_what_was_saved(fitted: CFVectors, tmp_path: Path)
 
 def test_bad_fields_are_refused(folder: Path, fitted: CFVectors) -> None:
     with pytest.raises(InputError, match="no field 'brand', only author, genres"):
-        fit_mf(folder, replace(CONFIG, item_fields=["brand"]))
+        fit_mf(folder, MFConfig(item_fields=["brand"]))
     with pytest.raises(InputError, match="l2_value_bias has no meaning without item_fields"):
         MFConfig(l2_value_bias=1.0)
+    with pytest.raises(InputError, match="tastes has no meaning without item_fields"):
+        MFConfig(tastes=[1.0])
+    for given in ([1.0], [1.0, -1.0], [1.0, float("nan")]):
+        with pytest.raises(InputError, match=r"field_scales=.* must be 2 numbers from 0"):
+            replace(CONFIG, field_scales=given)
     with pytest.raises(InputError, match="field_vectors has shape"):
         replace(fitted, field_values=fitted.field_values[1:])
     with pytest.raises(InputError, match="twice"):

@@ -59,6 +59,8 @@ GATE = {
     "std": 0.18,
     "item_std": 0.02,
     "dimension_std": 0.11,
+    "spearman": -0.42,
+    "spearman_ci": [-0.45, -0.39],
     "by_popularity": [{"train_rows": "1 to 9", "items": 400, "mean": 0.61, "std": 0.1}],
 }
 SPLIT = {"rows": 33891, "users": 740, "items": 3000, "positive_rate": 0.5368}
@@ -232,6 +234,7 @@ def test_body_shows_results_controls_recipe_and_limits(tmp_path, config):
         "- train data: sha256 `2dab`",
         "Share of text over 3,706 of 3,706 items and all dimensions: mean 0.500, std 0.180.",
         "| 1 to 9 | 400 | 0.610 | 0.100 |",
+        "share of text with its training rows: -0.42 (-0.45 to -0.39 over items).",
         "tested from\ntorch 2.13, transformers 5.21, safetensors 0.8 on",
         'code_revision="<commit>"',
         "language `en`",

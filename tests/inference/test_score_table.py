@@ -4,7 +4,7 @@ import torch
 from tiny import BACKBONES
 
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
-from ccf_llm_hf.inference.score_table import sample_users, score_table
+from ccf_llm_hf.inference.score_table import sample_users, score_cf_table, score_table
 from ccf_llm_hf.modeling.processing_ccf_llm import Request
 from ccf_llm_hf.modeling.ranking_ccf_llm import score
 
@@ -34,6 +34,18 @@ def test_batching_changes_no_score(loaded, split):
     whole = score_table(model, processor, split, progress=False)
     cut = score_table(model, processor, split, max_candidates=1, tokens_per_batch=1, progress=False)
     np.testing.assert_allclose(whole["score"], cut["score"], atol=1e-4)
+
+
+def test_the_cf_logit_alone_is_the_score_without_the_backbones(checkpoint, split):
+    model, processor = load_checkpoint(str(checkpoint))
+    model.config.cf_logit = True
+    model.cf_logit_scale.data.fill_(1.0)
+    model.answer_scale.data.zero_()
+    whole = score_table(model, processor, split, progress=False)
+    alone = score_cf_table(model, processor, split)
+    np.testing.assert_allclose(alone["score"], whole["score"], atol=1e-5)
+    assert list(alone["item_id"]) == list(split["item_id"])
+    assert np.ptp(alone["score"]) > 1e-2
 
 
 @pytest.mark.parametrize("wording", ["shared_prefix", "question_last"])

@@ -13,7 +13,7 @@ from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import cf_settings
 from ccf_llm_hf.modeling.modeling_ccf_llm import CFTable
 from ccf_llm_hf.modeling.processing_ccf_llm import Request
-from ccf_llm_hf.modeling.ranking_ccf_llm import cf_logits, score
+from ccf_llm_hf.modeling.ranking_ccf_llm import cf_logits, score, score_cf_logit
 
 PRECISION = [1.0, 2.0, 0.5, 1.5, 3.0, 0.0]  # the last dimension is fixed, as the "1" of MF is
 FOLDED = {"cf_logit": True, "cf_fold_in": True}
@@ -56,9 +56,11 @@ def objective(
 def test_a_folded_user_minimizes_the_cf_models_loss(cf: CFVectors) -> None:
     rows = [0, 3, 7, 4, 99, 1]  # 7 is not known, 99 not in the table
     liked = [1.0, 0.0, 1.0, 0.7, 0.0, 0.0]
-    user = table_of(cf).folded_users(
-        torch.tensor([[*rows, -1]]), torch.tensor([[*liked, 1.0]]), torch.tensor([6])
-    )[0]
+    user = (
+        table_of(cf)
+        .folded_users(torch.tensor([[*rows, -1]]), torch.tensor([[*liked, 1.0]]), torch.tensor([6]))
+        .vectors[0]
+    )
     assert user[-1] == cf.default_user[-1, -1]
     user = user.requires_grad_()
     objective(cf, user, rows, liked).backward()
@@ -70,7 +72,49 @@ def test_a_folded_user_minimizes_the_cf_models_loss(cf: CFVectors) -> None:
 def test_without_a_history_the_default_user_stands(cf: CFVectors) -> None:
     items = torch.full((2, 1), -1)
     users = table_of(cf).folded_users(items, items.float(), torch.tensor([0, 0]))
-    torch.testing.assert_close(users, cf.default_user[-1].expand(2, -1))
+    torch.testing.assert_close(users.vectors, cf.default_user[-1].expand(2, -1))
+    nothing = table_of(cf).folded_users(items[:, :0], items[:, :0].float(), torch.tensor([0, 0]))
+    torch.testing.assert_close(nothing.vectors, users.vectors)
+
+
+def test_tastes_are_one_step_from_the_mode_for_each_value(cf: CFVectors) -> None:
+    plain, count = table_of(cf), len(cf.item_ids)
+    values = torch.tensor(
+        [[place % 3, 3 + place % 2 if place % 4 else -1] for place in range(count)]
+    )
+    tastes = torch.tensor([1.0, 1.0, 1.0, 0.5, 0.5])
+    tasted = table_of(
+        replace(
+            cf,
+            field_values=[
+                ("author", "a"),
+                ("author", "b"),
+                ("author", "c"),
+                ("x", "y"),
+                ("x", "z"),
+            ],
+            field_vectors=torch.zeros(5, 6),
+            item_values=values.int(),
+            field_tastes=tastes,
+        )
+    )
+    items = torch.tensor([[0, 3, 4, 1, -1], [5, 2, 6, 7, 0]])
+    targets = torch.tensor([[1.0, 0.0, 1.0, 0.3, 9.0], [0.0, 1.0, 1.0, 0.0, 1.0]])
+    depths, asked = torch.tensor([4, 3]), torch.tensor([[2, 6, 1], [0, 3, 99]])
+    before = plain.folded_users(items, targets, depths)
+    expected = plain.folded_logits(before, asked)
+    for user in range(2):
+        own = range(int(depths[user]))
+        p = plain.folded_logits(before, items.clamp(min=0))[user].sigmoid()
+        for place, item in enumerate(asked[user].tolist()):
+            for value in values[item].tolist() if item < count else []:
+                same = [n for n in own if value >= 0 and value in values[items[user, n]]]
+                gain = sum(targets[user, n] - p[n] for n in same)
+                bend = sum(p[n] * (1 - p[n]) for n in same)
+                expected[user, place] += gain / (1 / tastes[value] + bend)
+    found = tasted.folded_logits(tasted.folded_users(items, targets, depths), asked)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (found - plain.folded_logits(before, asked)).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("wording", ["shared_prefix", "question_last"])
@@ -109,7 +153,7 @@ def test_the_score_is_the_backbones_plus_the_folded_cf_logit(
     shown = [{"i4": 4, "i5": 5, "i6": 6}.get(str(item), -1) for item in HISTORY[3:]]
     shown[0], shown[2] = 1, 7
     liked = torch.tensor([[0.0, 1, 0, 1, 1]])
-    users = table_of(cf).folded_users(torch.tensor([shown]), liked, torch.tensor([5]))
+    users = table_of(cf).folded_users(torch.tensor([shown]), liked, torch.tensor([5])).vectors
     expected = (users * cf.item_vectors[1, rows]).sum(-1) + cf.offset[1]
     torch.testing.assert_close(folded, expected, atol=1e-5, rtol=0)
 
@@ -120,6 +164,16 @@ def test_scoring_in_parts_on_cached_keys_changes_no_score(build: BuildModel) -> 
     (whole,) = score(model, processor, [request])
     (parts,) = score(model, processor, [request], tokens_per_batch=3)
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+
+
+def test_the_cf_logit_alone_is_the_score_without_the_backbones(build: BuildModel) -> None:
+    model, processor = build(prompt=SIGNED, **FOLDED)
+    model.answer_scale.data.zero_()
+    requests = [Request("u1", HISTORY[3:], CANDIDATES, [5, 2, 0, 5], earlier=HISTORY[:3])]
+    requests.append(Request("u0", [], ["i1"]))
+    found, expected = score_cf_logit(model, processor, requests), score(model, processor, requests)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_dislikes_are_shown_as_such_and_only_to_models_that_read_them(build: BuildModel) -> None:

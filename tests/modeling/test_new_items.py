@@ -34,7 +34,10 @@ def cf(cf: CFVectors) -> CFVectors:
     # The new item's genres are two, of which one has a vector.
     cf.item_vectors[-1, 3] = cf.default_item[-1] + vectors[0] + vectors[1] / 2
     recorded = {"user_precision": json.dumps(PRECISION)}
-    return replace(cf, field_values=values, field_vectors=vectors, metadata=recorded)
+    cf = replace(cf, field_values=values, field_vectors=vectors, metadata=recorded)
+    of_items = torch.full((len(cf.item_ids), 2), -1, dtype=torch.int32)
+    of_items[:5] = torch.tensor([[3, 2], [0, -1], [1, 2], [0, 1], [3, 0]])
+    return replace(cf, item_values=of_items, field_tastes=torch.tensor([2.0, 0.5, 0.5, 2.0]))
 
 
 @pytest.mark.parametrize("settings", [{}, {"cf_logit": True}, FOLDED], ids=str)
@@ -159,7 +162,7 @@ def test_a_checkpoint_without_fields_loads(
 ) -> None:
     """As the ones before there were any: no tensor, no file, no entry in either config."""
     _, processor = build()
-    plain = replace(cf, field_values=[], field_vectors=None)
+    plain = replace(cf, field_values=[], field_vectors=None, item_values=None, field_tastes=None)
     processor = processor.with_catalog(cf.item_ids, cf.item_titles, cf.user_ids)
     model = CCFLLMForCTR.from_backbone(str(backbone_folder()), processor, cf=plain)
     folder = save(model, processor, tmp_path, "slim")
@@ -180,7 +183,9 @@ def test_a_checkpoint_without_fields_loads(
 def test_another_catalog_brings_its_own_values(build: BuildModel, cf: CFVectors) -> None:
     model, processor = build()
     values = [("author", "carl")]
-    other = replace(cf, field_values=values, field_vectors=torch.ones(1, 6))
+    other = replace(
+        cf, field_values=values, field_vectors=torch.ones(1, 6), item_values=None, field_tastes=None
+    )
     catalog = (cf.item_ids, cf.item_titles, cf.user_ids)
     with pytest.raises(ValueError, match=r"as field_values, cf\.field_values"):
         model.replace_catalog(processor.with_catalog(*catalog), other)

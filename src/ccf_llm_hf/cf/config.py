@@ -1,5 +1,6 @@
 """What `ccf-llm fit-cf` can be told, per CF model."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,6 +47,20 @@ class MFConfig:
     l2_value_bias: float | None = field(
         default=None,
         metadata={"help": "L2 of the values' biases; default: chosen on validation"},
+    )
+    field_scales: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "standard deviations of each field's values beside those of the first, which "
+            "has 1; default: chosen on validation"
+        },
+    )
+    tastes: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "variances of a user's own taste for each field's values, which a user who is "
+            "folded in has beyond the vector; 0: none; default: chosen on validation"
+        },
     )
     snapshots: int = field(
         default=20,
@@ -94,9 +109,18 @@ class MFConfig:
         strengths = ("l2_factors", "l2_user_bias", "l2_item_bias")
         of_values = ("l2_value_factors", "l2_value_bias")
         _check_positive(self, *strengths, *of_values)
-        for name in of_values:
+        for name in (*of_values, "field_scales", "tastes"):
             if getattr(self, name) is not None and not self.item_fields:
                 raise InputError(f"{name} has no meaning without item_fields: leave it out")
+        for name in ("field_scales", "tastes"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            if len(given) != len(self.item_fields) or not all(0 <= x < math.inf for x in given):
+                raise InputError(
+                    f"{name}={given} must be {len(self.item_fields)} numbers from 0, one for each "
+                    "of item_fields"
+                )
         _check_cross_fit(self, "folds", "users", "snapshots")
 
 

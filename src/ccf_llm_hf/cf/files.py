@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.modeling.checkpoint_ccf_llm import CF_TENSORS
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import CF_TENSORS, FIELD_TENSORS
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import FORMAT_VERSION as CHECKPOINT_VERSION
 
 FORMAT_VERSION = "1"
@@ -57,11 +57,9 @@ def read_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, str]]:
     return records
 
 
-def read_tensors(
-    path: Path, names: Sequence[str], optional: str
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The named tensors, fits first, one that may be missing, which has no fits, and the metadata.
-    Raises InputError that names the file.
+def read_tensors(path: Path, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The named tensors, fits first, those of fields where there are some, which have no fits, and
+    the metadata. Raises InputError that names the file.
 
     The table of a checkpoint holds one fit and no dimension for it; it is read as a file of one.
     """
@@ -69,7 +67,7 @@ def read_tensors(
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             there = file.keys()
-            extra = {optional: file.get_tensor(optional)} if optional in there else {}
+            extra = {name: file.get_tensor(name) for name in FIELD_TENSORS if name in there}
             if metadata.get("format_version") == CHECKPOINT_VERSION:
                 tensors = {name: file.get_tensor(name)[None] for name in CF_TENSORS}
                 times = torch.zeros(1, dtype=torch.long)

@@ -23,6 +23,7 @@ from ccf_llm_hf.cf.solver import (
     refresh,
     solve,
 )
+from ccf_llm_hf.cf.tastes import choose_tastes, list_values, mark_values
 from ccf_llm_hf.cf.training_data import (
     Plan,
     TrainingData,
@@ -44,6 +45,8 @@ FACTOR_GRID = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 OWN_BIAS_GRID = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 VALUE_BIAS_GRID = (0.5, 1.0, 2.0, 4.0, 8.0)
 VALUE_FACTOR_GRID = (3.0, 4.0, 5.0, 6.0, 8.0)
+# Of each field beside the first, at whose strengths the values of all stand.
+SCALE_GRID = (0.0, 0.15, 0.3, 0.6)
 # Beyond so many rows more than 30 iterations no longer move AUC, and a part of the users is enough
 # to tell the strengths.
 MANY_ROWS = 300_000
@@ -79,13 +82,20 @@ def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFVectors:
     config = config or MFConfig()
     data = load_training_data(Path(data_dir), config.rows, config.targets, config.item_fields)
     grid = sum(len(choices) for _, choices in _rounds(config) if len(choices) > 1)
+    if config.field_scales is None:
+        grid += len(SCALE_GRID) * len(config.item_fields[1:])
     plan = _plan(data, config)
     with tqdm(total=grid + len(plan.rows), desc="fit mf", unit=" fits") as bar:
         penalties = _choose_penalties(data, config, bar)
-        fits = _fit_tables(data, config, penalties, plan, bar)
-    vectors = _to_vectors(data, fits, plan, penalties)
-    vectors.metadata |= _describe(data, config, penalties, fits, plan)
-    return vectors
+        scaled = replace(data, fields=data.fields.scale(penalties.field_scales))
+        fits = _fit_tables(scaled, config, penalties, plan, bar)
+    vectors = _to_vectors(scaled, fits, plan, penalties)
+    vectors.metadata |= _describe(scaled, config, penalties, fits, plan)
+    if not config.item_fields:
+        return vectors
+    tastes = choose_tastes(data, fits[-1], config.tastes)
+    vectors.metadata["tastes"] = json.dumps(tastes)
+    return replace(vectors, **list_values(data, fits[-1], penalties, tastes))
 
 
 def _plan(data: TrainingData, config: MFConfig) -> Plan:
@@ -132,9 +142,15 @@ def _rounds(config: MFConfig) -> list[tuple[int, list[dict[str, Any]]]]:
 def _choose_penalties(data: TrainingData, config: MFConfig, bar: tqdm) -> Penalties:
     """Best validation AUC wins, round by round."""
     data = _sample(data, config.seed)
-    best = Penalties(1.0, 1.0, 1.0, config.use_biases)
+    count = len(config.item_fields)
+    scales = config.field_scales or [1.0, *[0.0] * (count - 1)][:count]
+    best = Penalties(1.0, 1.0, 1.0, config.use_biases, field_scales=tuple(scales))
     for dim, choices in _rounds(config):
         best = _best(data, config, [replace(best, **choice) for choice in choices], dim, bar)
+    for place in range(1, count if config.field_scales is None else 1):
+        before, after = best.field_scales[:place], best.field_scales[place + 1 :]
+        tried = [replace(best, field_scales=(*before, scale, *after)) for scale in SCALE_GRID]
+        best = _best(data, config, tried, config.dim, bar)
     return best
 
 
@@ -146,7 +162,8 @@ def _best(
     start = draw_parameters(len(data.users), len(data.items), dim, config.seed, data.fields)
     labels, found = data.validation.labels.numpy(), []
     for penalties in candidates:
-        fit = _solve(data.train, penalties, start, config)
+        scaled = replace(start, fields=data.fields.scale(penalties.field_scales))
+        fit = _solve(data.train, penalties, scaled, config)
         found.append(auc(labels, fit.logits(data.validation).numpy()))
         bar.update()
     return candidates[int(np.argmax(found))]
@@ -262,34 +279,14 @@ def _to_vectors(
         snapshot_times=torch.as_tensor(plan.times, dtype=torch.int64),
         model_name="mf" if biases else "mf_nobias",
         cross_fit=plan.cross_fit,
-        **_to_field_vectors(data, fits[-1], biases),
     )
 
 
 def _mark_known(data: TrainingData, rows: slice | Tensor) -> Tensor:
     """Items `(num_items,)` that rows tell something about: they, or a value of theirs, occur."""
     seen = mark_seen(data.train.items[rows], len(data.items))
-    values = _mark_values(data, seen)
+    values = mark_values(data.fields, seen)
     return seen.index_fill(0, data.fields.items[values[data.fields.values]], True)
-
-
-def _mark_values(data: TrainingData, seen: Tensor) -> Tensor:
-    """Values `(num_values,)` of the items that are marked."""
-    return mark_seen(data.fields.values[seen[data.fields.items]], data.fields.num_values)
-
-
-def _to_field_vectors(data: TrainingData, fit: Parameters, biases: bool) -> dict[str, Any]:
-    """What `CFVectors` has of the values that occur in the training rows."""
-    if not data.field_values:
-        return {}
-    known = _mark_values(data, mark_seen(data.train.items, len(data.items)))
-    columns = [fit.value_factors]
-    columns += [torch.zeros_like(fit.value_bias)[:, None], fit.value_bias[:, None]] * biases
-    pairs = zip(data.field_values, known.tolist(), strict=True)
-    return {
-        "field_values": [value for value, kept in pairs if kept],
-        "field_vectors": torch.cat(columns, dim=1)[known],
-    }
 
 
 def _describe(
@@ -315,6 +312,7 @@ def _describe(
         }
     if config.item_fields:
         facts["item_fields"] = json.dumps(config.item_fields)
+        facts["field_scales"] = json.dumps(penalties.field_scales)
         facts["l2_value_factors"] = f"{penalties.value_factors:g}"
         if penalties.use_biases:
             facts["l2_value_bias"] = f"{penalties.value_bias:g}"

@@ -20,7 +20,7 @@ snapshots differ by their data, not by how long they were trained.
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,18 +70,20 @@ class ItemFields:
         values: `(n,)` int64, in [0, num_values).
         weights: `(n,)` float32: 1 over the number of values that the item has in that field.
         num_values: of all fields together.
+        of_field: `(num_values,)` int64, the place of each value's field.
     """
 
     items: Tensor
     values: Tensor
     weights: Tensor
     num_values: int
+    of_field: Tensor
 
     @classmethod
     def none(cls) -> "ItemFields":
         """No fields."""
         nobody = torch.zeros(0, dtype=torch.int64)
-        return cls(nobody, nobody, torch.zeros(0), 0)
+        return cls(nobody, nobody, torch.zeros(0), 0, nobody)
 
     def add_to(self, own: Tensor, of_values: Tensor) -> Tensor:
         """What items `(num_items, ...)` have of their own, plus that of their values."""
@@ -89,6 +91,21 @@ class ItemFields:
             return own
         weights = self.weights.view(-1, *[1] * (own.dim() - 1))
         return own.index_add(0, self.items, weights * of_values[self.values])
+
+    def scale(self, scales: Sequence[float]) -> "ItemFields":
+        """The same with each field's weights times a scale of its own; a field of scale 0 is out.
+
+        At penalties of one strength a scale is what the field's values have for a standard
+        deviation beside those of a field of scale 1.
+        """
+        of_entries = torch.tensor(scales)[self.of_field[self.values]]
+        kept = of_entries > 0
+        return replace(
+            self,
+            items=self.items[kept],
+            values=self.values[kept],
+            weights=self.weights[kept] * of_entries[kept],
+        )
 
     def restrict(self, present: Tensor) -> "ItemFields":
         """The same of a smaller table, which has the items `(num_items,)` that are marked."""
@@ -156,7 +173,8 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Penalties:
-    """Strengths of the L2 penalties, and whether there are biases at all."""
+    """Strengths of the L2 penalties, whether there are biases at all, and the scale of each field,
+    see `ItemFields.scale`."""
 
     factors: float
     user_bias: float
@@ -164,6 +182,7 @@ class Penalties:
     use_biases: bool = True
     value_factors: float = 1.0
     value_bias: float = 1.0
+    field_scales: tuple[float, ...] = ()
 
 
 def draw_parameters(

@@ -98,11 +98,11 @@ def load_training_data(
         split_times,
         scale,
         has_times(folder),
-        *_read_fields(folder, item_fields),
+        *_read_fields(folder, list(item_fields)),
     )
 
 
-def _read_fields(folder: Path, names: Sequence[str]) -> tuple[ItemFields, list[tuple[str, str]]]:
+def _read_fields(folder: Path, names: list[str]) -> tuple[ItemFields, list[tuple[str, str]]]:
     if not names:
         return ItemFields.none(), []
     places: dict[tuple[str, str], int] = {}
@@ -114,7 +114,8 @@ def _read_fields(folder: Path, names: Sequence[str]) -> tuple[ItemFields, list[t
             values += [places.setdefault((name, value), len(places)) for value in found]
             weights += [1 / len(found) for _ in found]
     tensors = torch.tensor(items), torch.tensor(values), torch.tensor(weights)
-    return ItemFields(*tensors, num_values=len(places)), list(places)
+    of_field = torch.tensor([names.index(name) for name, _ in places], dtype=torch.int64)
+    return ItemFields(*tensors, num_values=len(places), of_field=of_field), list(places)
 
 
 def _rows(table: pd.DataFrame, users: pd.Index, items: pd.Index) -> Rows:

@@ -28,9 +28,9 @@ from ccf_llm_hf.cf.files import (
 from ccf_llm_hf.cf.folds import fold_of, fold_of_users
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.io import write_files
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import FIELD_TENSORS
 from ccf_llm_hf.modeling.configuration_ccf_llm import ids_fingerprint
 
-FIELD_TENSOR = "field_vectors"
 # Keeps the gathered vectors below 100 MB when millions of pairs are scored.
 PAIRS_AT_ONCE = 1 << 18
 
@@ -71,6 +71,10 @@ class CFVectors:
         field_values: (field, value) pairs that have vectors, values as `field_values` of the
             prompt's code gives them, without case.
         field_vectors: `(len(field_values), dim)` float32, of the last fit; None without fields.
+        item_values: `(num_items, most)` int32, which of the values with tastes each item has, as
+            places in field_values; -1 where there are no more. None without tastes.
+        field_tastes: `(len(field_values),)` float32, the variance of users' tastes for each value,
+            see `CFTable.folded_users`; None without.
 
     Raises:
         InputError: the shapes contradict each other, ids repeat, a vector is not finite, the times
@@ -93,12 +97,14 @@ class CFVectors:
     cross_fit: str = "snapshots"
     field_values: list[tuple[str, str]] = field(default_factory=list)
     field_vectors: Tensor | None = None
+    item_values: Tensor | None = None
+    field_tastes: Tensor | None = None
 
     def __post_init__(self) -> None:
         self._check_ids()
         self._check_shapes()
         finite = ("user_vectors", "item_vectors", "default_user", "default_item", "offset")
-        for name in (*finite, "field_vectors"):
+        for name in (*finite, "field_vectors", "field_tastes"):
             tensor = getattr(self, name)
             if tensor is not None and not torch.isfinite(tensor).all():
                 raise InputError(f"CF vectors: {name} holds NaN or infinity; refit or clean it")
@@ -161,6 +167,25 @@ class CFVectors:
             raise InputError(
                 f"CF vectors: field_vectors has shape {of_values}, but the field_values and the "
                 f"other tensors ask for {(len(self.field_values), dim)}"
+            )
+        self._check_tastes()
+
+    def _check_tastes(self) -> None:
+        if self.item_values is None and self.field_tastes is None:
+            return
+        if self.item_values is None or self.field_tastes is None:
+            raise InputError("CF vectors: item_values and field_tastes come together or not at all")
+        count, values = len(self.field_values), self.item_values
+        if values.dim() != 2 or len(values) != len(self.item_ids) or values.dtype != torch.int32:
+            raise InputError(
+                f"CF vectors: item_values is {values.dtype} of shape {tuple(values.shape)}, but "
+                f"there are {len(self.item_ids)} items, of which it holds a row of int32 each"
+            )
+        if values.numel() and not -1 <= int(values.min()) <= int(values.max()) < count:
+            raise InputError(f"CF vectors: item_values must be from -1 to {count - 1}")
+        if self.field_tastes.shape != (count,) or (self.field_tastes < 0).any():
+            raise InputError(
+                f"CF vectors: field_tastes must be {count} numbers from 0, one for each field value"
             )
 
     @property
@@ -360,9 +385,9 @@ class CFVectors:
                 others; the message names it.
         """
         folder = Path(folder)
-        tensors, metadata = read_tensors(folder / TENSOR_FILE, _names_of_fits(), FIELD_TENSOR)
+        tensors, metadata = read_tensors(folder / TENSOR_FILE, _names_of_fits())
         values: list[tuple[str, str]] = []
-        if FIELD_TENSOR in tensors:
+        if FIELD_TENSORS[0] in tensors:
             lines = read_lines(folder / FIELD_FILE, ("field", "value"))
             values = [(line["field"], line["value"]) for line in lines]
         users = read_lines(folder / USER_FILE, ("id",))

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ccf_llm_hf.inference.ranker import CTRRanker
 
 SPLITS = ("train", "validation", "test")
+CF_ALONE = "CF logit alone"
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +78,12 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     from ccf_llm_hf.evaluation import evaluate_scores, format_report, plot_calibration
     from ccf_llm_hf.inference.checkpoint import load_checkpoint
     from ccf_llm_hf.inference.gate import gate_report
-    from ccf_llm_hf.inference.score_table import sample_users, score_table, write_scores
+    from ccf_llm_hf.inference.score_table import (
+        sample_users,
+        score_cf_table,
+        score_table,
+        write_scores,
+    )
 
     prepared = load_prepared(data)
     split = prepared.splits[arguments.split]
@@ -93,6 +99,8 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
         tokens_per_batch=arguments.tokens_per_batch,
     )
     write_scores(scores, arguments.out)
+    if model.config.cf_logit:
+        compare[CF_ALONE] = score_cf_table(model, processor, split, lines=prepared.lines())
     report = evaluate_scores(
         scores,
         data,

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 
 from ccf_llm_hf.data.prepared import read_rows
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 
 CHUNK = 1024
+RESAMPLES = 200
 ITEMS = 8192  # of a larger catalog, this many, evenly spread: means over them are exact enough
 # Edges of the popularity classes, in training rows of an item.
 EDGES = (0, 1, 10, 100, 1000)
@@ -31,8 +33,11 @@ def gate_report(
 
     Returns:
         `catalog` and `items` (looked at), `mean` and `std` over items and dimensions, `item_std` of
-        the items' means, `dimension_std` of the dimensions' means, and `by_popularity`, a list of
-        {train_rows, items, mean, std}. None for models without a gate.
+        the items' means, `dimension_std` of the dimensions' means, `spearman` of the items' means
+        with their training rows and its 95 % interval `spearman_ci` over items (None where one of
+        the two is the same for all), and `by_popularity`, a list of {train_rows, items, mean, std},
+        in which items without rows are apart by whether the CF model knows their fields. None for
+        models without a gate.
 
     Raises:
         InputError: the prepared folder is missing or damaged.
@@ -43,23 +48,43 @@ def gate_report(
     rows = torch.linspace(0, catalog - 1, min(catalog, ITEMS), dtype=torch.float64).round().long()
     parts = [model.item_gates(part.to(model.device)) for part in rows.split(CHUNK)]
     values = torch.cat([part.float().cpu() for part in parts]).numpy()
-    item_ids = [processor.item_ids[row] for row in rows.tolist()]
+    seen = read_rows(data_dir, "train")["item_id"].value_counts()
+    counts = seen.reindex([processor.item_ids[row] for row in rows.tolist()], fill_value=0)
+    known = model.cf.item_known.cpu().numpy()[rows.numpy()]
     return {
         "catalog": catalog,
         "items": len(values),
         **_moments(values),
         "item_std": float(values.mean(axis=1).std()),
         "dimension_std": float(values.mean(axis=0).std()),
-        "by_popularity": _by_popularity(values, item_ids, data_dir),
+        **_correlation(values.mean(axis=1), counts.to_numpy()),
+        "by_popularity": _by_popularity(values, counts.to_numpy(), known),
+    }
+
+
+def _correlation(shares: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
+    """Spearman's, of ranks once taken, with the bootstrap's interval over items."""
+    if np.ptp(shares) == 0 or np.ptp(counts) == 0:
+        return {"spearman": None, "spearman_ci": None}
+    ranks = np.stack([rankdata(shares), rankdata(counts)])
+    draw = np.random.default_rng(0).integers(0, len(shares), (RESAMPLES, len(shares)))
+    with np.errstate(invalid="ignore"):  # a resample of one value says nothing
+        drawn = [np.corrcoef(ranks[:, rows])[0, 1] for rows in draw]
+    return {
+        "spearman": float(np.corrcoef(ranks)[0, 1]),
+        "spearman_ci": np.nanquantile(drawn, [0.025, 0.975]).tolist(),
     }
 
 
 def _by_popularity(
-    gates: np.ndarray, item_ids: list[str], data_dir: str | Path
+    gates: np.ndarray, counts: np.ndarray, known: np.ndarray
 ) -> list[dict[str, Any]]:
-    seen = read_rows(data_dir, "train")["item_id"].value_counts()
-    counts = seen.reindex(item_ids, fill_value=0).to_numpy()
     classes = []
+    by_fields = known & (counts == 0)
+    if by_fields.any() and (counts[~by_fields] == 0).any():
+        part = {"train_rows": "0, known by fields", "items": int(by_fields.sum())}
+        classes.append(part | _moments(gates[by_fields]))
+        gates, counts = gates[~by_fields], counts[~by_fields]
     for low, high in zip(EDGES, (*EDGES[1:], None), strict=True):
         inside = (counts >= low) & (counts < (np.inf if high is None else high))
         if not inside.any():

@@ -1,6 +1,6 @@
 """The table of a checkpoint's scores on a prepared split."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +8,13 @@ import datasets
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
-from ccf_llm_hf.data.grouping import group_split
+from ccf_llm_hf.data.grouping import Group, group_split
 from ccf_llm_hf.io import write_file
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
-from ccf_llm_hf.modeling.ranking_ccf_llm import TOKENS_PER_BATCH, score
+from ccf_llm_hf.modeling.ranking_ccf_llm import TOKENS_PER_BATCH, score, score_cf_logit
 
 MAX_CANDIDATES = 512  # rows of one user packed behind one history
 
@@ -48,19 +49,34 @@ def score_table(
         InputError: the data's histories hold something else than the model reads.
     """
     groups = group_split(split, processor, max_candidates, lines=lines)
-    logits = np.full(len(split), np.nan, dtype=np.float32)
     scores = score(model, processor, groups, tokens_per_batch=tokens_per_batch, progress=progress)
+    logits = _by_row(groups, scores, len(split))
+    return _table(split, logits, model.probabilities(logits))
+
+
+def score_cf_table(
+    model: CCFLLMForCTR,
+    processor: CCFLLMProcessor,
+    split: datasets.Dataset,
+    *,
+    lines: Mapping[str, list[Any]] | None = None,
+) -> pd.DataFrame:
+    """The table of `score_table`, of the model's CF logit alone: the control for what words add."""
+    groups = group_split(split, processor, MAX_CANDIDATES, lines=lines)
+    logits = _by_row(groups, score_cf_logit(model, processor, groups), len(split))
+    return _table(split, logits, logits.sigmoid())
+
+
+def _by_row(groups: Sequence[Group], scores: Sequence[Tensor], rows: int) -> Tensor:
+    logits = torch.full((rows,), torch.nan)
     for group, values in zip(groups, scores, strict=True):
-        logits[group.rows] = values.numpy()
-    return pd.DataFrame(
-        {
-            "user_id": list(split["user_id"]),
-            "item_id": list(split["item_id"]),
-            "label": list(split["label"]),
-            "score": logits,
-            "prob": model.probabilities(torch.as_tensor(logits)).numpy(),
-        }
-    )
+        logits[group.rows] = values
+    return logits
+
+
+def _table(split: datasets.Dataset, logits: Tensor, prob: Tensor) -> pd.DataFrame:
+    keys = {name: list(split[name]) for name in ("user_id", "item_id", "label")}
+    return pd.DataFrame({**keys, "score": logits.numpy(), "prob": prob.numpy()})
 
 
 def sample_users(split: datasets.Dataset, rows: int, seed: int = 0) -> datasets.Dataset:

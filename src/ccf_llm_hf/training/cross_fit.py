@@ -24,7 +24,6 @@ from ccf_llm_hf.modeling.modeling_ccf_llm import (
     CCFLLMForCTR,
     CFTable,
     NewFields,
-    fold_in,
     rms_of_known,
 )
 
@@ -97,27 +96,14 @@ class CrossFitTable(CFTable):
         fits, _ = decode_rows(rows)
         return vectors / getattr(self, f"fits_{side}_scale")[fits], seen
 
-    def folded_logits(self, users: Tensor, items: Tensor, new: NewFields | None = None) -> Tensor:
-        """As `CFTable.folded_logits`, at the global bias of the items' fits."""
+    def fit_of(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """As `CFTable.fit_of`. Padding carries its fit too: a history may be empty."""
         fits, _ = decode_rows(items)
-        return (users * self.lookup("item", items, new)[0]).sum(-1) + self.fits_offset[fits]
+        return self.fits_default_user[fits], self.fits_offset[fits]
 
-    @torch.no_grad()
-    def folded_users(
-        self, items: Tensor, targets: Tensor, depths: Tensor, new: NewFields | None = None
-    ) -> Tensor:
-        """As `CFTable.folded_users`, each history by its own fit."""
-        vectors, seen = self.lookup("item", items, new)
-        place = torch.arange(items.shape[1], device=items.device)
-        fits = decode_rows(items)[0][:, 0]  # padding carries it too: a history may be empty
-        return fold_in(
-            vectors,
-            targets,
-            seen & (place < depths[:, None]),
-            self.user_precision,
-            self.fits_default_user[fits],
-            self.fits_offset[fits],
-        )
+    def values_of(self, items: Tensor, new: NewFields | None = None) -> Tensor:
+        """As `CFTable.values_of`: all fits have the same values."""
+        return super().values_of(decode_rows(items)[1], new)
 
 
 def check_folded(model: CCFLLMForCTR, cf: CFVectors, reads_logit: bool) -> None:

@@ -70,6 +70,7 @@ DECIDED = {
         "cf_model",
         "ids_fingerprint",
         "num_field_values",
+        "num_item_values",
         "lora",
         "backbone_name",
         "backbone_revision",

@@ -21,6 +21,7 @@ from ccf_llm_hf.errors import FolderInUse, InputError
 from ccf_llm_hf.io import write_folder, write_json
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
+from ccf_llm_hf.training.memory import peak_memory
 from ccf_llm_hf.training.recipe import Recipe, parse_recipe
 from ccf_llm_hf.training.stage import CHECKPOINT, RunInputs, StageRun, uses_bf16
 from ccf_llm_hf.training.warm_start import STARTING_FILES
@@ -176,7 +177,7 @@ def export_checkpoints(
 
 
 def describe_hardware(precision: str) -> dict[str, Any]:
-    """The machine that trained, and whether it did so in bfloat16."""
+    """The machine that trained, whether it did so in bfloat16, and the memory that it took."""
     accelerator = torch.accelerator.current_accelerator()
     return {
         "processes": PartialState().num_processes,
@@ -184,6 +185,7 @@ def describe_hardware(precision: str) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "bf16_backbone": uses_bf16(precision),
+        "peak_memory_gb": peak_memory(),
         "processor": name_processor(),
         "python": platform.python_version(),
     }

@@ -34,7 +34,7 @@ from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import auc, fit_temperature, uauc
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import FUSION_FILE
 from ccf_llm_hf.modeling.configuration_ccf_llm import IGNORED_LABEL
-from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.modeling.modeling_ccf_llm import CF_INPUTS, CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 from ccf_llm_hf.modeling.ranking_ccf_llm import score
 from ccf_llm_hf.training.arguments import DEFAULT_RATES, CTRTrainingArguments
@@ -46,19 +46,10 @@ from ccf_llm_hf.training.collator import (
 )
 from ccf_llm_hf.training.cross_fit import check_folded, choose_fits, install_cross_fit
 from ccf_llm_hf.training.lora import inject_lora, record_of
+from ccf_llm_hf.training.memory import HeapTrimmer
 from ccf_llm_hf.training.warm_start import load_trained_weights
 
 GATES_SHOWN = 2048
-CF_INPUTS = (
-    "candidate_users",
-    "candidate_items",
-    "answer_positions",
-    "sequence_ids",
-    "history_depths",
-    "history_items",
-    "history_targets",
-    "history_unshown",
-)
 
 
 @dataclass
@@ -161,9 +152,9 @@ class CTRTrainer(Trainer):
                 eval_dataset, processing_class, args.max_candidates, lines=self.lines
             )
             self.eval_groups = sample_users(groups, args.max_eval_labels, args.seed)
+        callbacks = [*(callbacks or []), HeapTrimmer()]
         if args.early_stopping_patience:
-            stopping = EarlyStoppingCallback(args.early_stopping_patience)
-            callbacks = [*(callbacks or []), stopping]
+            callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
         super().__init__(
             model=model,
             args=args,
