@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -32,17 +34,20 @@ from transformers.utils import cached_file, logging
 
 from .adapter_ccf_llm import (
     Adapter,
+    adapter_parts,
     adapter_scale,
+    add_lora,
+    check_adapter,
     from_peft,
-    injected_adapter,
-    load_injected_adapter,
-    merge_adapter,
+    injected_parts,
+    join_parts,
     plain_state,
     to_peft,
 )
 from .attention_ccf_llm import use_tiles
 from .configuration_ccf_llm import (
     AUTO_MAP,
+    CHECKPOINT_FORMS,
     CONVERT,
     CUSTOM_PIPELINES,
     CCFLLMConfig,
@@ -65,6 +70,8 @@ FIELDS_FILE = "field_values.jsonl"  # only where values of item fields have CF v
 ADAPTER_FOLDER = "adapter"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+FULL_FILE = "model.safetensors"
+BODY = "model.language_model."
 CODE_FILES = (
     "configuration_ccf_llm.py",
     "modeling_ccf_llm.py",
@@ -107,48 +114,52 @@ AUTO_ARGUMENTS = (
 )
 
 
-def read_ids(file: str | Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file of `{"id": ..., "title": ...}` in table order.
+def read_lines(file: str | Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file in table order, whose values of `keys` are made text.
 
     Raises:
-        ValueError: naming the file and line that is not such a row.
+        ValueError: naming the file and line that is no object with these keys.
     """
     rows = []
     with Path(file).open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                rows.append({**row, "id": str(row["id"])})
+                rows.append({**row, **{key: str(row[key]) for key in keys}})
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {number}: not a JSON object with an id.") from error
+                raise ValueError(
+                    f"{file}, line {number}: not a JSON object with {' and '.join(keys)}."
+                ) from error
     return rows
 
 
-def read_field_values(file: str | Path) -> list[tuple[str, str]]:
-    """(field, value) pairs in the order of their CF vectors, from JSON lines.
+def read_ids(file: str | Path) -> list[dict[str, Any]]:
+    """Rows `{"id": ..., "title": ...}` of a catalog in table order."""
+    return read_lines(file, ("id",))
 
-    Raises:
-        ValueError: naming the file and line that is no such pair.
-    """
-    pairs = []
-    with Path(file).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                pairs.append((str(row["field"]), str(row["value"])))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{file}, line {number}: not a JSON object with field and value."
-                ) from error
-    return pairs
+
+def read_field_values(file: str | Path) -> list[tuple[str, str]]:
+    """(field, value) pairs in the order of their CF vectors."""
+    return [(row["field"], row["value"]) for row in read_lines(file, ("field", "value"))]
+
+
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file under a temporary name, then rename it."""
+    partial = file.with_name(file.name + ".partial")
+    write(partial)
+    partial.replace(file)
 
 
 def write_ids(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as JSON lines under a temporary name, then rename."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    partial.replace(file)
+    """Write rows as JSON lines."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Write indented JSON."""
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def find_file(
@@ -215,41 +226,68 @@ def load_text_tokenizer(path: str, hub: dict[str, Any]) -> PreTrainedTokenizerBa
     return PreTrainedTokenizerFast.from_pretrained(path, **{**hub, "subfolder": inside})
 
 
-def read_tensors(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
-
-    Raises:
-        OSError: naming the file, when it is truncated, no safetensors file, or of another format
-            version than this code reads.
-    """
+@contextmanager
+def open_tensors(file: str | Path) -> Iterator[Any]:
+    """A safetensors file; an OSError that names it where it is damaged or truncated."""
     try:
-        with safe_open(file, framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            # Files by other libraries, such as an adapter by PEFT, have no such version.
-            version = metadata.get("format_version", FORMAT_VERSION)
-            if version != FORMAT_VERSION:
-                newer = "load it with a newer ccf-llm-hf"
-                mend = newer if version > FORMAT_VERSION else CONVERT
-                raise OSError(
-                    f"{file} has format version {version}, and this code reads version "
-                    f"{FORMAT_VERSION}: {mend}."
-                )
-            return {key: handle.get_tensor(key) for key in handle.keys()}, metadata  # noqa: SIM118
+        with safe_open(str(file), framework="pt") as handle:
+            yield handle
     except (SafetensorError, ValueError) as error:
         raise OSError(
             f"{file} is damaged or truncated ({error}): copy or download it again."
         ) from error
 
 
+def read_tensors(file: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        OSError: naming the file, when it is truncated, no safetensors file, of another format
+            version than this code reads, or holds NaN or infinity.
+    """
+    with open_tensors(file) as handle:
+        metadata = handle.metadata() or {}
+        # Files by other libraries, such as an adapter by PEFT, have no such version.
+        version = metadata.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            mend = "load it with a newer ccf-llm-hf" if version > FORMAT_VERSION else CONVERT
+            raise OSError(
+                f"{file} has format version {version}, and this code reads version "
+                f"{FORMAT_VERSION}: {mend}."
+            )
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    check_finite(tensors, file)
+    return tensors, metadata
+
+
+def check_finite(tensors: dict[str, Tensor], source: str) -> None:
+    """Raise an OSError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        if tensor.sum(dtype=torch.float32).isfinite():
+            continue  # the sum is a tenth of the work, and not finite where a value is not
+        if not tensor.isfinite().all():
+            raise OSError(
+                f"{source} holds NaN or infinity in {name!r}: its training diverged, or it is "
+                "damaged; take another checkpoint."
+            )
+
+
 def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file under a temporary name, then rename it."""
-    partial = file.with_name(file.name + ".partial")
-    save_file(
-        {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-        partial,
-        metadata,
-    )
-    partial.replace(file)
+    """Write a safetensors file, the same bytes for the same tensors."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+    def write(partial: Path) -> None:
+        save_file(tensors, partial, metadata)
+        with partial.open("r+b") as opened:  # safetensors draws the order of the metadata
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+            text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+            opened.seek(8)
+            opened.write(text.encode().ljust(length))
+
+    write_whole(file, write)
 
 
 def copy_code(folder: Path) -> None:
@@ -261,22 +299,6 @@ def copy_code(folder: Path) -> None:
         source = Path(__file__).with_name(name)
         if source.exists() and source.resolve() != (folder / name).resolve():
             shutil.copyfile(source, folder / name)
-
-
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Write JSON under a temporary name, then rename it."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(file)
-
-
-def read_adapter(file: str, backbone: PreTrainedModel) -> Adapter:
-    """Read a PEFT adapter file.
-
-    Raises:
-        OSError: naming the file, when it is damaged or fits another backbone.
-    """
-    return from_peft(read_tensors(file)[0], backbone, file)
 
 
 def backbone_fingerprint(backbone: nn.Module) -> str:
@@ -304,6 +326,7 @@ class CheckpointMixin(PreTrainedModel):
     answer_scale: nn.Parameter
     cf_logit_scale: nn.Parameter
     _no_split_modules: Any
+    _backbone_notes: dict[str, tuple[Any, ...]] = {}  # noqa: RUF012
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -382,6 +405,7 @@ class CheckpointMixin(PreTrainedModel):
         model.attach_backbone(causal)
         config.backbone_fingerprint = backbone_fingerprint(model.language_model)
         config.checkpoint_form = "full"
+        model.note_backbone()
         if cf is not None:
             model.model.cf.fill(cf)
         if config.sentence_encoder:
@@ -419,94 +443,130 @@ class CheckpointMixin(PreTrainedModel):
         scales = [("answer_scale", self.answer_scale)]
         return scales + [("cf_logit_scale", self.cf_logit_scale)] * self.config.cf_logit
 
-    def checkpoint_tensors(
-        self,
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """CF table, text vectors of the catalog, and all other weights outside the backbone."""
-        cf, text, fusion = {}, {}, {}
-        for name, value in self.state_dict().items():
-            field = name.removeprefix("model.cf.")
-            if field in (*CF_TENSORS, *FIELD_TENSORS):
-                cf[field] = value
-            elif name == "model.item_text.vectors":
-                text["vectors"] = value
-            elif not name.startswith("model.language_model."):
-                fusion[name] = value
-        return cf, text, fusion
+    def note_backbone(self) -> None:
+        """Remember which weights the backbone has as loaded, so that a change is told."""
+        state = plain_state(self.language_model)
+        self._backbone_notes = {name: note_weight(weight) for name, weight in state.items()}
+
+    def changed_weight(self) -> str | None:
+        """Name of a backbone's weight that is not as loaded, LoRA apart; a cast is no change."""
+        state = plain_state(self.language_model) if self.language_model is not None else {}
+        notes = self._backbone_notes
+        names = state.keys() & notes.keys()
+        changed = {name for name in names if not is_noted(state[name], notes[name])}
+        return min(changed | (state.keys() ^ notes.keys()), default=None)
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory: str | Path, form: str | None = None, **kwargs: Any
     ) -> None:
-        """Save config, code and weights.
+        """Save config, code and weights, so that loading them gives the scores that the model has
+        now, or say why that cannot be.
 
         Args:
             form: `full` (LoRA merged, self-contained) or `slim` (CF table, text vectors, fusion
                 weights, adapter); default the form that the model was loaded in.
+            kwargs: as transformers' method has them. Its `Trainer` gives `state_dict`; a slim
+                checkpoint then holds, for it to go on from, what learns as the live model names it
+                too, and where the backbone learned a full one is written.
 
         Raises:
-            ValueError: when the adapter cannot be told from the weights that it was merged into;
-                with `push_to_hub`, which has a method of its own.
+            ValueError: an unknown form; the slim one of a model whose backbone has changed, or
+                whose adapter cannot be told from it; PEFT modules other than plain LoRA in the
+                backbone; `push_to_hub`, which has a method of its own.
         """
         if kwargs.pop("push_to_hub", False):
             raise ValueError("save_pretrained does not upload: call push_to_hub(repo_id).")
         if not kwargs.get("is_main_process", True):
             return
-        folder = Path(save_directory)
+        config, folder, changed = self.config, Path(save_directory), self.changed_weight()
+        of_trainer = "state_dict" in kwargs
+        form = form or ("full" if of_trainer and changed else config.checkpoint_form)
+        if form not in CHECKPOINT_FORMS:
+            raise ValueError(f"form={form!r} is unknown: choose full or slim.")
+        if form == "slim":
+            self.check_slim()
+        adapter, lora = self.whole_adapter()
+        kept = {"checkpoint_form": config.checkpoint_form, "lora": config.lora}
+        kept["backbone_fingerprint"] = config.backbone_fingerprint
+        config.auto_map, config.custom_pipelines = dict(AUTO_MAP), copy.deepcopy(CUSTOM_PIPELINES)
+        config.update({"checkpoint_form": form, "lora": lora})
         folder.mkdir(parents=True, exist_ok=True)
-        loaded_form = self.config.checkpoint_form
-        self.config.checkpoint_form = form or loaded_form
-        self.config.auto_map = dict(AUTO_MAP)
-        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         try:
-            if self.config.checkpoint_form == "full":
-                kwargs.pop("state_dict", None)
-                super().save_pretrained(folder, state_dict=self.full_state(), **kwargs)
-                if not (self.trained_adapter() and self.model.merged_adapter):
-                    self.save_adapter(folder)
+            if form == "slim":
+                self._save_slim(folder)
             else:
-                self.save_slim(folder)
+                config.backbone_fingerprint = "" if changed else config.backbone_fingerprint
+                self._save_full(folder, kwargs)
+            if adapter:
+                tensors, settings = to_peft(adapter, self.language_model, config)
+                (folder / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
+                write_tensors(folder / ADAPTER_FOLDER / ADAPTER_FILE, tensors, {"format": "pt"})
+                write_json(folder / ADAPTER_FOLDER / ADAPTER_CONFIG, settings)
+            config.architectures = [type(self).__name__]
+            config.dtype = str(self.answer_weight.dtype).removeprefix("torch.")
+            config.save_pretrained(folder)
         finally:
-            self.config.checkpoint_form = loaded_form
+            config.update(kept)
+        if form == "slim" and of_trainer:
+            state = self.state_dict().items()
+            live = {n: w for n, w in state if not n.startswith(BODY) or ".lora_" in n}
+            write_tensors(folder / FULL_FILE, live, {"format": "pt"})
         copy_code(folder)
 
-    def trained_adapter(self) -> Adapter:
-        """LoRA that PEFT injected into the backbone; its settings must be in `config.lora`."""
-        adapter = injected_adapter(self.language_model)
-        if adapter and not self.config.lora:
-            raise ValueError("LoRA was injected but config.lora is None: record r and lora_alpha.")
-        return adapter
+    def whole_adapter(self) -> tuple[Adapter, dict[str, Any] | None]:
+        """All LoRA of the backbone, what loading merged and what PEFT injected, as one adapter, and
+        its settings; empty where it is not known what loading merged."""
+        parts, merged = injected_parts(self.language_model), self.model.merged_adapter
+        if merged is None:
+            return {}, self.config.lora
+        for path, more in adapter_parts(merged, self.model.merged_scale).items():
+            parts[path] = more + parts.get(path, [])
+        return join_parts(parts, self.language_model, self.config.lora)
 
-    def full_state(self) -> dict[str, Tensor]:
-        """Self-contained state: backbone with LoRA merged, CF table, fusion."""
-        cf, text, fusion = self.checkpoint_tensors()
-        state = plain_state(self.language_model)
-        if adapter := self.trained_adapter():
-            merge_adapter(
-                self.language_model, state, adapter, adapter_scale(self.config.lora or {})
-            )
-        return {
-            **{f"model.language_model.{name}": value for name, value in state.items()},
-            **{f"model.cf.{name}": value for name, value in cf.items()},
-            **{f"model.item_text.{name}": value for name, value in text.items()},
-            **fusion,
-        }
-
-    def save_slim(self, folder: Path) -> None:
-        """Write everything but the backbone; tens of MB instead of GB."""
-        injected = self.trained_adapter()
-        if injected and self.model.merged_adapter:
-            raise ValueError(
-                "LoRA was injected on top of the LoRA that this checkpoint had merged at loading, "
-                "and a slim checkpoint holds one: save with form='full', or train by a recipe with "
-                "init_from, which goes on with the old one."
-            )
-        if self.config.lora and not (injected or self.model.merged_adapter):
+    def check_slim(self) -> None:
+        """Raise a `ValueError` where a slim checkpoint cannot hold what this model computes."""
+        if self.model.merged_adapter is None:
             raise ValueError(
                 "LoRA is merged into this model's weights, so it has no slim form: "
                 "load the slim checkpoint, or save with form='full'."
             )
-        cf, text, fusion = self.checkpoint_tensors()
+        changed = self.changed_weight()
+        if changed or not self.config.backbone_fingerprint:
+            what = f" ({changed!r} differs)" if changed else ""
+            raise ValueError(
+                "The backbone's own weights are not those that were loaded by name, and a slim "
+                f"checkpoint has none{what}: save with form='full'."
+            )
+
+    def _save_full(self, folder: Path, options: dict[str, Any]) -> None:
+        """Write all weights, LoRA merged."""
+        body = plain_state(self.language_model)
+        for path, parts in injected_parts(self.language_model).items():
+            name, module = f"{path}.weight", self.language_model.get_submodule(path)
+            # A backbone frozen in bfloat16 is no reason to round its LoRA.
+            dtype = torch.promote_types(body[name].dtype, self.answer_weight.dtype)
+            body[name] = add_lora(module, body[name], parts, dtype)
+        state = {BODY + name: weight for name, weight in body.items()}
+        state |= plain_state(self, merge=True, but=(BODY,))
+        injected = self._hf_peft_config_loaded
+        self._hf_peft_config_loaded = False  # else transformers writes what `add_adapter` added
+        try:
+            super().save_pretrained(folder, **{**options, "state_dict": state})
+        finally:
+            self._hf_peft_config_loaded = injected
+
+    def _save_slim(self, folder: Path) -> None:
+        """Write everything but backbone and adapter; tens of MB instead of GB."""
         config = self.config
+        cf, text, fusion = {}, {}, {}
+        for name, value in plain_state(self, merge=True, but=(BODY,)).items():
+            field = name.removeprefix("model.cf.")
+            if field in (*CF_TENSORS, *FIELD_TENSORS):
+                cf[field] = value
+            elif name == "model.item_text.vectors":
+                text["vectors"] = value
+            else:
+                fusion[name] = value
         metadata = {"format_version": FORMAT_VERSION, "ids_fingerprint": config.ids_fingerprint}
         sizes = {
             "cf_model": config.cf_model,
@@ -520,70 +580,17 @@ class CheckpointMixin(PreTrainedModel):
             item_text = self.model.item_text
             space = space_fingerprint(item_text.mean, item_text.projection)
             write_tensors(folder / TEXT_FILE, text, metadata | {"text_space": space})
-        self.save_adapter(folder)
-        config.save_pretrained(folder)
 
-    def save_adapter(self, folder: Path) -> None:
-        """Write the LoRA adapter, if there is one, in PEFT's form."""
-        if adapter := self.trained_adapter() or self.model.merged_adapter:
-            tensors, settings = to_peft(adapter, self.language_model, self.config)
-            (folder / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
-            write_tensors(folder / ADAPTER_FOLDER / ADAPTER_FILE, tensors, {"format": "pt"})
-            write_json(folder / ADAPTER_FOLDER / ADAPTER_CONFIG, settings)
-
-    def load_trained_weights(self, folder: str | Path) -> None:
-        """Copy a slim checkpoint's fusion weights and adapter into this live model.
-
-        Alignment networks for CF vectors of another width are left fresh, and a log line says so.
-
-        Raises:
-            ValueError: naming a weight of another shape, or text vectors in another space.
-        """
-        live = dict(self.fusion_parameters() + self.head_parameters())
-        tensors, _ = read_tensors(str(Path(folder) / FUSION_FILE))
-        self._take_text_vectors(Path(folder), tensors)
-        tensors = {name: value for name, value in tensors.items() if name in live}
-        wrong = [name for name, value in tensors.items() if value.shape != live[name].shape]
-        of_cf = ("model.item_alignment.", "model.user_alignment.")
-        if any(name.startswith(of_cf) and ".up." in name for name in wrong):
-            logger.warning(
-                "The alignment networks start afresh, because those in %s are for CF vectors of "
-                "another width: train them.",
-                folder,
-            )
-            wrong = [name for name in wrong if not name.startswith(of_cf)]
-            tensors = {n: value for n, value in tensors.items() if not n.startswith(of_cf)}
-        if wrong:
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `torch.nn.Module`'s, but weights with LoRA merged into them are refused where PEFT has
+        put LoRA beside: `strict=False`, as trainers have it, would leave them out."""
+        apart = {n.replace(".base_layer.", ".") for n in self.state_dict() if ".base_layer." in n}
+        if merged := apart & state_dict.keys():
             raise ValueError(
-                f"{folder} holds {min(wrong)!r} for another backbone or alignment_multiplier."
+                f"{min(merged)!r} of these weights has LoRA merged into it, and this model has LoRA"
+                " beside: load them by from_pretrained."
             )
-        self.load_state_dict(tensors, strict=False)
-        if self.lora_parameters():
-            self.load_adapter_folder(Path(folder) / ADAPTER_FOLDER)
-
-    def _take_text_vectors(self, folder: Path, fusion: dict[str, Tensor]) -> None:
-        """Have the text vectors that a checkpoint's weights were trained on."""
-        text = self.model.item_text
-        names = [f"model.item_text.{name}" for name in TEXT_SPACE]
-        if self.config.item_text == "static" or not all(name in fusion for name in names):
-            return
-        space = {name: fusion[f"model.item_text.{name}"] for name in TEXT_SPACE}
-        if all(torch.equal(value, getattr(text, name).cpu()) for name, value in space.items()):
-            return
-        file = folder / TEXT_FILE
-        vectors, metadata = read_tensors(str(file)) if file.is_file() else ({}, {})
-        fits = all(value.shape == getattr(text, name).shape for name, value in space.items())
-        if not fits or metadata.get("ids_fingerprint") != self.config.ids_fingerprint:
-            raise ValueError(
-                f"{folder} was trained on text vectors in another space than this model's: build "
-                "the model with text_space_of=FOLDER, and read words as that one does."
-            )
-        text.load_state_dict(space | vectors)
-
-    def load_adapter_folder(self, folder: str | Path) -> None:
-        """Copy a PEFT adapter folder into the LoRA modules injected into the backbone."""
-        adapter = read_adapter(str(Path(folder) / ADAPTER_FILE), self.language_model)
-        load_injected_adapter(self.language_model, adapter, str(folder))
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -606,7 +613,7 @@ class CheckpointMixin(PreTrainedModel):
         path = str(pretrained_model_name_or_path)
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
         config: CCFLLMConfig = kwargs.pop("config", None) or cls.config_class.from_pretrained(
-            path, **hub
+            path, name_or_path=path, **hub
         )
         check_catalog(path, hub, config.ids_fingerprint, config.num_field_values > 0)
         if config.checkpoint_form == "full":
@@ -623,7 +630,8 @@ class CheckpointMixin(PreTrainedModel):
     @classmethod
     def _load_full(cls, path: str, *args: Any, **kwargs: Any) -> Any:
         for file in sorted(Path(path).glob("*.safetensors")):
-            try_header(file)
+            with open_tensors(file):  # transformers' error would not name it
+                pass
         wants_info = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -632,13 +640,12 @@ class CheckpointMixin(PreTrainedModel):
                 f"{path} lacks {len(missing)} weights, {missing[0]!r} first: "
                 "copy the checkpoint again."
             )
-        config = model.config
+        check_finite(model.state_dict(), path)
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-        if config.lora:
-            beside = find_file(path, f"{ADAPTER_FOLDER}/{ADAPTER_FILE}", hub, required=False)
-            adapter = read_adapter(beside, model.language_model) if beside else None
-            model.model.merged_adapter = adapter
-            model.model.merged_scale = adapter_scale(config.lora)
+        if model.config.lora:
+            model.model.merged_adapter = load_adapter(path, hub, model.config, model.language_model)
+            model.model.merged_scale = adapter_scale(model.config.lora)
+        model.note_backbone()
         return (model, info) if wants_info else model
 
     @classmethod
@@ -670,25 +677,31 @@ class CheckpointMixin(PreTrainedModel):
                 )
             state |= {f"model.item_text.{name}": value for name, value in text.items()}
         model = cls(config)
+        dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
+        if dtype in (None, "auto"):  # what this model had, not its backbone's file
+            loaded = isinstance(backbone, PreTrainedModel)
+            dtype = None if loaded else config.dtype or torch.float32
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         causal = load_backbone(config, backbone, options)
         model.attach_backbone(causal)
         try:
             result = model.load_state_dict(state, strict=False)
         except RuntimeError as error:
             raise OSError(f"{path}: weights do not fit config.json ({error}).") from error
-        missing = [
-            key for key in result.missing_keys if not key.startswith("model.language_model.")
-        ]
+        missing = [key for key in result.missing_keys if not key.startswith(BODY)]
         if missing or result.unexpected_keys:
             wrong = sorted(missing + result.unexpected_keys)[0]
             raise OSError(f"{path}: {wrong!r} is in only one of config.json and the weight files.")
         if config.lora:
-            file = str(find_file(path, f"{ADAPTER_FOLDER}/{ADAPTER_FILE}", hub))
-            adapter, scale = read_adapter(file, model.language_model), adapter_scale(config.lora)
-            model.model.merged_adapter, model.model.merged_scale = adapter, scale
-            body = model.language_model.state_dict()
-            merge_adapter(model.language_model, body, adapter, scale)
-            model.language_model.load_state_dict(body)
+            adapter = load_adapter(path, hub, config, model.language_model) or {}
+            model.model.merged_adapter = adapter
+            model.model.merged_scale = adapter_scale(config.lora)
+            for name, parts in adapter_parts(adapter, model.model.merged_scale).items():
+                module: Any = model.language_model.get_submodule(name)
+                module.weight.data = add_lora(module, module.weight.data, parts, dtype)
+        for parameter in model.parameters():  # not before: so do the full form's, LoRA merged
+            parameter.data = parameter.data.to(dtype or parameter.dtype)
+        model.note_backbone()
         return model.to(causal.device).eval()  # type: ignore[arg-type]
 
     def set_texts(
@@ -709,6 +722,8 @@ class CheckpointMixin(PreTrainedModel):
         if self.config.item_text == "static":
             self._set_titles(texts)
             return
+        if self.changed_weight():  # what the cache knows by the backbone's fingerprint
+            cache = None
         states = self._read_catalog(texts, Path(cache) if cache else None, dtype)
         if space is None:
             item_text.fit(states)
@@ -904,15 +919,48 @@ def read_text_space(folder: str | Path, config: CCFLLMConfig) -> dict[str, Tenso
     return {name: fusion[f"model.item_text.{name}"] for name in TEXT_SPACE}
 
 
-def try_header(file: Path) -> None:
-    """Raise an OSError that names `file` when it is no whole safetensors file."""
-    try:
-        with safe_open(str(file), framework="pt"):
-            return
-    except SafetensorError as error:
-        raise OSError(
-            f"{file} is damaged or truncated ({error}): copy or download it again."
-        ) from error
+def load_adapter(
+    path: str, hub: dict[str, Any], config: CCFLLMConfig, backbone: PreTrainedModel
+) -> Adapter | None:
+    """The adapter beside a checkpoint's weights; None where a full one has none.
+
+    Raises:
+        OSError: naming the file that is damaged, or of another adapter than the checkpoint's.
+    """
+    needed, lora = config.checkpoint_form == "slim", config.lora or {}
+    file = find_file(path, f"{ADAPTER_FOLDER}/{ADAPTER_FILE}", hub, required=needed)
+    if not file:
+        return None
+    adapter = from_peft(read_tensors(file)[0], backbone, file)
+    check_adapter(adapter, lora, backbone, file)
+    settings = find_file(path, f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}", hub, required=False)
+    if settings:
+        found = json.loads(Path(settings).read_text(encoding="utf-8"))
+        if found.keys() >= {"r", "lora_alpha"} and adapter_scale(found) != adapter_scale(lora):
+            raise OSError(
+                f"{settings} and config.json say different lora_alpha, r or use_rslora: restore "
+                "the files of one checkpoint."
+            )
+    return adapter
+
+
+def note_weight(weight: Tensor) -> tuple[torch.dtype, torch.Size, int, Tensor]:
+    """What tells a weight from another: dtype, shape, a sum over all its bits, and a sample."""
+    if weight.is_meta:  # offloaded by accelerate
+        return weight.dtype, weight.shape, 0, torch.empty(0)
+    flat = weight.detach().reshape(-1)
+    octets = flat.view(torch.uint8)
+    whole = len(octets) // 8 * 8
+    total = int(octets[:whole].view(torch.int64).sum()) + int(octets[whole:].sum())
+    return weight.dtype, weight.shape, total, flat[:: max(1, len(flat) // 1024)].cpu().clone()
+
+
+def is_noted(weight: Tensor, note: tuple[torch.dtype, torch.Size, int, Tensor]) -> bool:
+    """Whether a weight is the one noted, or that one cast to another precision."""
+    now = note_weight(weight)
+    cast = weight.dtype != note[0]
+    alike = now[1] == note[1] if cast else now[:3] == note[:3]
+    return alike and torch.equal(now[3], note[3].to(weight.dtype))
 
 
 def local_copy(backbone: str) -> str:
@@ -963,11 +1011,11 @@ def load_backbone(
         causal = copy.deepcopy(backbone)
     else:
         name = local_copy(str(backbone or config.backbone_name))
-        if options.get("dtype") in (None, "auto"):  # what this model had, not its backbone's file
-            options["dtype"] = config.dtype or torch.float32
         revision = config.backbone_revision if backbone is None else None
         try:
-            causal = AutoModelForCausalLM.from_pretrained(name, revision=revision, **options)
+            causal = AutoModelForCausalLM.from_pretrained(
+                name, revision=revision, dtype="auto", **options
+            )
         except OSError as error:
             raise OSError(
                 f"backbone {name!r} of this slim checkpoint cannot be loaded: give a copy of it "

@@ -230,5 +230,20 @@ class CCFLLMConfig(PreTrainedConfig):
             kwargs.pop("custom_pipelines", None)
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', but what names no backbone is refused: it would be a Llama of 26 GB.
+
+        Raises:
+            OSError: config.json is missing, or that of another model.
+        """
+        if not config_dict.get("text_config"):
+            place = kwargs.get("name_or_path", "this folder")
+            raise OSError(
+                f"{place} has no config.json of a CCF-LLM checkpoint, which has text_config: name "
+                "the folder that one was saved to."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
 
 __all__ = ["CCFLLMConfig"]

@@ -395,7 +395,8 @@ class ContextualText(nn.Module):
     def reduce(self, states: Tensor) -> Tensor:
         """t `(n, text_dim)` float32 of states `(n, width)`; zeros, the catalog's mean, for an item
         without words."""
-        reduced = (states.to(self.mean.device) - self.mean) @ self.projection
+        mean, projection = self.mean.float(), self.projection.float()  # of a model cast to half
+        reduced = (states.to(mean.device) - mean) @ projection
         return reduced * states.any(-1, keepdim=True).to(reduced)
 
     def fill(self, states: Tensor) -> None:
@@ -592,6 +593,7 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         self.merged_adapter: Adapter | None = {}
         self.merged_scale = 0.0
         self._new_states: dict[tuple[int, ...], Tensor] = {}
+        self._read_by = (0, 0)
         self._sentence_encoder: list[Any] = []  # in a list, where no state dict finds it
         self.gate = FusionGate(config) if config.fusion in ("gate", "scalar_gate") else None
         self.cold_item = nn.Parameter(torch.zeros(width))
@@ -638,6 +640,13 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         """States of items outside the catalog `(new items, text_width)`; the latest are kept, since
         one user's requests come back with the same ones."""
         ids, kept = new_titles[0].tolist(), self._new_states
+        weights = [
+            weight for weight in self.language_model.parameters() if not weight.is_inference()
+        ]
+        stamp = (len(weights), sum(weight._version for weight in weights))
+        if stamp != self._read_by:  # the backbone has learned, or was loaded into
+            kept.clear()
+            self._read_by = stamp
         texts = []
         for length in new_titles[1].tolist():
             texts.append(tuple(ids[:length]))

@@ -89,17 +89,19 @@ LINES: dict[str, Any] = {
     "item_template": "{title} by {author}",
     "evidence_fields": ["author"],
 }
+# A user's vector and tastes are solved for from more lines than words are read of.
+FOLDED_LINES = {"fold_in_items": 976}
 STREAMS: dict[str, Any] = {
     "labels_per_step": 128,
     "tokens_per_batch": 1024,
-    "max_train_labels": 64_000,
+    "max_train_labels": 128_000,
     "likes_only_share": 0.2,
     "learning_rate": 2e-3,
     "weight_decay": 0.0,
     "learning_rate_mapping": {"lora_": 8e-4},
-    "max_eval_labels": 600,
+    "max_eval_labels": 300,
     "eval_strategy": "steps",
-    "eval_steps": 100,
+    "eval_steps": 200,
 }
 WIDE_LORA = {
     "r": 16,
@@ -246,18 +248,23 @@ def frozen_rows() -> list[Cell]:
         },
         titles=True,
     )
-    rates = {"learning_rate": 1e-2, "learning_rate_mapping": RATES | {"lora_": 8e-4}}
+    # Words have been learned when the whole model begins.
+    rates = {"learning_rate": 1e-2, "learning_rate_mapping": RATES | {"lora_": 4e-4}}
+    shorter = STREAMS | rates | {"max_train_labels": 38_400, "eval_steps": 150}
     cf_only = {
         "model": {"fusion": "cf_only", "cf_logit": True, "cf_fold_in": True},
-        "prompt": {key: LINES[key] for key in ("wording", "histories", "history_window")},
+        "prompt": {key: LINES[key] for key in ("wording", "histories", "history_window")}
+        | FOLDED_LINES,
         "lora": WIDE_LORA,
-        "training": STREAMS | rates,
+        "training": shorter,
     }
     whole = {
         "model": {"fusion": "gate", "cf_logit": True, "cf_fold_in": True},
-        "prompt": LINES | {"history_format": "title_slot", "candidate_format": "title_slot"},
+        "prompt": LINES
+        | FOLDED_LINES
+        | {"history_format": "title_slot", "candidate_format": "title_slot"},
         "lora": WIDE_LORA,
-        "training": STREAMS | rates,
+        "training": shorter,
     }
     joint = Cell("frozen", "cf_only", "mf_fields", "joint", cf_only)
     average = "average of MF + fields and text_only"

@@ -60,11 +60,14 @@ def test_a_recipe_takes_the_settings(cell):
     assert stage.reads_cf() == bool(cell.cf)
 
 
-def test_a_run_of_the_recipe_is_the_cell_of_words():
+def test_the_stages_of_the_recipe_are_the_cells():
     recipe = Path(__file__).parents[2] / "examples" / "configs" / "bookcrossing.yaml"
-    (stage,) = yaml.safe_load(recipe.read_text())["stages"]
-    (cell,) = (cell for cell in WHOLE if cell.row == "frozen-text_only-LoRA")
-    assert Stage(name="main", **cell.stage) == Stage(**stage)
+    words, whole = yaml.safe_load(recipe.read_text())["stages"]
+    cells = {cell.row: cell for cell in WHOLE}
+    assert Stage(name="words", **cells["frozen-text_only-LoRA"].stage) == Stage(**words)
+    cell = cells["frozen-gate_and_CF_logit-mf_fields-joint"]
+    assert cell.starts_from == "frozen-text_only-LoRA"
+    assert Stage(name="whole", init_from="words", **cell.stage) == Stage(**whole)
 
 
 def test_rows_in_words():

@@ -1,4 +1,6 @@
+import copy
 import json
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -212,6 +214,41 @@ def test_the_command_scores_and_says_so(checkpoint, tmp_path, capsys):
     assert "all 7 pairs were scored already" in capsys.readouterr().out
     assert main([*call, "--shard-rows", "3"]) == 2
     assert "other shard_rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [
+        ("processor_config.json", True),
+        ("tokenizer.json", True),
+        ("tokenizer_config.json", True),
+        ("item_catalog.jsonl", True),
+        ("user_ids.jsonl", True),
+        ("config.json", True),
+        ("model.safetensors", True),
+        ("a_new_one.json", True),
+        ("README.md", False),
+        ("example.json", False),
+        ("modeling_ccf_llm.py", False),
+    ],
+)
+def test_scores_are_those_of_one_checkpoint_in_all_its_parts(
+    ranker, checkpoint, tmp_path, file, counts
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    before = checkpoint_identity(str(folder), ranker.model)
+    assert before == checkpoint_identity(str(checkpoint), ranker.model)
+    with (folder / file).open("ab") as opened:
+        opened.write(b" ")
+    assert (checkpoint_identity(str(folder), ranker.model) != before) == counts
+
+
+def test_scores_are_those_of_one_backbone(ranker, checkpoint):
+    other = copy.deepcopy(ranker.model)
+    other.language_model.layers[0].mlp.up_proj.weight.data += 1
+    for name in (str(checkpoint), "org/name"):
+        assert checkpoint_identity(name, other) != checkpoint_identity(name, ranker.model)
 
 
 def test_a_history_in_a_csv_is_refused_not_ignored(ranker, tmp_path):

@@ -23,6 +23,7 @@ from transformers import (
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
+from ccf_llm_hf.training.warm_start import load_adapter, load_trained_weights
 
 CALL = {
     "user": "u0",
@@ -160,7 +161,7 @@ def test_trained_weights_load_into_a_live_model(build: BuildModel, tmp_path: Pat
         for _, weight in model.lora_parameters() + model.fusion_parameters():
             weight.add_(0.1)
     assert (logits(model, processor) - expected).abs().max() > 1e-3
-    model.load_trained_weights(tmp_path)
+    load_trained_weights(model, tmp_path)
     torch.testing.assert_close(logits(model, processor), expected)
 
 
@@ -173,7 +174,7 @@ def test_an_adapter_of_another_shape_is_refused(build: BuildModel, tmp_path: Pat
         3, 32
     )
     with pytest.raises(ValueError, match="same r and target_modules"):
-        other.load_adapter_folder(tmp_path / "adapter")
+        load_adapter(other, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("form", ["full", "slim"])
@@ -233,7 +234,7 @@ def test_a_newer_format_is_refused_in_one_sentence(
         load_checkpoint(str(folder), backbone=str(backbone_folder()))
     if name == "fusion.safetensors":
         with pytest.raises(OSError, match="has format version 3"):
-            model.load_trained_weights(folder)
+            load_trained_weights(model, folder)
 
 
 @pytest.mark.parametrize("form", ["full", "slim"])

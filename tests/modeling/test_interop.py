@@ -9,21 +9,17 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors import safe_open
-from tiny import BACKBONES, BuildModel, inject_lora
+from tiny import BACKBONES, BuildModel
 from transformers import AutoModelForCausalLM
 
 from ccf_llm_hf import CCFLLMForCTR, CFVectors
-from ccf_llm_hf.modeling.checkpoint_ccf_llm import adapter_scale, injected_adapter
+from ccf_llm_hf.modeling.adapter_ccf_llm import injected_parts
 
 
 def our_deltas(model: CCFLLMForCTR) -> dict[str, torch.Tensor]:
     """`scale * B @ A` of every adapted module, as `(out, in)`."""
-    adapter, scale = injected_adapter(model.language_model), adapter_scale(model.config.lora)
-    paths = [name.removesuffix(".lora_A.weight") for name in adapter if "lora_A" in name]
-    return {
-        path: scale * adapter[f"{path}.lora_B.weight"] @ adapter[f"{path}.lora_A.weight"]
-        for path in paths
-    }
+    parts = injected_parts(model.language_model)
+    return {path: scale * up @ down for path, ((down, up, scale),) in parts.items()}
 
 
 def peft_deltas(tuned: PeftModel, prefix: str) -> dict[str, torch.Tensor]:
@@ -75,23 +71,6 @@ def test_the_adapter_names_its_backbone(
     model.save_pretrained(tmp_path, form="slim")
     tuned = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert peft_deltas(tuned, "model").keys() == our_deltas(model).keys()
-
-
-def test_two_adapters_cannot_be_saved_as_one(
-    build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    model, _ = build(lora=True)
-    model.save_pretrained(tmp_path / "slim", form="slim")
-    loaded = CCFLLMForCTR.from_pretrained(tmp_path / "slim", backbone=backbone_folder())
-    inject_lora(loaded)
-    with pytest.raises(ValueError, match="on top of the LoRA"):
-        loaded.save_pretrained(tmp_path / "again", form="slim")
-    loaded.save_pretrained(tmp_path / "full", form="full")
-    ids = torch.tensor([[3, 4, 5]])
-    full = CCFLLMForCTR.from_pretrained(tmp_path / "full")
-    with torch.no_grad():
-        expected = loaded.language_model(ids).last_hidden_state
-        torch.testing.assert_close(full.language_model(ids).last_hidden_state, expected)
 
 
 def test_the_cf_table_opens_with_plain_safetensors(

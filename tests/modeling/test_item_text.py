@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, PreTra
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
 from ccf_llm_hf.modeling import checkpoint_ccf_llm as checkpoint
 from ccf_llm_hf.modeling import modeling_ccf_llm as modeling
+from ccf_llm_hf.training.warm_start import load_trained_weights
 
 CATALOG = torch.arange(len(TITLES))
 ALIKE = {"atol": 2e-3, "rtol": 2e-3}  # stored vectors are in half precision
@@ -249,18 +250,18 @@ def test_trained_weights_bring_the_space_that_they_were_trained_in(
         model.model.item_text.vectors.mul_(-1)
     model.save_pretrained(tmp_path, form="slim")
     other, _ = build()
-    other.load_trained_weights(tmp_path)
+    load_trained_weights(other, tmp_path)
     assert torch.equal(other.text_vectors(CATALOG), model.text_vectors(CATALOG))
     torch.testing.assert_close(read_anew(other, processor), other.text_vectors(CATALOG), **ALIKE)
     books = processor.with_catalog(["b0", "b1"], [TITLES[1], "A book"], [])
     make = CCFLLMForCTR.from_backbone
     with pytest.raises(ValueError, match=r"another space.*text_space_of"):
-        make(str(backbone_folder()), books).load_trained_weights(tmp_path)
+        load_trained_weights(make(str(backbone_folder()), books), tmp_path)
     third = make(str(backbone_folder()), books, text_space_of=tmp_path)
     torch.testing.assert_close(
         third.text_vectors(torch.tensor([0])), model.text_vectors(torch.tensor([1])), **ALIKE
     )
-    third.load_trained_weights(tmp_path)
+    load_trained_weights(third, tmp_path)
     fourth = make(str(backbone_folder()), books, text_layer=2, text_space_of=tmp_path)
     assert not torch.equal(fourth.model.item_text.mean, third.model.item_text.mean)
 

@@ -107,6 +107,34 @@ def test_a_changed_stage_is_refused_or_retrained(settings, tmp_path):
     assert adapter["r"] == 2
 
 
+def test_what_a_kill_left_behind_the_last_record_is_taken_away(finished, settings):
+    output, result = finished
+    leftover = output / "stages" / "fusion" / "checkpoint-7"
+    leftover.mkdir()
+    (leftover / "optimizer.pt").write_text("")
+    assert run_recipe(write_recipe(settings, output, STAGES)) == result
+    assert not leftover.exists()
+
+
+def test_no_full_checkpoint_of_an_earlier_recipe_stays(finished, settings, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output)
+    recipe = write_recipe(settings | {"full_checkpoint": False}, output, STAGES)
+    assert "checkpoint" not in run_recipe(recipe)
+    assert not (output / "checkpoint").exists() and (output / "checkpoint-slim").is_dir()
+
+
+def test_weights_without_a_record_are_not_gone_on_from(finished, settings, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output)
+    (output / "stages" / "text" / "stage.json").unlink()
+    recipe = write_recipe(settings, output, STAGES)
+    with pytest.raises(InputError, match=r"text has weights and no stage\.json that says of what"):
+        run_recipe(recipe)
+    again = run_recipe([*recipe, "--rerun_changed", "true"])
+    assert again["validation"] == finished[1]["validation"]
+
+
 def test_a_cf_table_of_other_data_is_refused(settings, cf_dir, tmp_path):
     from ccf_llm_hf.cf.vectors import CFVectors
 

@@ -1,7 +1,11 @@
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import PartialState
@@ -265,6 +269,77 @@ def test_a_kill_while_a_changed_stage_is_deleted_leaves_no_weights_without_a_rec
     monkeypatch.undo()
     run.check_unchanged()
     assert not list(run.folder.parent.glob(".deleted-*"))
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("items/items.parquet", "items"),
+        ("protocol.json", "items"),
+        ("cf/item_catalog.jsonl", "CF catalog"),
+        ("backbone/tokenizer.json", "backbone files"),
+        ("backbone/model.safetensors", "backbone files"),
+    ],
+)
+def test_another_input_is_another_stage(stage_run, settings, tmp_path, file, name):
+    """Not only rows and vectors: titles, prompts and the backbone decide what is learned, too."""
+    places = {"data_dir": "data", "cf_dir": "cf", "backbone": "backbone"}
+    copies = {key: shutil.copytree(settings[key], tmp_path / at) for key, at in places.items()}
+    given = settings | {key: str(copied) for key, copied in copies.items()}
+    run = stage_run(top=given)
+    before = RunInputs.load(run.recipe).digest
+    assert before == run.inputs.digest
+    changed = tmp_path / (file if file.startswith(("cf/", "backbone/")) else f"data/{file}")
+    content = changed.read_bytes()
+    if changed.suffix == ".parquet":
+        table = pq.read_table(changed)
+        titles = pa.array(["Another title"] * len(table))
+        pq.write_table(
+            table.set_column(table.schema.get_field_index("title"), "title", titles), changed
+        )
+    elif changed.suffix == ".safetensors":
+        changed.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        changed.write_bytes(content + b"\n")
+    if changed.suffix == ".jsonl":
+        changed.write_bytes(content.replace(b"Film", b"film", 1))
+    after = RunInputs.load(run.recipe).digest
+    assert {key for key in before if before[key] != after[key]} == {name}
+
+
+def test_what_an_older_record_does_not_tell_counts_as_unchanged(stage_run):
+    run = stage_run()
+    run.folder.mkdir()
+    known = {key: value for key, value in run.settings().items() if key != "backbone files"}
+    for settings, refused in ((known, False), ({**known, "seed": 7}, True)):
+        record = {"settings": settings, "finished": False}
+        (run.folder / "stage.json").write_text(json.dumps(record))
+        if refused:
+            with pytest.raises(InputError, match="was trained with another seed; name another"):
+                run.check_unchanged()
+        else:
+            run.check_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha_pattern": {"q_proj": 99}}, r"adapter: lora: alpha_pattern=.*leave it out"),
+        ({"use_dora": True}, r"adapter: lora: use_dora=True"),
+        ({"peft_type": "IA3"}, "not LoRA"),
+    ],
+)
+def test_an_adapter_that_is_more_than_plain_lora_is_no_start(stage_run, tmp_path, change, message):
+    first = stage_run(**TEXT)
+    model = fill_lora(first.build_trainer().model)
+    slim = save_slim(model, first.build_processor(), tmp_path / "first")
+    file = slim / "adapter" / "adapter_config.json"
+    settings = stage_run(start=slim).settings()
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    changed = stage_run(start=slim, lora={})
+    assert changed.settings()["starting settings"] != settings["starting settings"]
+    with pytest.raises(InputError, match=message):
+        changed.build_model(changed.build_processor())
 
 
 @pytest.mark.parametrize("flag", [{"push_to_hub": True}, {"report_to": "no_such_tracker"}])

@@ -15,6 +15,7 @@ from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.training.resume import last_checkpoint, train_or_resume
 from ccf_llm_hf.training.stage import StageRun
 from ccf_llm_hf.training.trainer import gate_statistics
+from ccf_llm_hf.training.warm_start import load_trained_weights
 
 OFTEN = {"eval_strategy": "steps", "eval_steps": 2}  # validate every 64 labels
 
@@ -143,6 +144,28 @@ def test_the_best_validation_is_what_remains(stage_run):
     assert trainer.model.config.logit_temperature == best["eval_temperature"]
 
 
+def test_what_its_checkpoints_could_not_hold_is_refused_before_training(stage_run, tmp_path):
+    run = joint(stage_run)
+    trainer = make_trainer(run)
+    trainer.save_model(str(tmp_path))
+    for change, message in (
+        (lambda model: None, "would get a second one on top: train by a recipe with init_from"),
+        (
+            lambda model: model.get_input_embeddings().weight.data.add_(1),
+            "could not hold the model",
+        ),
+    ):
+        model = CCFLLMForCTR.from_pretrained(tmp_path, backbone=run.inputs.backbone)
+        change(model)
+        with pytest.raises(InputError, match=message):
+            CTRTrainer(
+                model,
+                processing_class=trainer.processing_class,
+                peft_config=run.stage.lora_config(),
+                cf=run.inputs.cf,
+            )
+
+
 def test_trainer_checkpoints_are_slim_and_load_alone(stage_run):
     run = joint(stage_run)
     trainer = make_trainer(run)
@@ -150,7 +173,7 @@ def test_trainer_checkpoints_are_slim_and_load_alone(stage_run):
     checkpoint = last_checkpoint(run.folder)
     assert not (checkpoint / "model.safetensors").exists()
     assert not (checkpoint / "training_args.bin").exists()
-    trainer.model.load_trained_weights(checkpoint)
+    load_trained_weights(trainer.model, checkpoint)
     model = CCFLLMForCTR.from_pretrained(checkpoint)
     batch = trainer.data_collator(trainer.eval_groups[:4])
     with torch.no_grad():

@@ -16,6 +16,7 @@ from ccf_llm_hf.modeling.checkpoint_ccf_llm import (
     CF_FILE,
     CODE_FILES,
     FIELDS_FILE,
+    FULL_FILE,
     FUSION_FILE,
     TEXT_FILE,
     TEXT_TOKENIZER_FOLDER,
@@ -26,8 +27,8 @@ CARD_FILE = "README.md"
 FACTS_FILE = "card.json"
 EXAMPLE_FILE = "example.json"
 WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
+    FULL_FILE,
+    f"{FULL_FILE}.index.json",
     CF_FILE,
     FUSION_FILE,
     TEXT_FILE,
@@ -96,9 +97,12 @@ def copy_published(folder: Path, target: Path) -> list[str]:
         Names of the files that stay behind, folders with a slash behind them.
     """
     left = set()
+    config = folder / "config.json"
+    form = json.loads(config.read_text("utf-8")).get("checkpoint_form") if config.is_file() else ""
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if is_published(name):
+        of_trainer = form == "slim" and name == FULL_FILE  # its own copy of what learns
+        if is_published(name) and not of_trainer:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(path.resolve(), target / name)
         else:

@@ -15,12 +15,13 @@ from ccf_llm_hf.io import write_folder
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import (
     ADAPTER_FOLDER,
     CF_FILE,
+    FULL_FILE,
     FUSION_FILE,
     TEXT_FILE,
 )
 from ccf_llm_hf.version import __version__
 
-WRITTEN_ANEW = (CF_FILE, FUSION_FILE, TEXT_FILE, ADAPTER_FOLDER)
+WRITTEN_ANEW = (CF_FILE, FUSION_FILE, TEXT_FILE, FULL_FILE, ADAPTER_FOLDER)
 
 
 def merge_checkpoint(checkpoint: str, out: str | Path, backbone: str | None = None) -> Path:

@@ -20,8 +20,10 @@ from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.inference.malformed_csv import malformed_line
 from ccf_llm_hf.inference.ranker import CTRRanker, describe_unknown
 from ccf_llm_hf.io import sha256_of
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import backbone_fingerprint
 
 KEYS = ("user_id", "item_id")
+UNREAD = (".md", ".py", ".pyc", ".png")  # of a checkpoint's files
 MANIFEST = "_manifest.json"  # readers of a folder of parquet files pass over such names
 
 
@@ -219,15 +221,19 @@ class _Source:
 
 
 def checkpoint_identity(checkpoint: str, model: Any) -> str:
-    """Names the exact weights: a digest of a folder's files, or a repository's commit."""
+    """Names all that decides a score: a digest of a folder's files, but for cards and code, which
+    nothing here reads, or a repository's commit; and the backbone that is attached."""
+    backbone = backbone_fingerprint(model.language_model)
     folder = Path(checkpoint)
     if not folder.is_dir():
-        return f"{checkpoint}@{getattr(model.config, '_commit_hash', None)}"
-    files = [folder / "config.json", *sorted(folder.rglob("*.safetensors"))]
-    digest = hashlib.sha256()
-    for file in files:
+        return f"{checkpoint}@{getattr(model.config, '_commit_hash', None)} {backbone}"
+    digest = hashlib.sha256(backbone.encode())
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if name.startswith(".") or file.suffix in UNREAD or name in ("card.json", "example.json"):
+            continue
         with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+            digest.update(name.encode() + hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -167,6 +167,8 @@ def export_checkpoints(
     }
     if recipe.full_checkpoint:
         write_folder(output / "checkpoint", write_full)
+    else:  # an earlier recipe's would stand beside this one's slim form
+        shutil.rmtree(output / "checkpoint", ignore_errors=True)
     write_folder(
         output / "checkpoint-slim",
         lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True),

@@ -12,8 +12,16 @@ from huggingface_hub.errors import HTTPError
 from transformers import AutoTokenizer, set_seed
 
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.data.assets import cache_folder, hub_id, load_backbone_path
-from ccf_llm_hf.data.prepared import PreparedData, interactions, load_prepared, rating_midpoint
+from ccf_llm_hf.data.assets import PROVENANCE_FILE, cache_folder, hub_id, load_backbone_path
+from ccf_llm_hf.data.prepared import (
+    ITEMS_FILE,
+    PROTOCOL_FILE,
+    PreparedData,
+    interactions,
+    load_prepared,
+    rating_midpoint,
+    split_file,
+)
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.io import sha256_of, write_folder, write_json
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CF_FILE
@@ -22,15 +30,20 @@ from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 from ccf_llm_hf.training.arguments import CTRTrainingArguments
 from ccf_llm_hf.training.plots import write_history
 from ccf_llm_hf.training.recipe import Recipe, Stage
-from ccf_llm_hf.training.resume import delete_trainer_checkpoints, train_or_resume
+from ccf_llm_hf.training.resume import (
+    delete_trainer_checkpoints,
+    train_or_resume,
+    trainer_checkpoints,
+)
 from ccf_llm_hf.training.trainer import CTRTrainer
-from ccf_llm_hf.training.warm_start import hash_start, warm_start
+from ccf_llm_hf.training.warm_start import hash_start, hash_start_settings, warm_start
 
 CHECKPOINT = "checkpoint"
 RECORD_FILE = "stage.json"
 TEXT_CACHE = "text_states"  # folder in the cache, of what a language model made of catalogs' words
 STEEP = 1e3  # turns ratings into plain likes and dislikes
 SHARED_SETTINGS = ("backbone", "backbone_revision", "seed", "precision")
+UNTOLD = ("items", "CF catalog", "backbone files", "starting settings")  # by older records
 STAGE_SETTINGS = ("name", "preset", "init_from", "model", "prompt", "lora", "training")
 
 
@@ -63,12 +76,14 @@ class RunInputs:
             )
         backbone, revision = load_backbone_path(recipe.backbone, offline=recipe.offline)
         files = {
-            "train data": data.path / "data" / "train.parquet",
-            "validation data": data.path / "data" / "validation.parquet",
+            "train data": [data.path / split_file("train")],
+            "validation data": [data.path / split_file("validation")],
+            "items": [data.path / ITEMS_FILE, data.path / PROTOCOL_FILE],
+            "CF table": [Path(recipe.cf_dir) / CF_FILE] if cf else [],
+            "CF catalog": sorted(Path(recipe.cf_dir).glob("*.jsonl")) if cf else [],
+            "backbone files": backbone_files(backbone),
         }
-        if cf is not None:
-            files["CF table"] = Path(recipe.cf_dir) / CF_FILE
-        digest = {name: sha256_of([file]) for name, file in files.items()}
+        digest = {name: sha256_of(there) if there else "" for name, there in files.items()}
         return cls(data, cf, backbone, recipe.backbone_revision or revision, digest)
 
     def catalog(self) -> tuple[list[str], list[str], list[str]]:
@@ -88,6 +103,13 @@ class RunInputs:
         return [fields.get(item, {}) for item in self.catalog()[0]]
 
 
+def backbone_files(backbone: str) -> list[Path]:
+    """Weights and tokenizer in a backbone's folder; none of one on the Hub."""
+    kinds = (".safetensors", ".json", ".model", ".txt")
+    found = sorted(file for file in Path(backbone).glob("*.*") if file.suffix in kinds)
+    return [file for file in found if file.name != PROVENANCE_FILE]
+
+
 @dataclass
 class StageRun:
     """A stage in its folder `<output_dir>/stages/<name>`; `start` is the folder of the weights that
@@ -105,6 +127,7 @@ class StageRun:
         settings |= {key: getattr(self.stage, key) for key in STAGE_SETTINGS}
         settings |= self.inputs.digest
         settings["starting weights"] = hash_start(self.start) if self.start else ""
+        settings["starting settings"] = hash_start_settings(self.start) if self.start else ""
         return json.loads(json.dumps(settings))
 
     def record(self) -> dict[str, Any] | None:
@@ -126,20 +149,31 @@ class StageRun:
         return record
 
     def check_unchanged(self) -> None:
-        """Refuse to mix this recipe with a stage trained by another one, or delete that one when
-        `rerun_changed` says so. Raises `InputError` naming the settings that differ."""
+        """Refuse to mix this recipe with a stage trained by another one, or by one that is not
+        known, or delete that one when `rerun_changed` says so.
+
+        Raises:
+            InputError: naming the settings that differ.
+        """
         # What a kill in the midst of a deletion left.
         outgoing = self.folder.with_name(f".deleted-{self.folder.name}")
         shutil.rmtree(outgoing, ignore_errors=True)
         record, settings = self.record(), self.settings()
-        if record is None or record["settings"] == settings:
+        old = {key: settings[key] for key in UNTOLD} | record["settings"] if record else {}
+        weights = [*trainer_checkpoints(self.folder), *self.folder.glob(CHECKPOINT)]
+        if old == settings or not (record or weights):
             return
         if self.recipe.rerun_changed:
             # Moved first: a kill must not leave weights without the record of what they are.
             self.folder.rename(outgoing)
             shutil.rmtree(outgoing)
             return
-        changed = " and ".join(name_changes(record["settings"], settings))
+        if not record:
+            raise InputError(
+                f"{self.folder} has weights and no {RECORD_FILE} that says of what: restore it, or "
+                "retrain the stage with --rerun_changed"
+            )
+        changed = " and ".join(name_changes(old, settings))
         raise InputError(
             f"stage {self.stage.name!r} in {self.folder} was trained with another {changed}; name "
             "another output_dir, or retrain it with --rerun_changed"
@@ -152,6 +186,8 @@ class StageRun:
         state.wait_for_everyone()
         record = self.record()
         if record and record["finished"]:
+            if state.is_main_process:
+                delete_trainer_checkpoints(self.folder)  # a kill may have come before
             return record
         if state.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,7 @@ from ccf_llm_hf.training.cross_fit import (
 )
 from ccf_llm_hf.training.lora import inject_lora, record_of
 from ccf_llm_hf.training.memory import HeapTrimmer
+from ccf_llm_hf.training.warm_start import load_trained_weights
 
 GATES_SHOWN = 2048
 
@@ -132,6 +133,10 @@ class CTRTrainer(Trainer):
                 "which each row sees vectors that were not"
             )
         self.cf = cf if reads_cf else None
+        try:
+            model.check_slim()
+        except ValueError as problem:
+            raise InputError(f"its checkpoints could not hold the model: {problem}") from problem
         # Before anything else draws random numbers: a run's seed decides how LoRA starts.
         _prepare_lora(model, peft_config)
         choose_trained(model, fusion=processing_class.uses_slots, lora=peft_config is not None)
@@ -346,8 +351,13 @@ class CTRTrainer(Trainer):
                 f"resume_from_checkpoint {folder} is no trainer checkpoint: name a folder "
                 f"{PREFIX_CHECKPOINT_DIR}-N of the run"
             )
-        self.model.load_trained_weights(folder)
         saved = json.loads((folder / CONFIG_NAME).read_text())
+        if saved["backbone_fingerprint"] != self.model.config.backbone_fingerprint:
+            raise InputError(
+                f"{folder} was trained on other weights of {saved['backbone_name']!r} than those "
+                "loaded now: restore them, or name another output_dir"
+            )
+        load_trained_weights(self.model, folder)
         self.model.config.logit_temperature = saved["logit_temperature"]
 
     def load_best(self) -> None:
@@ -378,6 +388,11 @@ def _prepare_lora(model: CCFLLMForCTR, lora: peft.LoraConfig | None) -> None:
     if lora is None:
         return
     if not model.lora_parameters():
+        if model.model.merged_adapter:
+            raise InputError(
+                "the model has LoRA merged into its weights, and would get a second one on top: "
+                "train by a recipe with init_from, which goes on with the first"
+            )
         inject_lora(model, lora)
     elif record_of(lora) != model.config.lora:
         raise InputError(
