@@ -101,7 +101,9 @@ def training_memory(data: str, cf: str, folder: Path) -> float:
 def main() -> None:
     """Measure, print and write."""
     parser = arguments(__doc__, "around.json")
-    parser.add_argument("--checkpoint", default="runs/demo/checkpoint-slim", help="slim checkpoint")
+    parser.add_argument(
+        "--checkpoint", default="runs/bench/checkpoint-slim", help="slim checkpoint"
+    )
     options = parser.parse_args()
     backbone, _ = load_backbone_path(BACKBONE)
     figures: dict[str, Any] = {}

@@ -41,7 +41,7 @@ def equality(model: Any, processor: Any, split: Dataset, rows: int, seed: int) -
 def main() -> None:
     """Measure, print and write."""
     parser = arguments(__doc__, "packing.json")
-    parser.add_argument("--checkpoint", default="runs/demo/checkpoint-slim", help="a checkpoint")
+    parser.add_argument("--checkpoint", default="runs/bench/checkpoint-slim", help="a checkpoint")
     parser.add_argument("--rows", type=int, default=500, help="test rows to compare")
     options = parser.parse_args()
     data = load_prepared(options.data)

@@ -188,7 +188,7 @@ def plot(points: dict[str, dict[int, float]], path: str) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = arguments(__doc__, "ranking.json")
-    parser.add_argument("--checkpoint", default="runs/demo/checkpoint-slim", help="for int8")
+    parser.add_argument("--checkpoint", default="runs/bench/checkpoint-slim", help="for int8")
     parser.add_argument("--sample", type=int, default=150, help="test rows the baseline scores")
     parser.add_argument("--repeats", type=int, default=1, help="turns over the test split")
     parser.add_argument("--calls", type=int, default=15, help="rank calls of each kind")

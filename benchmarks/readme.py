@@ -43,7 +43,7 @@ WAYS = {  # name in training.json -> what it is
     "CoLLM's way": "the same, padded to the longest, whole vocabulary everywhere (CoLLM's way)",
 }
 COLLECTED = ("metrics.json", "training.json")
-PLOTS = {"calibration.png": "calibration.png", "stages/fusion/curves.png": "curves.png"}
+PLOTS = {"calibration.png": "calibration.png", "stages/main/curves.png": "curves.png"}
 
 
 def collect(run: Path) -> None:
@@ -61,9 +61,9 @@ def demo_section(metrics: dict[str, Any], training: dict[str, Any]) -> list[str]
     labels = sum(stage["train_labels"] for stage in stages.values())
     precision = "bfloat16" if hardware["bf16_backbone"] else "fp32"
     return [
-        f"MovieLens-1M, the published protocol's test split: {metrics['rows']:,} rows, "
+        f"Book-Crossing, a sample of the test split: {metrics['rows']:,} rows, "
         f"{metrics['users']:,} users. One run of `make demo`: seed {training['recipe']['seed']}, "
-        f"{labels:,} training labels over {len(stages)} stages, {training['minutes']:.0f} minutes "
+        f"{labels:,} training labels, {training['minutes']:.0f} minutes "
         f"of training on {hardware['cpus']} CPU cores, backbone in {precision} "
         f"(torch {training['versions']['torch']}, transformers "
         f"{training['versions']['transformers']}). In brackets: 95 % intervals over users. "
@@ -120,8 +120,8 @@ def speed_section() -> list[str]:
         f"{equal['largest']:.1e} (their standard deviation is {equal['logit_std']:.2f}).",
         "",
         f"Trained on the same {same['labels']:,} labels, on {same['validation_rows']:,} validation "
-        f"rows: with the gate alone, {same_labels(same)}; with the CF logit, as the demo's recipe "
-        f"has it, {same_labels(residual)}. One seed.",
+        f"rows: with the gate alone, {same_labels(same)}; with the CF logit, as "
+        f"benchmarks/workload.yaml has it, {same_labels(residual)}. One seed.",
         "",
         f"Serving in bfloat16 scores {bf16['rows_per_second']:.0f} rows/s where fp32 scores "
         f"{fp32['rows_per_second']:.0f}, with AUC {bf16['auc']:.4f} against {fp32['auc']:.4f} on "

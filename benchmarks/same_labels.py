@@ -2,7 +2,7 @@
 same labels.
 
     python benchmarks/same_labels.py                # the paper's gate alone
-    python benchmarks/same_labels.py --cf-logit  # with the CF logit, as the demo's recipe has it
+    python benchmarks/same_labels.py --cf-logit  # with the CF logit, as workload.yaml has it
 
 Both train the same parameters (LoRA and a gate fusion) from the same start, for one epoch in the
 same order of steps with the same optimizer, and are scored on the same validation users. Writes
@@ -32,7 +32,7 @@ LABELS_PER_STEP = 64
 
 
 def optimizer(model: Any, lora: list[torch.nn.Parameter], steps: int) -> tuple[Any, Any]:
-    """AdamW with the demo's learning rates, warmed up for a twentieth and then cosine."""
+    """AdamW with the learning rates of workload.yaml, warmed up for a twentieth and then cosine."""
     gate = [parameter for _, parameter in model.gate_parameters()]
     known = {id(parameter) for parameter in gate}
     rest = [p for _, p in model.fusion_parameters() + model.head_parameters()]

@@ -75,7 +75,7 @@ class Workload:
     def model(
         self, processor: CCFLLMProcessor, lora: bool = False, cf_logit: bool = False
     ) -> CCFLLMForCTR:
-        """A fresh gate model; with `lora` it and the fusion learn, as in the demo."""
+        """A fresh gate model; with `lora` it and the fusion learn, as in workload.yaml."""
         torch.manual_seed(SEED)
         model = CCFLLMForCTR.from_backbone(
             self.backbone,
@@ -173,8 +173,8 @@ def write_results(path: str, results: dict[str, Any]) -> None:
 def arguments(description: str | None, out: str) -> argparse.ArgumentParser:
     """The options that all measurements share."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--data", default="runs/demo/data", help="prepared data folder")
-    parser.add_argument("--cf", default="runs/demo/cf", help="CF table")
+    parser.add_argument("--data", default="runs/bench/data", help="prepared data folder")
+    parser.add_argument("--cf", default="runs/bench/cf", help="CF table")
     parser.add_argument("--out", default=f"benchmarks/results/{out}", help="results file")
     return parser
 

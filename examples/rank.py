@@ -1,6 +1,6 @@
 """Rank the catalog for a new user, then ask why the winner won.
 
-    python examples/rank.py runs/demo/checkpoint-slim "Toy Story (1995)" "Bug's Life, A (1998)"
+    python examples/rank.py runs/demo/checkpoint-slim "Carrie" "Misery"
 
 The arguments are a checkpoint (folder or Hub repository) and the liked items, oldest first, as ids
 or titles.

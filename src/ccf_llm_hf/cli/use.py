@@ -325,7 +325,7 @@ COMMANDS = {
     ),
     "rank": Command(
         "the best items for a user or a history",
-        'ccf-llm rank runs/demo/checkpoint --history "Toy Story (1995)" "Heat (1995)" --top-k 5',
+        'ccf-llm rank runs/demo/checkpoint --history "Carrie" "Misery" --top-k 5',
         _rank_arguments,
         _rank,
     ),
@@ -337,7 +337,7 @@ COMMANDS = {
     ),
     "explain": Command(
         "why an item has its place: the lines that moved it, words, behavior, CF",
-        'ccf-llm explain runs/demo/checkpoint --history "Toy Story (1995)" --item "Heat (1995)"',
+        'ccf-llm explain runs/demo/checkpoint --history "Carrie" --item "The Green Mile"',
         _explain_arguments,
         _explain,
     ),
