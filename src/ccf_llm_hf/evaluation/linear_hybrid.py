@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from ccf_llm_hf.data.prepared import load_protocol, read_item_fields, read_items, read_rows
@@ -185,7 +186,8 @@ class _Features:
         from sklearn.linear_model import LogisticRegression
 
         model = LogisticRegression(C=1 / settings.strength, max_iter=ITERATIONS)
-        with warnings.catch_warnings():
+        # Products of sparse matrices run on one thread; others would only spin beside it.
+        with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # validation judges what is there
             model.fit(blocks["train"].tocsr(), self.labels)
         return {split: model.decision_function(part.tocsr()) for split, part in blocks.items()}
