@@ -68,7 +68,7 @@ def test_python_snippets_run(trained: Path) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "Heat (1995)" in run.stdout and "ids_fingerprint" in run.stdout
+    assert "The Green Mile" in run.stdout and "ids_fingerprint" in run.stdout
     assert (trained / "runs" / "books" / "config.json").is_file()
 
 

@@ -142,8 +142,12 @@ def test_a_local_folder_is_to_be_published_first(
 
 
 def test_refusals_are_one_line(
-    hub: LoopbackHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # a clone may hold what the demo leaves
     assert "there is no model acme/ccf-llm-ml1m" in refusal(capsys, MODEL, "--repo", DEMO)
     assert "'demo' is not of the form org/name" in refusal(capsys, MODEL, "--repo", "demo")
     assert "'runs/demo/checkpoint' is not" in refusal(

@@ -235,7 +235,7 @@ def test_a_new_user_is_folded_in_wherever_the_cf_model_allows_it(
     table = model.cf
     users = table.folded_users(torch.tensor([[0, 3]]), torch.ones(1, 2), torch.tensor([2]))
     nobody = table.logits(torch.tensor(5), torch.arange(8))
-    logits = table.folded_logits(users, torch.arange(8)) - nobody
+    logits = table.folded_logits(users, torch.arange(8)[None])[0] - nobody
     order = [f"i{row}" for row in logits.argsort(descending=True).tolist() if row not in (0, 3, 7)]
     assert chosen(model, processor, None, history, 5) == order
     own = table.logits(torch.full((8,), 1), torch.arange(8)) - nobody
