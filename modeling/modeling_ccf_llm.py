@@ -185,14 +185,14 @@ class CFTable(nn.Module):
         """The values that users may have tastes for of item rows `(...)`: `(..., most)`, -1 where
         there are no more."""
         assert self.item_values is not None
-        table = self.item_values.long()
-        if new is not None and new[0].shape[1]:
-            width = max(table.shape[1], new[0].shape[1])
-            parts = (F.pad(part, (0, width - part.shape[1]), value=-1) for part in (table, new[0]))
-            table = torch.cat(list(parts))
-        # The last row, of nothing, is for what lies past all others and for padding, which is -1.
-        table = F.pad(table, (0, 0, 0, 1), value=-1)
-        return table[items.clamp(max=len(table) - 1)]
+        tables = [self.item_values] if new is None else [self.item_values, new[0]]
+        width = max(table.shape[1] for table in tables)
+        values = torch.full((*items.shape, width), -1, device=items.device)
+        for table in tables:
+            here = (items >= 0) & (items < len(table))
+            values[..., : table.shape[1]][here] = table[items[here]].long()
+            items = items - len(table)
+        return values
 
     @torch.no_grad()
     def folded_users(

@@ -101,3 +101,14 @@ def test_tables_of_tastes_that_do_not_fit_are_refused(folder: Path) -> None:
         replace(vectors, field_tastes=-vectors.field_tastes)
     with pytest.raises(InputError, match="field_tastes holds NaN"):
         replace(vectors, field_tastes=vectors.field_tastes * torch.nan)
+
+
+def test_a_field_that_says_nothing_has_no_tastes(folder: Path, tmp_path: Path) -> None:
+    nothing: list[list[str]] = [[] for _ in range(ITEMS)]
+    fields = {"author": AUTHORS, "genres": nothing}
+    empty = write_prepared(tmp_path / "one", make_rows(), fields)
+    vectors = fit_mf(empty, MFConfig(**SETTINGS))
+    assert json.loads(vectors.metadata["tastes"])[1] == 0
+    none_at_all = write_prepared(tmp_path / "two", make_rows(), {**fields, "author": nothing})
+    vectors = fit_mf(none_at_all, MFConfig(**SETTINGS, tastes=[1, 2]))
+    assert (vectors.field_values, vectors.item_values) == ([], None)

@@ -93,7 +93,7 @@ def fit_mf(data_dir: str | Path, config: MFConfig | None = None) -> CFVectors:
     vectors.metadata |= _describe(scaled, config, penalties, fits, plan)
     if not config.item_fields:
         return vectors
-    tastes = choose_tastes(data, fits[-1], config.tastes)
+    tastes = choose_tastes(data, fits[-1], len(config.item_fields), config.tastes)
     vectors.metadata["tastes"] = json.dumps(tastes)
     return replace(vectors, **list_values(data, fits[-1], penalties, tastes))
 

@@ -98,7 +98,7 @@ class ItemFields:
         At penalties of one strength a scale is what the field's values have for a standard
         deviation beside those of a field of scale 1.
         """
-        of_entries = torch.tensor(scales)[self.of_field[self.values]]
+        of_entries = torch.tensor(scales, dtype=torch.float32)[self.of_field[self.values]]
         kept = of_entries > 0
         return replace(
             self,

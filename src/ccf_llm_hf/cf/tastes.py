@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ccf_llm_hf.cf.solver import ItemFields, Parameters, Penalties, Rows
@@ -21,13 +22,13 @@ TASTE_GRID = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def choose_tastes(
-    data: TrainingData, fit: Parameters, given: Sequence[float] | None
+    data: TrainingData, fit: Parameters, num_fields: int, given: Sequence[float] | None
 ) -> list[float]:
     """The variance of each field's tastes: the given ones, or field after field the best AUC on
     validation. A fit's own users are at their modes, where folding in would put them."""
-    tastes = [0.0] * (int(data.fields.of_field.max()) + 1)
     if given is not None:
         return list(given)
+    tastes = [0.0] * num_fields
     labels, base = data.validation.labels.numpy(), fit.logits(data.validation)
     expected = fit.logits(data.train).sigmoid()
     for place in range(len(tastes)):
@@ -58,8 +59,10 @@ def _sum_by_value(
     sums = torch.zeros(2, len(known) + 1)
     sums[0].index_add_(0, where, data.train.labels[train_rows] - p)
     sums[1].index_add_(0, where, p * (1 - p))
-    found = torch.searchsorted(known, codes).clamp(max=len(known) - 1)
-    found = torch.where(known[found] == codes, found, len(known))  # where the sums are zero
+    # What no training row has stands at the end, where the sums are zero.
+    found = torch.searchsorted(known, codes)
+    there = F.pad(known, (0, 1), value=-1)[found] == codes
+    found = torch.where(there, found, len(known))
     return rows, sums[0, found], sums[1, found]
 
 
@@ -89,7 +92,8 @@ def list_values(
     """What `CFVectors` has of the values that occur in the training rows: their names, their
     vectors, as much as a value moves an item, and where there are tastes these and who has them."""
     fields = data.fields
-    scales, priors = torch.tensor(penalties.field_scales), torch.tensor(tastes)
+    scales = torch.tensor(penalties.field_scales, dtype=torch.float32)
+    priors = torch.tensor(tastes, dtype=torch.float32)
     matters = ((scales > 0) | (priors > 0))[fields.of_field]
     kept = mark_values(fields, mark_seen(data.train.items, len(data.items))) & matters
     columns = [fit.value_factors]
@@ -101,7 +105,7 @@ def list_values(
         "field_values": [value for value, is_kept in pairs if is_kept],
         "field_vectors": vectors[kept],
     }
-    if not any(tastes):
+    if not any(tastes) or not found["field_values"]:
         return found
     places = torch.where(kept, kept.cumsum(0) - 1, -1)
     tasted = (places >= 0) & (priors > 0)[fields.of_field]

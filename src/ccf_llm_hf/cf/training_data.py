@@ -113,9 +113,15 @@ def _read_fields(folder: Path, names: list[str]) -> tuple[ItemFields, list[tuple
             items += [row] * len(found)
             values += [places.setdefault((name, value), len(places)) for value in found]
             weights += [1 / len(found) for _ in found]
-    tensors = torch.tensor(items), torch.tensor(values), torch.tensor(weights)
-    of_field = torch.tensor([names.index(name) for name, _ in places], dtype=torch.int64)
-    return ItemFields(*tensors, num_values=len(places), of_field=of_field), list(places)
+    who_has = ItemFields(
+        # The types are said because all may be empty.
+        torch.tensor(items, dtype=torch.int64),
+        torch.tensor(values, dtype=torch.int64),
+        torch.tensor(weights, dtype=torch.float32),
+        num_values=len(places),
+        of_field=torch.tensor([names.index(name) for name, _ in places], dtype=torch.int64),
+    )
+    return who_has, list(places)
 
 
 def _rows(table: pd.DataFrame, users: pd.Index, items: pd.Index) -> Rows:
