@@ -1,7 +1,7 @@
 """A checkpoint to the Hugging Face Hub and back.
 
     hf auth login
-    python examples/push_and_load.py runs/demo/checkpoint-slim you/ccf-llm-ml1m
+    python examples/push_and_load.py runs/demo/checkpoint-slim you/ccf-llm-bookcrossing
 
 The arguments are a checkpoint and a repository. `push` looks for secrets and local paths, loads the
 checkpoint in a process of its own and compares its scores before anything is sent; `ccf-llm push`
