@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -29,6 +30,7 @@ TENSORS = {
     "model.title_ids": "model.item_text.title_ids",
     "model.title_lengths": "model.item_text.title_lengths",
 }
+BIAS, EVIDENCE = "gate.linear.bias", "gate.evidence_weight"  # new: the gate read no evidence
 GONE = ("fold_in_decay", "slot_dropout", "pairwise_share", "cf_target_share", "num_fits")
 
 
@@ -62,10 +64,15 @@ def _fill(old: Path, folder: Path, config: dict[str, Any]) -> None:
         convert_tensors(weights)
     for index in folder.glob("*.safetensors.index.json"):
         shards = json.loads(index.read_text(encoding="utf-8"))
+        places = shards["weight_map"]
         shards["weight_map"] = {
             TENSORS.get(name, name): shard
-            for name, shard in shards["weight_map"].items()
+            for name, shard in places.items()
             if not name.endswith("snapshot_times")
+        } | {
+            name.replace(BIAS, EVIDENCE): shard
+            for name, shard in places.items()
+            if name.endswith(BIAS)
         }
         write_json(index, shards)
     copy_code(folder)
@@ -94,7 +101,8 @@ def convert_prompt(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def convert_tensors(file: Path) -> None:
-    """Rename tensors, and take the only snapshot of the CF table, in place."""
+    """Rename tensors, take the only snapshot of the CF table, and give the gate no evidence, in
+    place."""
     with safe_open(file, framework="pt") as opened:
         metadata = dict(opened.metadata() or {})
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -106,6 +114,8 @@ def convert_tensors(file: Path) -> None:
         in_table = file.name == CF_FILE or name.startswith("model.cf.")
         if not name.endswith("snapshot_times"):
             converted[TENSORS.get(name, name)] = tensor[-1] if in_table else tensor
+        if name.endswith(BIAS):
+            converted[name.replace(BIAS, EVIDENCE)] = torch.zeros_like(tensor)
     write_tensors(file, converted, metadata)
 
 

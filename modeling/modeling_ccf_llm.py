@@ -2,13 +2,13 @@
 
     c' = ALG(c)                       a CF vector mapped into the backbone's embedding space
     s  = ALG_text(t)                  t: the item's words as the backbone reads them
-    g  = sigmoid(W [s ; c'] + b)      one weight per dimension
+    g  = sigmoid(W [s ; c'; v] + b)   one weight per dimension; v: how much of the item is known
     e  = g * s + (1 - g) * c'         the embedding of an item slot
 
     logit = scale * h_last . (w_Yes - w_No)   at the end of a candidate's block
 
 The authors published no code. The text vector, shapes of ALG and gate, the rescaling of the gate's
-inputs, the cold vectors, the user slot and the CF logit are our choice.
+inputs and its evidence, the cold vectors, the user slot and the CF logit are our choice.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     # and pipeline are saved with a model that was loaded alone.
     from .pipeline_ccf_llm import CTRRankingPipeline  # noqa: F401
 
+LEAST_EVIDENCE = 0.01  # of an item that CF does not know: all but 1 % of its slot starts as text
 FOLD_IN_STEPS = 8  # of Newton's method; a test holds their result against the optimum
 # Of a batch, what `CCFLLMForCTR.cf_logits` takes.
 CF_INPUTS = (
@@ -511,16 +512,24 @@ class FusionGate(nn.Module):
     """GATE: how much of each dimension comes from text, in (0, 1).
 
     `(n, hidden_size)` for the paper's dimension-wise gate, `(n, 1)` for the scalar ablation. Both
-    inputs are rescaled to unit RMS first (our choice), so that neither modality wins by its scale.
+    vectors are rescaled to unit RMS first (our choice), so that neither modality wins by its scale.
+    A third input then tells what that hides (our choice): `evidence` `(n, 1)`, the mean square of
+    the item's CF vector, 1 for the average item. A fit shrinks the vector of an item of few rows
+    towards zero, so it measures how much of an item is known. Before training, the share of text
+    is about `1 / (1 + evidence)`.
     """
 
     def __init__(self, config: CCFLLMConfig) -> None:
         super().__init__()
         width = config.text_config.hidden_size
-        self.linear = nn.Linear(2 * width, 1 if config.fusion == "scalar_gate" else width)
+        size = 1 if config.fusion == "scalar_gate" else width
+        self.linear = nn.Linear(2 * width, size)
+        self.evidence_weight = nn.Parameter(-torch.ones(size))
 
-    def forward(self, text: Tensor, aligned: Tensor) -> Tensor:
-        return torch.sigmoid(self.linear(torch.cat([unit_rms(text), unit_rms(aligned)], dim=-1)))
+    def forward(self, text: Tensor, aligned: Tensor, evidence: Tensor) -> Tensor:
+        known = self.evidence_weight * torch.log(evidence + LEAST_EVIDENCE)
+        vectors = torch.cat([unit_rms(text), unit_rms(aligned)], dim=-1)
+        return torch.sigmoid(self.linear(vectors) + known)
 
 
 class CCFLLMPreTrainedModel(PreTrainedModel):
@@ -553,6 +562,7 @@ class CCFLLMPreTrainedModel(PreTrainedModel):
         elif isinstance(module, FusionGate):
             init.normal_(module.linear.weight, std=0.1 * module.linear.in_features**-0.5)
             init.zeros_(module.linear.bias)
+            init.constant_(module.evidence_weight, -1.0)
         elif isinstance(module, CFTable):
             for name, buffer in module.named_buffers(recurse=False):
                 (init.ones_ if name.endswith("_scale") else init.zeros_)(buffer)
@@ -676,11 +686,16 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         vectors = self.text_vectors(items, new_titles).to(self.cold_item.dtype)
         return vectors if self.text_alignment is None else self.text_alignment(vectors)
 
-    def aligned_items(self, items: Tensor, new_fields: NewFields | None = None) -> Tensor:
-        """c' of items `(n,)`: aligned CF vectors, the cold-item vector where there is none."""
+    def aligned_items(
+        self, items: Tensor, new_fields: NewFields | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """c' of items `(n,)`: aligned CF vectors, the cold-item vector where there is none; and the
+        evidence behind each, `(n, 1)`."""
         vectors, known = self.cf.scaled("item", items, new_fields)
+        known = known.unsqueeze(-1)
         cold = self.config.slot_scale * self.cold_item
-        return torch.where(known.unsqueeze(-1), self.item_alignment(vectors.to(cold.dtype)), cold)
+        aligned = torch.where(known, self.item_alignment(vectors.to(cold.dtype)), cold)
+        return aligned, (vectors.pow(2).mean(-1, keepdim=True) * known).to(cold.dtype)
 
     def aligned_users(self, users: Tensor) -> Tensor:
         """A user slot is the aligned CF vector alone: users have no text (our choice)."""
@@ -688,14 +703,14 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         cold = self.config.slot_scale * self.cold_user
         return torch.where(known.unsqueeze(-1), self.user_alignment(vectors.to(cold.dtype)), cold)
 
-    def fuse(self, text: Tensor, aligned: Tensor) -> Tensor:
+    def fuse(self, text: Tensor, aligned: Tensor, evidence: Tensor) -> Tensor:
         """e: the embedding of an item slot, from s and c', both `(n, hidden_size)`."""
         if self.config.fusion == "cf_only":
             return aligned
         if self.config.fusion == "sum":
             return text + aligned
         assert self.gate is not None
-        gate = self.gate(text, aligned)
+        gate = self.gate(text, aligned, evidence)
         return gate * text + (1 - gate) * aligned
 
     def fill_slots(
@@ -714,7 +729,7 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         if len(row):
             items, place = torch.unique(item_slots[row, column], return_inverse=True)
             words = self.item_words(items, new_titles)
-            fused = self.fuse(words, self.aligned_items(items, new_fields))
+            fused = self.fuse(words, *self.aligned_items(items, new_fields))
             embeddings = embeddings.index_put((row, column), fused[place].to(embeddings.dtype))
         row, column = (user_slots >= 0).nonzero(as_tuple=True)
         if len(row):
@@ -982,8 +997,8 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
             share = 0.5 if self.config.fusion == "sum" else 0.0
             return torch.full((len(items), width), share, device=items.device)
         text = self.model.item_words(items, new_titles)
-        aligned = self.model.aligned_items(items, new_fields)
-        return self.model.gate(text, aligned).expand(-1, width)
+        gate = self.model.gate(text, *self.model.aligned_items(items, new_fields))
+        return gate.expand(-1, width)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Calibrated probabilities: `sigmoid(logits / logit_temperature)`."""

@@ -249,7 +249,8 @@ def frozen_rows() -> list[Cell]:
         titles=True,
     )
     # Words have been learned when the whole model begins.
-    rates = {"learning_rate": 1e-2, "learning_rate_mapping": RATES | {"lora_": 4e-4}}
+    slow = {"lora_": 4e-4, r"\.gate\.linear": 2e-4, "answer_scale": 1e-3}
+    rates = {"learning_rate": 1e-2, "learning_rate_mapping": slow}
     shorter = STREAMS | rates | {"max_train_labels": 38_400, "eval_steps": 150}
     cf_only = {
         "model": {"fusion": "cf_only", "cf_logit": True, "cf_fold_in": True},
@@ -267,19 +268,18 @@ def frozen_rows() -> list[Cell]:
         "training": shorter,
     }
     joint = Cell("frozen", "cf_only", "mf_fields", "joint", cf_only)
-    average = "average of MF + fields and text_only"
+    folded = Cell("frozen", "CF, folded in", "mf_fields")
+    average = "average of MF + fields, folded in, and text_only"
     return [
         Cell("frozen", "item mean"),
         Cell("frozen", "item + user mean"),
         Cell("frozen", "CF", "mf_nobias"),
         Cell("frozen", "CF", "mf"),
         Cell("frozen", "CF", "mf_fields"),
-        Cell("frozen", "CF, folded in", "mf_fields"),
+        folded,
         Cell("frozen", "linear hybrid"),
         text_only,
-        replace(
-            text_only, arm=average, stage=None, average_of=("frozen-CF-mf_fields", text_only.row)
-        ),
+        replace(text_only, arm=average, stage=None, average_of=(folded.row, text_only.row)),
         joint,
         replace(
             joint, arm="gate and CF logit", stage=whole, starts_from=text_only.row, titles=True

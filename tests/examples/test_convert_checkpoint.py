@@ -32,7 +32,8 @@ def age(folder: Path, arm: str) -> None:
         aged = {}
         for name, tensor in tensors.items():
             table = file.name == "cf_embeddings.safetensors" or name.startswith("model.cf.")
-            aged[old_names.get(name, name)] = tensor[None].contiguous() if table else tensor
+            if not name.endswith("evidence_weight"):
+                aged[old_names.get(name, name)] = tensor[None].contiguous() if table else tensor
         if file.name == "cf_embeddings.safetensors":
             aged["snapshot_times"] = torch.zeros(1, dtype=torch.long)
         if file.name == "model.safetensors":
@@ -58,6 +59,8 @@ def test_a_converted_checkpoint_scores_as_before(
     build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path, arm: str, form: str
 ) -> None:
     model, processor = build(arm, lora=True, cf_logit=arm == "sum")
+    if model.model.gate is not None:
+        torch.nn.init.zeros_(model.model.gate.evidence_weight)
     model.save_pretrained(tmp_path / "old", form=form)
     processor.save_pretrained(tmp_path / "old")
     age(tmp_path / "old", arm)

@@ -43,6 +43,7 @@ def test_the_correlation_is_spearmans_over_items(few_rows):
     assert -1 <= low <= report["spearman"] <= high <= 1
     with torch.no_grad():
         model.model.gate.linear.weight.zero_()
+        model.model.gate.evidence_weight.zero_()
     flat = gate_report(model, processor, "any")
     assert (flat["spearman"], flat["spearman_ci"]) == (None, None)
 

@@ -94,7 +94,7 @@ def test_every_arm_trains(build: BuildModel, arm: str) -> None:
         expected |= {"model.item_alignment.up.weight", "model.user_alignment.up.weight"}
         expected |= {"model.cold_item"}
     if arm in ("gate", "scalar_gate"):
-        expected |= {"model.gate.linear.weight"}
+        expected |= {"model.gate.linear.weight", "model.gate.evidence_weight"}
     assert expected <= names
     assert all(torch.isfinite(w.grad).all() for w in model.parameters() if w.grad is not None)
 
@@ -176,6 +176,20 @@ def test_gate_lies_in_the_unit_interval_and_ablations_are_constant(build: BuildM
         assert (build(fusion)[0].item_gates(items) == value).all()
 
 
+@pytest.mark.parametrize("fusion", ["gate", "scalar_gate"])
+def test_a_fresh_gate_turns_to_words_where_cf_knows_little(build: BuildModel, fusion: str) -> None:
+    """Vectors of a tenth, once and ten times the average mean square, then none."""
+    model, _ = build(fusion)
+    with torch.no_grad():
+        model.cf.item_known[:4] = torch.tensor([True, True, True, False])
+        for row, evidence in enumerate((0.1, 1.0, 10.0, 10.0)):
+            model.cf.item_vectors[row] = model.cf.item_scale * evidence**0.5
+        model.model.gate.linear.weight.zero_()
+    few, average, many, none = model.item_gates(torch.arange(4)).mean(1).tolist()
+    assert [few, average, many] == pytest.approx([1 / 1.11, 1 / 2.01, 1 / 11.01], rel=1e-3)
+    assert none == pytest.approx(1 / 1.01, rel=1e-3)
+
+
 def test_slots_that_disagree_with_tokens_are_refused(build: BuildModel) -> None:
     model, processor = build()
     batch = processor(user="u0", history=HISTORY, candidates=CANDIDATES)
@@ -188,7 +202,7 @@ def test_slots_that_disagree_with_tokens_are_refused(build: BuildModel) -> None:
 def test_fresh_slots_have_the_scale_of_token_embeddings(build: BuildModel, backbone: str) -> None:
     model, _ = build("cf_only", backbone=backbone)
     words = model.get_input_embeddings()(torch.arange(300))
-    slots = model.model.aligned_items(torch.arange(6))
+    slots, _ = model.model.aligned_items(torch.arange(6))
     ratio = slots.pow(2).mean().sqrt() / words.pow(2).mean().sqrt()
     assert 0.2 < ratio < 2
 

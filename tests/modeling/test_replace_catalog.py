@@ -40,12 +40,13 @@ def logits(model: CCFLLMForCTR, processor: CCFLLMProcessor) -> torch.Tensor:
 def test_old_items_read_the_new_table_and_new_ones_are_cold(build: BuildModel, dim: int) -> None:
     model, processor, cf = replaced(*build(), dim)
     rows = torch.arange(3)
-    aligned = model.model.aligned_items(rows)
+    aligned, evidence = model.model.aligned_items(rows)
     scaled = cf.item_vectors[0] / cf.item_vectors[0, :2].pow(2).mean(0).sqrt()
     expected = model.model.item_alignment(scaled)
     torch.testing.assert_close(aligned[:2], expected[:2])
     cold = model.config.slot_scale * model.model.cold_item
     torch.testing.assert_close(aligned[2], cold)
+    assert (evidence[:2] > 0).all() and evidence[2] == 0
     text = model.model.item_words(rows)
     states = model.model.read_texts(processor.item_title_ids())
     words = model.model.text_alignment(model.model.item_text.reduce(states))
@@ -131,7 +132,7 @@ def test_without_a_cf_table_everything_is_cold(build: BuildModel, tmp_path: Path
     processor = processor.with_catalog(list(ITEMS), list(ITEMS.values()), [])
     model.replace_catalog(processor)
     cold = model.config.slot_scale * model.model.cold_item
-    aligned = model.model.aligned_items(torch.arange(3))
+    aligned, _ = model.model.aligned_items(torch.arange(3))
     torch.testing.assert_close(aligned, cold.expand(3, -1))
     assert torch.equal(model.model.item_alignment.up.weight, weights)
     model.save_pretrained(tmp_path, form="full")

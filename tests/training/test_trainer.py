@@ -208,6 +208,7 @@ def test_each_part_has_its_own_learning_rate_and_decay(stage_run):
     own = {
         "model.gate.linear.weight": 2e-4,
         "model.gate.linear.bias": 2e-4,
+        "model.gate.evidence_weight": 2e-4,
         "answer_scale": 1e-3,
         "model.cold_user": 1e-3,
     }
