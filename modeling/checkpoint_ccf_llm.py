@@ -157,7 +157,8 @@ def reading(path: str | Path, file: str = "") -> Iterator[None]:
         yield
     except Exception as error:
         text = one_line(error)
-        if isinstance(error, (OSError, ValueError)) and str(path) in text:
+        ours = str(path) in text or CONVERT in text  # says already what is wrong, and the mend
+        if isinstance(error, (OSError, ValueError)) and ours:
             raise
         kind = ValueError if isinstance(error, ValueError) else OSError
         name = f"{path}/{file}" if file else path
@@ -245,8 +246,8 @@ def check_catalog(path: str, hub: dict[str, Any], fingerprint: str, with_fields:
     )
     if found != fingerprint:
         raise OSError(
-            f"{items} or {users} is not the catalog that this checkpoint was saved with: "
-            "restore the files of one checkpoint."
+            f"{items}, {USERS_FILE}{f' or {FIELDS_FILE}' * with_fields} beside it, is not the "
+            "catalog that this checkpoint was saved with: restore the files of one checkpoint."
         )
 
 

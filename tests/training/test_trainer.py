@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -490,7 +491,7 @@ def test_prompts_longer_than_the_backbones_positions_are_refused_before_training
 def test_a_training_that_would_never_be_validated_or_never_end_is_refused(stage_run):
     often = {"eval_strategy": "steps", "eval_steps": 10**6}
     with pytest.raises(InputError, match="eval_steps=1000000 is more than the 6 steps"):
-        stage_run(training=often).build_trainer()
+        stage_run(training=often).run(PartialState())
     with pytest.raises(InputError, match="max_steps=1000000000 is more than 1000 passes"):
         stage_run(training={"max_steps": 10**9}).build_trainer()
 

@@ -1,6 +1,7 @@
 """One stage: build its model, train or resume it, leave a slim checkpoint behind."""
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +201,7 @@ class StageRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / RECORD_FILE, {"settings": self.settings(), "finished": False})
         trainer = self.build_trainer()
+        self.check_validated(trainer)
         history = train_or_resume(trainer)
         record = {
             "settings": self.settings(),
@@ -239,6 +241,18 @@ class StageRun:
         except (ValueError, RuntimeError, ImportError, OSError, HTTPError) as problem:
             reason = " ".join(str(problem).split())
             raise InputError(f"stage {self.stage.name!r} cannot begin: {reason}") from problem
+
+    def check_validated(self, trainer: CTRTrainer) -> None:
+        """Raise `InputError` where training would end before its first validation."""
+        args = trainer.args
+        steps = args.max_steps
+        if steps <= 0:
+            steps = math.ceil(trainer.batch_sampler.steps_per_epoch * args.num_train_epochs)
+        if args.eval_strategy == "steps" and args.eval_steps and args.eval_steps > steps:
+            raise InputError(
+                f"stage {self.stage.name!r}: eval_steps={args.eval_steps} is more than the {steps} "
+                "steps of the training, which would never be validated: lower it"
+            )
 
     def training_arguments(self) -> CTRTrainingArguments:
         """The stage's `training` section, in its folder."""

@@ -556,11 +556,6 @@ def _with_plan(
     steps = args.max_steps
     if steps <= 0:
         steps = math.ceil(sampler.steps_per_epoch * args.num_train_epochs)
-    if args.eval_strategy == "steps" and args.eval_steps and args.eval_steps > steps:
-        raise InputError(
-            f"eval_steps={args.eval_steps} is more than the {steps} steps of this training, which "
-            "would never be validated: lower it"
-        )
     planned = dataclasses.replace(
         args,
         gradient_accumulation_steps=sampler.accumulation,
