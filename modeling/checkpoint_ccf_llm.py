@@ -121,16 +121,53 @@ def read_lines(file: str | Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
         ValueError: naming the file and line that is no object with these keys.
     """
     rows = []
-    with Path(file).open(encoding="utf-8") as lines:
+    with Path(file).open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
+                if not all(type(row[key]) in (str, int) for key in keys):
+                    raise TypeError
                 rows.append({**row, **{key: str(row[key]) for key in keys}})
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
-                    f"{file}, line {number}: not a JSON object with {' and '.join(keys)}."
+                    f"{file}, line {number}: not a JSON object, in UTF-8, with "
+                    f"{' and '.join(keys)} as text: restore the file."
                 ) from error
     return rows
+
+
+def read_json(file: str | Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        OSError: naming the file, when it holds none.
+    """
+    with reading(file):
+        return dict(json.loads(Path(file).read_text(encoding="utf-8")))
+
+
+@contextmanager
+def reading(path: str | Path, file: str = "") -> Iterator[None]:
+    """Have whatever a damaged file makes of the libraries that read it end in one sentence.
+
+    Raises:
+        OSError: naming the file of a folder or repository; a ValueError where it was one.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = one_line(error)
+        ours = str(path) in text or CONVERT in text  # says already what is wrong, and the mend
+        if isinstance(error, (OSError, ValueError)) and ours:
+            raise
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        name = f"{path}/{file}" if file else path
+        raise kind(f"{name} cannot be read ({text}): restore it.") from error
+
+
+def one_line(error: Exception) -> str:
+    """What a library says of an error, without its line breaks and its hints."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def read_ids(file: str | Path) -> list[dict[str, Any]]:
@@ -145,9 +182,16 @@ def read_field_values(file: str | Path) -> list[tuple[str, str]]:
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a file under a temporary name, then rename it."""
-    partial = file.with_name(file.name + ".partial")
-    write(partial)
-    partial.replace(file)
+    # The process's own: caches are written by several at a time.
+    partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode  # the umask's, which safetensors does not ask for
+        write(partial)
+        partial.chmod(mode)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_ids(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -158,7 +202,7 @@ def write_ids(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_json(file: Path, values: dict[str, Any]) -> None:
     """Write indented JSON."""
-    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_whole(file, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
@@ -202,8 +246,8 @@ def check_catalog(path: str, hub: dict[str, Any], fingerprint: str, with_fields:
     )
     if found != fingerprint:
         raise OSError(
-            f"{items} or {users} is not the catalog that this checkpoint was saved with: "
-            "restore the files of one checkpoint."
+            f"{items}, {USERS_FILE}{f' or {FIELDS_FILE}' * with_fields} beside it, is not the "
+            "catalog that this checkpoint was saved with: restore the files of one checkpoint."
         )
 
 
@@ -213,9 +257,10 @@ def load_tokenizer(path: str, hub: dict[str, Any], trusted: bool) -> PreTrainedT
     A tokenizer.json is read as it is: the Auto class would look at config.json, whose model type is
     this code's, and ask once more whether to trust it.
     """
-    if find_file(path, "tokenizer.json", hub, required=False):
-        return PreTrainedTokenizerFast.from_pretrained(path, **hub)
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted, **hub)
+    with reading(path, "tokenizer.json or tokenizer_config.json"):
+        if find_file(path, "tokenizer.json", hub, required=False):
+            return PreTrainedTokenizerFast.from_pretrained(path, **hub)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted, **hub)
 
 
 def load_text_tokenizer(path: str, hub: dict[str, Any]) -> PreTrainedTokenizerBase | None:
@@ -223,7 +268,8 @@ def load_text_tokenizer(path: str, hub: dict[str, Any]) -> PreTrainedTokenizerBa
     if not find_file(path, f"{TEXT_TOKENIZER_FOLDER}/tokenizer.json", hub, required=False):
         return None
     inside = "/".join(part for part in (hub.get("subfolder", ""), TEXT_TOKENIZER_FOLDER) if part)
-    return PreTrainedTokenizerFast.from_pretrained(path, **{**hub, "subfolder": inside})
+    with reading(path, f"{TEXT_TOKENIZER_FOLDER}/tokenizer.json or tokenizer_config.json"):
+        return PreTrainedTokenizerFast.from_pretrained(path, **{**hub, "subfolder": inside})
 
 
 @contextmanager
@@ -377,9 +423,10 @@ class CheckpointMixin(PreTrainedModel):
         check_same_ids(processor, cf)
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
         place = backbone if "/" in str(backbone) else local_copy(backbone)
-        causal = AutoModelForCausalLM.from_pretrained(
-            place, revision=revision, dtype=dtype, **options
-        )
+        with reading(place):
+            causal = AutoModelForCausalLM.from_pretrained(
+                place, revision=revision, dtype=dtype, **options
+            )
         text_config = copy.deepcopy(causal.get_decoder().config)
         settings |= text_settings(processor, text_config, settings)
         if cf is not None:
@@ -555,6 +602,9 @@ class CheckpointMixin(PreTrainedModel):
             super().save_pretrained(folder, **{**options, "state_dict": state})
         finally:
             self._hf_peft_config_loaded = injected
+        mode = (folder / "config.json").stat().st_mode  # the umask's; see write_whole
+        for weights in folder.glob("model*.safetensors"):
+            weights.chmod(mode)
 
     def _save_slim(self, folder: Path) -> None:
         """Write everything but backbone and adapter; tens of MB instead of GB."""
@@ -615,19 +665,22 @@ class CheckpointMixin(PreTrainedModel):
         """
         path = str(pretrained_model_name_or_path)
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-        config: CCFLLMConfig = kwargs.pop("config", None) or cls.config_class.from_pretrained(
-            path, name_or_path=path, **hub
-        )
+        with reading(path, "config.json"):
+            config: CCFLLMConfig = kwargs.pop("config", None) or cls.config_class.from_pretrained(
+                path, name_or_path=path, **hub
+            )
         check_catalog(path, hub, config.ids_fingerprint, config.num_field_values > 0)
         if config.checkpoint_form == "full":
-            return cls._load_full(path, *args, config=config, **kwargs)
+            with reading(path, "config.json or model.safetensors"):
+                return cls._load_full(path, *args, config=config, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         for_backbone = {
             key: value
             for key, value in kwargs.items()
             if key not in (*AUTO_ARGUMENTS, "revision", "subfolder", "force_download")
         }
-        model = cls._load_slim(path, config, hub, backbone, for_backbone)
+        with reading(path, "config.json or a file beside it"):
+            model = cls._load_slim(path, config, hub, backbone, for_backbone)
         return (model, {"missing_keys": set()}) if wants_info else model  # type: ignore[return-value]
 
     @classmethod
@@ -752,7 +805,8 @@ class CheckpointMixin(PreTrainedModel):
                 name = hashlib.sha256(json.dumps([reader, shard]).encode()).hexdigest()
                 file = cache / f"{name}.safetensors" if cache else None
                 if file and file.is_file():
-                    found = read_tensors(str(file))[0]["states"]
+                    with reading(file):
+                        found = read_tensors(str(file))[0]["states"].view(len(shard), -1)
                 else:
                     lower = dtype != torch.float32
                     with torch.autocast(self.device.type, dtype, enabled=lower):
@@ -915,7 +969,7 @@ def read_text_space(folder: str | Path, config: CCFLLMConfig) -> dict[str, Tenso
     file = Path(folder) / FUSION_FILE
     if not file.is_file():
         return None
-    saved = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    saved = read_json(Path(folder) / "config.json")
     if any(saved.get(name) != getattr(config, name) for name in TEXT_SETTINGS):
         return None
     fusion, _ = read_tensors(str(file))
@@ -938,8 +992,10 @@ def load_adapter(
     check_adapter(adapter, lora, backbone, file)
     settings = find_file(path, f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}", hub, required=False)
     if settings:
-        found = json.loads(Path(settings).read_text(encoding="utf-8"))
-        if found.keys() >= {"r", "lora_alpha"} and adapter_scale(found) != adapter_scale(lora):
+        found = read_json(settings)
+        with reading(settings):
+            scales = found.keys() >= {"r", "lora_alpha"} and adapter_scale(found)
+        if scales and scales != adapter_scale(lora):
             raise OSError(
                 f"{settings} and config.json say different lora_alpha, r or use_rslora: restore "
                 "the files of one checkpoint."
@@ -990,10 +1046,11 @@ def load_sentence_encoder(config: CCFLLMConfig) -> PreTrainedModel:
         encoder = AutoModel.from_pretrained(
             name, revision=config.sentence_encoder_revision, dtype=torch.float32
         )
-    except OSError as error:
+    except Exception as error:  # whatever transformers makes of damaged files
         raise OSError(
             f"sentence encoder {name!r}, by which this model reads items outside its catalog, "
-            f"cannot be loaded: make it reachable, or give items of the catalog alone ({error})."
+            "cannot be loaded: make it reachable, or give items of the catalog alone "
+            f"({one_line(error)})."
         ) from error
     if hasattr(encoder, "pooler"):  # nobody reads it, and without a file's it would be random
         encoder.pooler = None
@@ -1023,10 +1080,10 @@ def load_backbone(
             causal = AutoModelForCausalLM.from_pretrained(
                 name, revision=revision, dtype="auto", **options
             )
-        except OSError as error:
+        except Exception as error:  # whatever transformers makes of damaged files
             raise OSError(
                 f"backbone {name!r} of this slim checkpoint cannot be loaded: give a copy of it "
-                f"with backbone=FOLDER, or load the full checkpoint ({error})."
+                f"with backbone=FOLDER, or load the full checkpoint ({one_line(error)})."
             ) from error
     if causal.dtype == torch.float16 or not config.backbone_fingerprint:
         return causal  # float16 rounds otherwise than the fingerprint does

@@ -5,10 +5,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 from uuid import UUID
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -76,6 +77,40 @@ def ids_fingerprint(
     vectors, if any; a CF table fits only the catalog it names."""
     named = [user_ids, item_ids, *([list(field_values)] if field_values else [])]
     return hashlib.sha256(json.dumps(named).encode()).hexdigest()
+
+
+def check_kinds(function: Callable[..., Any], values: dict[str, Any]) -> None:
+    """Refuse values, as JSON has them, that a function's annotations do not allow for.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    hints = get_type_hints(function)
+    for name, value in values.items():
+        if name in hints and not is_kind(value, hints[name]):
+            kind = re.sub(r"<class '(\w+)'>", r"\1", str(hints[name]))
+            raise ValueError(
+                f"{name} is {repr(value)[:80]} and must be {kind}; numbers are finite, and whole "
+                "ones not below 0."
+            )
+
+
+def is_kind(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of a type hint's; see `check_kinds`."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(is_kind(value, part) for part in parts)
+    if origin is tuple:
+        fits = isinstance(value, (list, tuple)) and len(value) == len(parts)
+        return fits and all(map(is_kind, value, parts))
+    if origin is list:
+        return isinstance(value, list) and all(is_kind(one, parts[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(is_kind(one, parts[1]) for one in value.values())
+    if kind in (int, float):
+        number = isinstance(value, Integral if kind is int else Real) and type(value) is not bool
+        return number and math.isfinite(value) and (kind is float or value >= 0)
+    return kind is Any or origin is not None or isinstance(value, kind)
 
 
 def check_release(settings: dict[str, Any]) -> None:
@@ -188,6 +223,8 @@ class CCFLLMConfig(PreTrainedConfig):
                 "cf_fold_in needs cf_logit and a CF model whose prior over users is known "
                 "(cf_user_precision): turn it off, or take a CF table fitted by `fit-cf mf`."
             )
+        if not logit_temperature > 0:
+            raise ValueError(f"logit_temperature={logit_temperature} must be above 0.")
         if not isinstance(text_config, PreTrainedConfig):
             values = dict(text_config or {})
             text_config = AutoConfig.for_model(values.pop("model_type", "llama"), **values)
@@ -236,6 +273,7 @@ class CCFLLMConfig(PreTrainedConfig):
 
         Raises:
             OSError: config.json is missing, or that of another model.
+            ValueError: a value of it is of a type that it cannot be.
         """
         if not config_dict.get("text_config"):
             place = kwargs.get("name_or_path", "this folder")
@@ -243,6 +281,7 @@ class CCFLLMConfig(PreTrainedConfig):
                 f"{place} has no config.json of a CCF-LLM checkpoint, which has text_config: name "
                 "the folder that one was saved to."
             )
+        check_kinds(cls.__init__, config_dict)
         return super().from_dict(config_dict, **kwargs)
 
 

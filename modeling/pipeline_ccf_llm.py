@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
-from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import Pipeline
 from .configuration_ccf_llm import CUSTOM_PIPELINES, TASK, read_id
 from .modeling_ccf_llm import CCFLLMForCTR
 from .processing_ccf_llm import CCFLLMProcessor, Request, read_items
-from .ranking_ccf_llm import RankedItem, explain, rank
+from .ranking_ccf_llm import RankedItem, check_counts, explain, rank
 from .ranking_ccf_llm import preselect as choose
 
 INPUT_KEYS = ("user", "history", "candidates", "top_k")
@@ -80,7 +79,7 @@ class CTRRankingPipeline(Pipeline):
             )
         given = {"top_k": top_k, "preselect": preselect}
         varied = {} if max_per_topic is None else {"max_per_topic": max_per_topic}
-        _check_counts(varied)
+        check_counts(**varied)
         given = {name: value for name, value in given.items() if value is not None}
         return given | varied, varied, {}
 
@@ -151,7 +150,7 @@ class CTRRankingPipeline(Pipeline):
         user = read_id(input_.get("user"))
         wanted = input_.get("top_k")
         top_k = top_k if wanted is None else wanted
-        _check_counts({"top_k": top_k, "preselect": preselect})
+        check_counts(top_k=top_k, preselect=preselect)
         history = read_items(input_.get("history"), "history")
         candidates = input_.get("candidates")
         if candidates is None:
@@ -194,12 +193,6 @@ class CTRRankingPipeline(Pipeline):
         """Save the model and the processor: a checkpoint that this pipeline loads again."""
         self.model.save_pretrained(Path(save_directory), **kwargs)
         self.processor.save_pretrained(Path(save_directory))
-
-
-def _check_counts(counts: Mapping[str, Any]) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
 
 
 __all__ = ["CTRRankingPipeline"]

@@ -1,11 +1,11 @@
 """The hybrid prompt: raw users, items and titles in, token ids, slots and layout tensors out."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,14 +28,18 @@ from .checkpoint_ccf_llm import (
     load_tokenizer,
     read_field_values,
     read_ids,
+    read_json,
+    reading,
     write_ids,
     write_json,
 )
 from .configuration_ccf_llm import (
     AUTO_MAP,
     IGNORED_LABEL,
+    check_kinds,
     check_release,
     ids_fingerprint,
+    is_kind,
     read_id,
 )
 from .prompt_ccf_llm import (
@@ -45,6 +49,7 @@ from .prompt_ccf_llm import (
     HybridPrompt,
     Span,
     check_choice,
+    check_text,
     field_values,
     render_item,
 )
@@ -101,6 +106,19 @@ def is_container(value: Any) -> bool:
     return getattr(value, "shape", None) != ()  # a single number of PyTorch's claims to be one
 
 
+def read_title(value: Any) -> str | None:
+    """A title as text, as it stands; None where it is missing."""
+    return value if isinstance(value, str) else read_id(value)
+
+
+def read_number(value: Any) -> float:
+    """A number; NaN for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of tensors of several
+        return math.nan
+
+
 def read_items(values: Any, name: str) -> list[Any]:
     """The items of any container as a list, none for None.
 
@@ -114,11 +132,12 @@ def read_items(values: Any, name: str) -> list[Any]:
     items = list(values)
     for place, item in enumerate(items):
         try:
-            is_dict = isinstance(item, dict)
-            usable = read_id(item.get("id") if is_dict else item) is not None
+            usable = read_id(item.get("id") if isinstance(item, dict) else item) is not None
+            if isinstance(item, dict):
+                usable = read_title(item.get("title")) is not None or usable
         except ValueError:
-            usable, is_dict = False, False
-        if not usable and not (is_dict and item.get("title") is not None):
+            usable = False
+        if not usable:
             raise ValueError(
                 f"{name}: item {place} is {' '.join(repr(item).split())[:80]}: give an id, a "
                 "title, or a dict with either."
@@ -433,12 +452,20 @@ class CCFLLMProcessor(ProcessorMixin):
             )
         self.item_ids, self.item_index = _index_ids(item_ids, "item")
         self.user_ids, self.user_index = _index_ids(user_ids, "user")
-        self.item_titles = item_titles
+        self.item_titles = [read_title(title) or "" for title in item_titles]
         self.item_fields = item_fields or [{} for _ in item_ids]
         if len(self.item_fields) != len(item_ids):
             raise ValueError(
                 f"{len(item_ids)} item ids but {len(self.item_fields)} item_fields: give one each."
             )
+        for row, fields in enumerate(self.item_fields):
+            for name, value in fields.items():
+                values = value if isinstance(value, (list, tuple)) else [value]
+                if not all(isinstance(one, str) or is_kind(one, float | None) for one in values):
+                    raise ValueError(
+                        f"item_fields of item {row}: {name!r} is {repr(value)[:80]}; give text, a "
+                        "number, or a list of them."
+                    )
         known = {"title"}.union(*self.item_fields) if item_ids else None
         for name in self.evidence_fields:
             if known is not None and name not in known:
@@ -456,10 +483,10 @@ class CCFLLMProcessor(ProcessorMixin):
             raise ValueError(f"item_template={self.item_template!r} must contain {{title}}.")
         self.item_texts = [
             render_item(self.item_template, {**fields, "title": title})
-            for title, fields in zip(item_titles, self.item_fields, strict=True)
+            for title, fields in zip(self.item_titles, self.item_fields, strict=True)
         ]
         self.title_index: dict[str, int] = {}
-        for row, title in enumerate(item_titles):
+        for row, title in enumerate(self.item_titles):
             self.title_index.setdefault(title, row)
 
     @property
@@ -492,6 +519,7 @@ class CCFLLMProcessor(ProcessorMixin):
         """Token ids of an item's words as a slot's text side takes them."""
         if not text or self.text_tokenizer is None:
             return self.prompt.tokens(text) if text else []
+        check_text(text)
         return self.text_tokenizer(text, truncation=True)["input_ids"]
 
     def text_prefix_ids(self) -> list[int]:
@@ -524,7 +552,7 @@ class CCFLLMProcessor(ProcessorMixin):
         text but no CF vector. (One given as a dict has, by its fields, see `new_values`.)
         """
         if isinstance(item, dict):
-            raw, title = read_id(item.get("id")), item.get("title")
+            raw, title = read_id(item.get("id")), read_title(item.get("title"))
             if raw is None and title is None:
                 raise ValueError(f"Item {item!r} has neither id nor title: give at least one.")
             row = None if raw is None else self.item_index.get(raw)
@@ -631,16 +659,16 @@ class CCFLLMProcessor(ProcessorMixin):
             return 1.0
         rating = item.get("rating")
         if rating is None:
-            return float(bool(item.get("liked", True)))
+            liked = read_number(item.get("liked", True))
+            if liked not in (0, 1):
+                raise ValueError(f"The history holds {item!r}: liked is True or False.")
+            return liked
         if self.rating_scale is None:
             raise ValueError(
                 f"The history holds {item!r}, but this model takes no ratings: give liked instead."
             )
         midpoint, slope = self.rating_scale
-        try:
-            rating = float(rating)
-        except (TypeError, ValueError):
-            rating = math.nan
+        rating = read_number(rating)
         if not math.isfinite(rating):
             raise ValueError(
                 f"The history holds {item!r}: give a rating as a number, as {midpoint:g} is."
@@ -762,6 +790,15 @@ class CCFLLMProcessor(ProcessorMixin):
         for row in rows:
             for name in ("history", "candidates", "earlier"):
                 row[name] = read_items(row.get(name), name)
+            for name in ("history_lengths", "labels"):
+                values = row.get(name)
+                if values is None:
+                    continue
+                if not is_container(values):
+                    raise ValueError(
+                        f"{name} is {values!r}: give one number a candidate, in a list."
+                    )
+                row[name] = values.tolist() if hasattr(values, "tolist") else list(values)
         return self.pack([Request(**row) for row in rows])
 
     def pack(self, requests: Sequence[Request]) -> BatchFeature:
@@ -800,8 +837,14 @@ class CCFLLMProcessor(ProcessorMixin):
                 raise ValueError(
                     f"{name} has {len(values)} values for {len(request.scored)} {kind}."
                 )
-        if max(lengths, default=0) > len(history):
-            raise ValueError(f"history_lengths exceeds the history's {len(history)} items.")
+        if not all(isinstance(n, Integral) and 0 <= n <= len(history) for n in lengths):
+            raise ValueError(
+                f"history_lengths is {lengths!r}: give whole numbers from 0 to the history's "
+                f"{len(history)} items."
+            )
+        for label in () if request.labels is None else request.labels:
+            if read_number(label) not in (0, 1):
+                raise ValueError(f"labels holds {label!r}: give 0 or 1 for each of the {kind}.")
         user = self.resolve_user(request.user)
         prefix = self.prompt.prefix(user)
         if request.stream:
@@ -886,32 +929,34 @@ class CCFLLMProcessor(ProcessorMixin):
         """
         path = str(pretrained_model_name_or_path)
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None}
-        settings_file = find_file(path, PROCESSOR_FILE, hub)
-        catalog_file, users_file = (
-            find_file(path, CATALOG_FILE, hub),
-            find_file(path, USERS_FILE, hub),
+        settings_file, catalog_file, users_file = (
+            str(find_file(path, name, hub)) for name in (PROCESSOR_FILE, CATALOG_FILE, USERS_FILE)
         )
-        settings = json.loads(Path(str(settings_file)).read_text(encoding="utf-8"))
+        settings = read_json(settings_file)
         check_release(settings)
-        catalog = read_ids(str(catalog_file))
-        processor = cls(
-            load_tokenizer(path, hub, bool(kwargs.get("trust_remote_code"))),
-            [row["id"] for row in catalog],
-            [str(row.get("title") or "") for row in catalog],
-            [row["id"] for row in read_ids(str(users_file))],
-            **{name: settings[name] for name in PROMPT_SETTINGS if name in settings},
-            text_tokenizer=load_text_tokenizer(path, hub),
-            item_fields=[
-                {name: value for name, value in row.items() if name not in ("id", "title")}
-                for row in catalog
-            ],
-            field_values=(
-                read_field_values(str(find_file(path, FIELDS_FILE, hub)))
-                if settings.get("cf_fields")
-                else ()
-            ),
-        )
-        check_catalog(path, hub, settings["ids_fingerprint"], bool(processor.cf_fields))
+        catalog, users = read_ids(catalog_file), read_ids(users_file)
+        values: list[tuple[str, str]] = []
+        if settings.get("cf_fields"):
+            values = read_field_values(str(find_file(path, FIELDS_FILE, hub)))
+        tokenizer = load_tokenizer(path, hub, bool(kwargs.get("trust_remote_code")))
+        text_tokenizer = load_text_tokenizer(path, hub)
+        with reading(path, f"{PROCESSOR_FILE}, {CATALOG_FILE} or {USERS_FILE}"):
+            check_kinds(cls.__init__, settings)
+            processor = cls(
+                tokenizer,
+                [row["id"] for row in catalog],
+                [row.get("title") or "" for row in catalog],
+                [row["id"] for row in users],
+                **{name: settings[name] for name in PROMPT_SETTINGS if name in settings},
+                text_tokenizer=text_tokenizer,
+                item_fields=[
+                    {name: value for name, value in row.items() if name not in ("id", "title")}
+                    for row in catalog
+                ],
+                field_values=values,
+            )
+            fingerprint = settings["ids_fingerprint"]
+        check_catalog(path, hub, fingerprint, bool(processor.cf_fields))
         return processor
 
 

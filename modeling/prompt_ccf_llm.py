@@ -153,6 +153,7 @@ class HybridPrompt:
     def tokens(self, text: str) -> list[int]:
         """Token ids of literal text: a title that spells a special token stays text."""
         if text not in self._pieces:
+            check_text(text)
             self._pieces[text] = self.tokenizer(
                 text, add_special_tokens=False, split_special_tokens=True
             )["input_ids"]
@@ -215,6 +216,14 @@ def field_values(fields: dict[str, Any], name: str) -> list[str]:
     values = value if isinstance(value, (list, tuple)) else [value]
     texts = ["" if one is None else str(one).strip().casefold() for one in values]
     return list(dict.fromkeys(text for text in texts if text))
+
+
+def check_text(text: str) -> None:
+    """Raises `ValueError` on a string that no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{ascii(text)[:80]} is no text: it holds half of a letter.") from None
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

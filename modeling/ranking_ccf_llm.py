@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -100,12 +101,32 @@ def _score_batch(
     requests: Sequence[Request],
     tokens_per_batch: int,
 ) -> list[Tensor]:
-    batch = {name: value.to(model.device) for name, value in processor.pack(requests).items()}
+    packed = processor.pack(requests)
+    check_positions(model, packed)
+    batch = {name: value.to(model.device) for name, value in packed.items()}
     too_long = batch["input_ids"].shape[1] > tokens_per_batch
     if too_long and len(requests) == 1 and not requests[0].stream:
         return [_score_long_row(model, batch, tokens_per_batch).float().cpu()]
     logits = model(**batch).logits.float().cpu()
     return [row[: len(one.scored)] for row, one in zip(logits, requests, strict=True)]
+
+
+def check_counts(least: int = 1, **counts: Any) -> None:
+    """Raise a `ValueError` naming the first of some numbers that is no integer from `least` on."""
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name}={value!r} must be at least {least}, and an integer.")
+
+
+def check_positions(model: CCFLLMForCTR, batch: Mapping[str, Tensor]) -> None:
+    """Raise a `ValueError` where a prompt of a batch is longer than the backbone has positions."""
+    most = getattr(model.config.text_config, "max_position_embeddings", None)
+    needed = int(batch["position_ids"].max()) + 1
+    if most is not None and needed > most:
+        raise ValueError(
+            f"a prompt has {needed} tokens, and the backbone {most} positions: give a shorter "
+            "history or title, or train with a smaller history_window"
+        )
 
 
 def cut_by_budget(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
@@ -241,6 +262,7 @@ def preselect(
         ValueError: nothing tells items apart for this user, or none is left.
     """
     rows = torch.arange(len(processor.item_ids), device=model.device)
+    count = min(count, len(rows))
     logits = _retrieval_logits(model, processor, user, history, rows)
     known = model.cf.item_known
     seen = {processor.resolve_item(item)[0] for item in history}
@@ -456,7 +478,7 @@ def rank_scored(
     if max_per_topic is not None:
         topics = [processor.topics(item) for item in candidates]
         best = best[_varied([topics[index] for index in best.tolist()], max_per_topic)]
-    best = best[:top_k]
+    best = best[: min(top_k, len(best))]
     probabilities = model.probabilities(logits[best]).tolist()
     shares = item_shares(model, processor, [candidates[index] for index in best.tolist()])
     return [

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -8,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from prepared_folder import make_rows, write_prepared
+from safetensors import SafetensorError
 
 from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.cli.train import train_and_describe
@@ -281,3 +284,50 @@ def test_a_mistyped_local_path_is_not_looked_up_on_the_hub(capsys, monkeypatch, 
     (tmp_path / "runs").mkdir()
     result = run(capsys, "rank", "runs/typo", "--user", "1")
     assert_one_clear_line(result, "runs/typo is not a folder")
+
+
+def full_disk() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (full_disk(), "runs/a.parquet has no space left"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "no space left"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"), "no s"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/a"), "runs/a cannot be read or"),
+    ],
+)
+def test_a_disk_that_fills_is_one_line(capsys, monkeypatch, error, named):
+    def broken(*_):
+        try:
+            raise error
+        except Exception as first:
+            raise first if isinstance(error, OSError) else RuntimeError("in passing") from first
+
+    monkeypatch.setitem(cli.COMMANDS, "rank", cli.COMMANDS["rank"]._replace(run=broken))
+    assert_one_clear_line(run(capsys, "rank", "somewhere"), named)
+
+
+@pytest.mark.parametrize("flag", ["--out", "--metrics-out", "--plot"])
+def test_evaluate_looks_at_its_outputs_first(capsys, tmp_path, flag):
+    (tmp_path / "file").write_text("")
+    argv = [
+        "evaluate",
+        str(tmp_path),
+        "--data",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "s.parquet"),
+    ]
+    argv += [flag, str(tmp_path / "file" / "a.png")]
+    assert_one_clear_line(run(capsys, *argv), "a.png cannot be written to (Not a directory)")
+    argv[-1] = str(tmp_path)
+    assert_one_clear_line(run(capsys, *argv), f"{flag} {tmp_path} is a folder: name a file in it")
+
+
+def test_fit_cf_looks_at_its_output_first(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    argv = ["fit-cf", "mf", "--data", str(tmp_path), "--out", str(tmp_path / "file" / "cf")]
+    assert_one_clear_line(run(capsys, *argv), "cf cannot be written to (Not a directory)")

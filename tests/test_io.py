@@ -1,11 +1,23 @@
+import errno
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ccf_llm_hf.io import sha256_of, write_file, write_files, write_folder, write_json
+from ccf_llm_hf.errors import FolderInUse, InputError
+from ccf_llm_hf.io import (
+    check_writable,
+    lock_folder,
+    sha256_of,
+    write_file,
+    write_files,
+    write_folder,
+    write_json,
+)
 
 
 def write_halves_and_fail(path: Path) -> None:
@@ -76,3 +88,41 @@ def test_the_digest_is_of_contents_in_order(tmp_path: Path) -> None:
     known = "fb8e20fc2e4c3f248c60c39bd652f3c1347298bb977b8b4d5903b85055620603"  # sha256 of "ab"
     assert sha256_of([tmp_path / "a", tmp_path / "b"]) == known
     assert sha256_of([tmp_path / "b", tmp_path / "a"]) != known
+
+
+def test_json_has_no_value_that_other_readers_refuse(tmp_path: Path) -> None:
+    numbers = {"nan": float("nan"), "inf": -np.inf, "half": np.float32(0.5), "three": np.int64(3)}
+    write_json(tmp_path / "a.json", {"all": [numbers], "true": True, "none": None})
+    found = json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail)
+    numbers = {"nan": None, "inf": None, "half": 0.5, "three": 3}
+    assert found == {"all": [numbers], "true": True, "none": None}
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_writable(tmp_path / "new" / "folder" / "a.json")
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "file")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(InputError, match=r"file/a\.json cannot be written to \(Not a directory\)"):
+        check_writable(tmp_path / "file" / "a.json")
+
+    def fill(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(InputError, match=r"a\.json cannot be written to \(No space left"):
+        check_writable(tmp_path / "a.json")
+
+
+def test_a_lock_is_one_processs_and_takes_away_what_a_killed_one_left(tmp_path: Path) -> None:
+    for name in (".partial-7-a.json", "kept"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".partial-checkpoint" / "inner").mkdir(parents=True)
+    with lock_folder(tmp_path):
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == [".lock", "kept"]
+        with pytest.raises(FolderInUse, match="another process works in"), lock_folder(tmp_path):
+            pass
+    with lock_folder(tmp_path):
+        pass

@@ -1,7 +1,9 @@
+import contextlib
 import io
 import os
 import pickle
 import subprocess
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,3 +147,24 @@ def test_damaged_and_other_files_are_input_errors() -> None:
             read(whole[:place] + b"\xff" + whole[place + 1 :])
         except InputError as error:
             assert "\n" not in str(error)
+
+
+def test_a_small_file_claims_little_memory() -> None:
+    """Sizes that a pickle states are no reason to make room for them."""
+    whole = pickled_table(COLUMNS, 4)
+    huge = (2**32).to_bytes(8, "little")
+    claims = [
+        whole[:2] + b"r" + (2**28).to_bytes(4, "little") + whole[2:],  # a place to remember at
+        whole[:2] + b"\x96" + huge + whole[2:],  # bytearray
+        whole[:2] + b"\x8e" + huge + whole[2:],  # bytes
+        whole[:2] + b"\x8d" + huge + whole[2:],  # text
+    ]
+    columns = pickle.dumps(pd.DataFrame(np.empty((2, 3))))  # named by a RangeIndex of three
+    stop = columns.index(b"stop") + 5
+    claims.append(columns[:stop] + b"J" + (2**30).to_bytes(4, "little") + columns[stop + 2 :])
+    for content in claims:
+        tracemalloc.start()
+        with contextlib.suppress(InputError):
+            read(content)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+        tracemalloc.stop()

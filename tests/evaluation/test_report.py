@@ -159,3 +159,18 @@ def test_a_method_that_covers_some_rows_is_compared_on_those(tmp_path):
     assert alone["methods"]["model"]["auc"] == report["methods"]["part"]["auc"]
     with pytest.raises(InputError, match="rows have none"):
         evaluate_scores(scores[part], data, resamples=20)
+
+
+def test_pairs_that_repeat_are_measured_in_a_sample_and_compared(folder: Path, scores) -> None:
+    rows = read_rows(folder, "test")
+    assert rows.duplicated(["user_id", "item_id"]).any()
+    part = rows["user_id"].isin(rows["user_id"].unique()[:9])
+    assert rows[part].duplicated(["user_id", "item_id"]).any()
+    report = evaluate_scores(
+        scores[part], folder, compare={"all": scores}, sample=True, resamples=10
+    )
+    wanted = auc(rows["label"][part], scores["score"][part])
+    assert report["rows"] == part.sum()
+    assert [report["methods"][name]["auc"] for name in ("model", "all")] == [wanted, wanted]
+    whole = evaluate_scores(scores, folder, compare={"part": scores[part]}, resamples=10)
+    assert whole["methods"]["part"]["auc"] == wanted

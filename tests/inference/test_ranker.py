@@ -228,6 +228,7 @@ def test_the_folder_of_a_run_is_told_from_its_checkpoint(tmp_path):
         ({"candidates": []}, "candidates is empty"),
         ({"candidates": [""]}, "candidates: item 0 is ''"),
         ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_k": "3"}, "top_k='3' must be at least 1, and an integer"),
         ({"max_per_topic": 0}, "max_per_topic=0 must be at least 1"),
     ],
 )

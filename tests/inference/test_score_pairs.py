@@ -11,9 +11,10 @@ import pytest
 
 from ccf_llm_hf.cli.main import main
 from ccf_llm_hf.data.history import stored_histories, stored_history
-from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.errors import FolderInUse, InputError
 from ccf_llm_hf.inference.ranker import CTRRanker
 from ccf_llm_hf.inference.score_pairs import PairScorer, checkpoint_identity
+from ccf_llm_hf.io import lock_folder
 
 PAIRS = {
     "user_id": ["a", "b", "a", "nobody", "b", "a", "a"],
@@ -332,3 +333,15 @@ def test_a_pair_without_a_user_is_refused(ranker, tmp_path, user):
     pairs = write(tmp_path / "p.parquet", {"user_id": [known, user], "item_id": ["1", "2"]})
     with pytest.raises(InputError, match="row 1 of the pairs has no user_id"):
         PairScorer(ranker, "x").run(pairs, tmp_path / "out")
+
+
+def test_a_folder_that_another_process_scores_into_is_refused(ranker, tmp_path):
+    pairs = write(tmp_path / "p.parquet")
+    with lock_folder(tmp_path / "out"), pytest.raises(FolderInUse, match="another process works"):
+        PairScorer(ranker, "x").run(pairs, tmp_path / "out")
+    (tmp_path / "out" / ".partial-7-part-00000.parquet").write_bytes(
+        b"PAR1"
+    )  # of one that was killed
+    assert PairScorer(ranker, "x").run(pairs, tmp_path / "out")["new_rows"] == 7
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {".lock", "_manifest.json", "part-00000.parquet"}

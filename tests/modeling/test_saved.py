@@ -17,6 +17,7 @@ from tiny import BuildModel, inject_lora
 from transformers import AutoModel, Trainer, TrainingArguments
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import write_json, write_tensors
 
 CALL = {
     "user": "u0",
@@ -425,3 +426,29 @@ def test_merged_weights_are_not_loaded_beside_lora(base: Path, tmp_path: Path) -
     model.save_pretrained(tmp_path / "full", form="full")
     with pytest.raises(ValueError, match=r"LoRA merged into it.*from_pretrained"):
         model.load_state_dict(load_file(tmp_path / "full" / "model.safetensors"), strict=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_saved_files_follow_the_umask_and_nothing_is_left_beside(
+    build: BuildModel, tmp_path: Path, form: str
+) -> None:
+    model, processor = build(lora=True)
+    before = os.umask(0o027)
+    try:
+        model.save_pretrained(tmp_path / "saved", form=form)
+        processor.save_pretrained(tmp_path / "saved")
+    finally:
+        os.umask(before)
+    files = [file for file in (tmp_path / "saved").rglob("*") if file.is_file()]
+    assert {oct(file.stat().st_mode & 0o777) for file in files if file.suffix != ".py"} == {"0o640"}
+    assert not [file for file in files if file.name.startswith(".")]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {})
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    with pytest.raises(TypeError):
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(3)}, {"a": 1})
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [whole]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"a": float("nan")})

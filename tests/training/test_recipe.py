@@ -1,4 +1,5 @@
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,21 @@ def test_flags_override_the_file(content, tmp_path):
         ({"stages": [{**TEXT, "training": {"max_eval_labels": -3}}]}, "max_eval_labels"),
         ({"stages": [{**TEXT, "training": {"learning_rate": -1e-3}}]}, "learning_rate"),
         ({"stages": [{**TEXT, "training": {"learning_rate": float("nan")}}]}, "learning_rate"),
+        ({"stages": [{**TEXT, "training": {"learning_rate": 1e12}}]}, "must be from 0 to 1"),
+        ({"stages": [{**TEXT, "training": {"num_train_epochs": 1e12}}]}, "at most 1000"),
+        ({"stages": [{**TEXT, "training": {"data_seed": -1}}]}, "data_seed=-1 must be from 0"),
+        ({"seed": -1}, "`seed` -1 must be from 0 to 4294967295"),
+        (
+            {
+                "stages": [
+                    {
+                        **TEXT,
+                        "training": {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 4},
+                    }
+                ]
+            },
+            "save_steps=4 must be eval_steps=2",
+        ),
         (
             {"stages": [{**TEXT, "training": {"learning_rate_mapping": {"a": -1}}}]},
             "learning_rate_mapping",
@@ -202,3 +218,38 @@ def test_shipped_recipes_parse_and_comment_every_key(file, settings):
     for line in file.read_text().splitlines():
         if ":" in line.split("#")[0] and line != "stages:":
             assert "#" in line, line
+
+
+LAUGHS = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))
+MERGED = "\n".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}" for n in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"a0: &a0 [x]\n{LAUGHS}\nenv: *a11", "aliases .* stand for more than 10,000 values"),
+        (f"a0: &a0 {{x: 1}}\n{MERGED}", "aliases .* stand for more than 10,000 values"),
+        ("stages: &a [*a]", "aliases .* stand for more than 10,000 values"),
+        ("stages: " + "[" * 2000, "maximum recursion depth"),
+        ("- a list", "must contain a YAML mapping"),
+        ("", "must contain a YAML mapping"),
+        ("1: 2", "its key '1' is no name"),
+        ("a: \udcff", "can't decode byte 0xff"),
+        ("a: [", "while parsing"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named_at_once(tmp_path, text, message):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf-8", errors="surrogateescape")
+    started = time.process_time()
+    with pytest.raises(InputError, match=rf"recipe {file} cannot be read: .*{message}") as problem:
+        parse_recipe(["--config", str(file)])
+    assert time.process_time() - started < 5 and "\n" not in str(problem.value)
+
+
+def test_aliases_that_spare_a_line_are_read(content, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    stages = "- &first {name: a, preset: text_only, lora: {}}\n- {<<: *first, name: b}"
+    del content["stages"]
+    file.write_text(f"{yaml.safe_dump(content)}stages:\n{stages}\n")
+    assert [stage.name for stage in parse_recipe(["--config", str(file)]).stages] == ["a", "b"]

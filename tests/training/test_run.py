@@ -205,7 +205,7 @@ def test_name_processor_tells_generations_apart(tmp_path, monkeypatch, listing, 
 HOLD = """
 import sys
 from pathlib import Path
-from ccf_llm_hf.training.run import lock_folder
+from ccf_llm_hf.io import lock_folder
 with lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -238,7 +238,7 @@ def test_a_folder_that_another_process_trains_in_is_refused(settings, tmp_path, 
     output = tmp_path / "run"
     other = another_process(output)
     recipe = write_recipe(settings, output, STAGES[:1])
-    with pytest.raises(FolderInUse, match=r"another process trains in \S+/run now: wait until"):
+    with pytest.raises(FolderInUse, match=r"another process works in \S+/run now: wait until"):
         run_recipe(recipe)
     assert [file.name for file in output.iterdir()] == [".lock"]
     other.kill()  # without a chance to tidy up

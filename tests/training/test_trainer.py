@@ -1,20 +1,33 @@
 import copy
 import json
+import math
+import shutil
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 from ccf_llm_hf import CTRTrainer, CTRTrainingArguments
+from ccf_llm_hf.data.grouping import group_split
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
+from ccf_llm_hf.modeling.ranking_ccf_llm import score
 from ccf_llm_hf.training.resume import last_checkpoint, train_or_resume
 from ccf_llm_hf.training.stage import StageRun
-from ccf_llm_hf.training.trainer import gate_statistics
+from ccf_llm_hf.training.trainer import (
+    Scores,
+    check_classes,
+    check_lengths,
+    choose_temperature,
+    gate_statistics,
+)
 from ccf_llm_hf.training.warm_start import load_trained_weights
 
 OFTEN = {"eval_strategy": "steps", "eval_steps": 2}  # validate every 64 labels
@@ -415,3 +428,90 @@ def test_a_pattern_that_names_no_parameter_is_pointed_out(stage_run):
     trainer = make_trainer(joint(stage_run, learning_rate_mapping={"zzz": 1e-3}))
     with pytest.warns(UserWarning, match="'zzz' is found in no parameter"):
         trainer.create_optimizer()
+
+
+def test_validation_rows_that_measure_nothing_are_refused_before_training(stage_run, inputs):
+    splits = {**inputs.data.splits}
+    likes = np.flatnonzero(splits["validation"]["label"])
+    one = replace(inputs.data, splits=splits | {"validation": splits["validation"].select(likes)})
+    with pytest.raises(InputError, match="hold no label but 1, so that no AUC can choose"):
+        replace(stage_run(), inputs=replace(inputs, data=one)).build_trainer()
+
+
+def test_a_uauc_that_is_undefined_is_left_out_of_the_logs(stage_run):
+    trainer = make_trainer(stage_run())
+    by_class = {0: "x", 1: "y"}
+    scores = trainer.score(trainer.eval_groups)
+    users = np.array([by_class[label] for label in scores.labels.tolist()])
+    trainer.score = lambda groups: replace(scores, users=users)
+    metrics = trainer.evaluate()
+    assert "eval_uauc" not in metrics and 0 <= metrics["eval_auc"] <= 1
+    check_classes(trainer.eval_groups, "eval_uauc")
+    for group in trainer.eval_groups:
+        group.labels = [int(group.user < "u3")] * len(group.labels)
+    with pytest.raises(InputError, match="no user of the validation rows has both classes"):
+        check_classes(trainer.eval_groups, "eval_uauc")
+    trainer.log({"grad_norm": math.nan, "loss": 1.0})
+    assert "grad_norm" not in trainer.state.log_history[-1]
+
+
+@pytest.mark.parametrize("logits", [[5.0, -5.0], [-5.0, 5.0]])
+def test_a_temperature_at_its_bound_is_told_and_not_used(caplog, logits):
+    found = [np.array(values) for values in ([0, 1], ["a", "b"], [1, 0], logits)]
+    assert choose_temperature(Scores(*found)) == 1.0
+    assert "ends at the bound" in caplog.text
+    draw = np.random.default_rng(0)
+    logits = draw.normal(size=500)
+    labels = (draw.random(500) < 1 / (1 + np.exp(-logits))).astype(int)
+    rows = np.arange(500)
+    scores = Scores(rows, rows.astype(str), labels, 3 * logits)
+    assert choose_temperature(scores) == pytest.approx(3, rel=0.3)
+
+
+def test_prompts_longer_than_the_backbones_positions_are_refused_before_training(stage_run):
+    run = stage_run()
+    processor = run.build_processor()
+    model = run.build_model(processor)
+    group = group_split(run.inputs.data.splits["validation"], processor)[-1]
+    longest = int(processor.pack([group])["position_ids"].max()) + 1
+    model.config.text_config.max_position_embeddings = longest
+    items = [*group.history, "i1"]
+    long = replace(group, history=items, history_lengths=[len(items)] * len(group.candidates))
+    for check in (
+        lambda groups: check_lengths(
+            model, processor, groups, [processor.count_tokens(one) for one in groups]
+        ),
+        lambda groups: score(model, processor, groups),
+    ):
+        check([group])
+        with pytest.raises(ValueError, match=f"tokens, and the backbone {longest} positions: give"):
+            check([group, long])
+
+
+def test_a_training_that_would_never_be_validated_or_never_end_is_refused(stage_run):
+    often = {"eval_strategy": "steps", "eval_steps": 10**6}
+    with pytest.raises(InputError, match="eval_steps=1000000 is more than the 6 steps"):
+        stage_run(training=often).run(PartialState())
+    with pytest.raises(InputError, match="max_steps=1000000000 is more than 1000 passes"):
+        stage_run(training={"max_steps": 10**9}).build_trainer()
+
+
+DAMAGES = {
+    "config.json": b'{"model_type": "llama", "hidden_size": "x"}',
+    "tokenizer.json": b'{"version": 3}',
+    "tokenizer_config.json": b"[]",
+    "model.safetensors": b"\0" * 100,
+}
+
+
+@pytest.mark.parametrize("file", ["misspelled", *DAMAGES])
+def test_a_backbone_that_cannot_be_read_is_one_sentence(stage_run, inputs, tmp_path, file):
+    folder = tmp_path / "backbone"
+    shutil.copytree(inputs.backbone, folder)
+    name = str(tmp_path / "nowhere") if file == "misspelled" else str(folder)
+    if file in DAMAGES:
+        (folder / file).write_bytes(DAMAGES[file])
+    run = replace(stage_run(), inputs=replace(inputs, backbone=name))
+    with pytest.raises(InputError, match=name) as problem:
+        run.build_trainer()
+    assert "\n" not in str(problem.value) and len(str(problem.value)) < 700

@@ -398,8 +398,8 @@ class CFVectors:
         user_ids, item_ids = [u["id"] for u in users], [i["id"] for i in items]
         if metadata["ids_fingerprint"] != ids_fingerprint(user_ids, item_ids, values):
             raise InputError(
-                f"{folder / TENSOR_FILE} was not written with the ids in {USER_FILE} and "
-                f"{ITEM_FILE} beside it; restore the files of one fit"
+                f"{folder / TENSOR_FILE} was not written with the ids in {USER_FILE}, {ITEM_FILE}"
+                f"{f' and {FIELD_FILE}' if values else ''} beside it; restore the files of one fit"
             )
         with _naming(folder / TENSOR_FILE):
             return cls(

@@ -8,6 +8,7 @@ from ccf_llm_hf.cli.arguments import (
     config_from_arguments,
 )
 from ccf_llm_hf.cli.command import Command, Output, existing_folder
+from ccf_llm_hf.io import check_writable
 
 
 def _prepare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +58,7 @@ def _fit_cf(arguments: argparse.Namespace, _: list[str]) -> Output:
     from ccf_llm_hf.cf.fit import fit_cf
 
     config = config_from_arguments(CF_CONFIGS[arguments.model], arguments)
+    check_writable(arguments.out)
     vectors = fit_cf(arguments.model, data, arguments.out, config)
     facts = {
         "out": arguments.out,

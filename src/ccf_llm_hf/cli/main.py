@@ -2,7 +2,8 @@
 
 import argparse
 import contextlib
-import json
+import errno
+import re
 import sys
 from collections.abc import Sequence
 
@@ -10,7 +11,11 @@ from ccf_llm_hf.cli import data, share, train, use
 from ccf_llm_hf.cli.arguments import CommandParser, add_json_argument
 from ccf_llm_hf.cli.command import Command
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.io import format_json
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# As the writers in Rust (safetensors, tokenizers) and C++ (torch) say it.
+FULL_WORDS = re.compile(r"No space left|os error (28|122)|quota exceeded|file write failed", re.I)
 INTERRUPTED = 130  # as a shell reports it
 # In the order of the overview.
 COMMANDS = {**data.COMMANDS, **train.COMMANDS, **use.COMMANDS, **share.COMMANDS}
@@ -46,9 +51,23 @@ def parse(argv: list[str]) -> tuple[Command, argparse.Namespace, list[str]]:
     return command, arguments, rest
 
 
+def describe_failed_write(error: BaseException) -> str | None:
+    """One sentence of an exception that comes of the disk, as of a full one; None of any other."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+        causes.append(cause)
+    for cause in causes:
+        if getattr(cause, "errno", None) in FULL or FULL_WORDS.search(str(cause)):
+            place = getattr(cause, "filename", None) or "the disk that was written to"
+            return f"{place} has no space left: make room, and run the same command again to go on"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename} cannot be read or written ({error.strerror}): mend that"
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 after `error: ...` for bad input, 130 after
-    Ctrl-C."""
+    """Run one command. Returns the exit code: 0, 2 after `error: ...` for bad input or a disk that
+    cannot be written to, 130 after Ctrl-C."""
     try:
         command, arguments, rest = parse(list(sys.argv[1:] if argv is None else argv))
         # Libraries print to stdout at will; there it would break --json.
@@ -60,5 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr)
         return INTERRUPTED
-    print(json.dumps(output.data, indent=2) if arguments.json else output.text)
+    except Exception as error:
+        sentence = describe_failed_write(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
+    print(format_json(output.data) if arguments.json else output.text)
     return 0

@@ -15,7 +15,7 @@ from ccf_llm_hf.cli.command import (
 )
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.inference.checkpoint import check_checkpoint
-from ccf_llm_hf.io import write_json
+from ccf_llm_hf.io import check_writable, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,6 +73,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     data = existing_folder(arguments.data, "--data", "ccf-llm prepare")
     paths = dict(_name_and_path(text) for text in arguments.compare)
     averages = [_pair(text, {arguments.name, *paths}) for text in arguments.average]
+    _check_outputs(arguments)
     check_checkpoint(arguments.checkpoint)
     from ccf_llm_hf.data.prepared import load_prepared
     from ccf_llm_hf.evaluation import evaluate_scores, format_report, plot_calibration
@@ -120,6 +121,20 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
 
         describe_run(folder, data, report)
     return Output(format_report(report), report)
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuse, before anything is scored, places where the results could not be written."""
+    for flag in ("out", "metrics_out", "plot"):
+        path = getattr(arguments, flag)
+        if path and Path(path).is_dir():
+            raise InputError(f"--{flag.replace('_', '-')} {path} is a folder: name a file in it")
+        if path:
+            check_writable(path)
+    if arguments.plot and Path(arguments.plot).suffix != ".png":
+        raise InputError(f"--plot {arguments.plot} must be a .png file")
+    for folder in arguments.card:
+        check_writable(existing_folder(folder, "--card", "ccf-llm train"))
 
 
 def _name_and_path(text: str) -> tuple[str, Path]:
@@ -267,6 +282,7 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _score(arguments: argparse.Namespace, _: list[str]) -> Output:
     check_checkpoint(arguments.checkpoint)
+    check_writable(arguments.out)
     from ccf_llm_hf.data.history import stored_histories
     from ccf_llm_hf.inference.ranker import CTRRanker
     from ccf_llm_hf.inference.score_pairs import PairScorer, checkpoint_identity

@@ -117,9 +117,16 @@ def cached_backbone(name: str) -> str:
 
 
 def asset_source(folder: str | Path) -> str | None:
-    """Where the asset in this folder was obtained; None for any other folder or name."""
+    """Where the asset in this folder was obtained; None for any other folder or name.
+
+    Raises:
+        InputError: the file that says so is damaged.
+    """
     file = Path(folder) / PROVENANCE_FILE
-    return json.loads(file.read_text(encoding="utf-8"))["source"] if file.is_file() else None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["source"] if file.is_file() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} is damaged: delete {folder} to have it fetched again") from error
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:

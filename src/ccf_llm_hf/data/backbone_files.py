@@ -38,4 +38,6 @@ def save_fp32(source: Path, gguf_file: str | None, new: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.save_pretrained(new)
+    for file in new.glob("*.safetensors"):  # which are written for the owner alone
+        file.chmod(new.stat().st_mode & 0o666)
     tokenizer.save_pretrained(new)

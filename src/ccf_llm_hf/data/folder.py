@@ -18,17 +18,20 @@ from ccf_llm_hf.data.prepared import (
 )
 from ccf_llm_hf.data.protocol import SPLITS, Samples, encode_ids, order_in_time
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.io import write_folder, write_json, write_text
+from ccf_llm_hf.io import check_writable, write_folder, write_json, write_text
 
 WRITTEN = {"README.md", PROTOCOL_FILE, "data", "items", "interactions"}
 
 
 def check_output(out: Path) -> None:
-    """Raise InputError if `out` exists and is neither empty nor a prepared folder and no more."""
+    """Raise InputError if `out` cannot be written to, or exists and is neither empty nor a prepared
+    folder and no more."""
     if not out.exists():
+        check_writable(out)
         return
     if not out.is_dir():
         raise InputError(f"{out} is a file: name another folder with --out")
+    check_writable(out.resolve().parent)  # where it is made, and renamed into place
     entries = {entry.name for entry in out.iterdir()}
     if entries - WRITTEN:
         raise InputError(

@@ -4,15 +4,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ccf_llm_hf.data.protocol import SPLITS
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.modeling.configuration_ccf_llm import check_kinds
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -23,6 +25,33 @@ INTERACTIONS_FILE = "interactions/interactions.parquet"
 FORMAT = "ccf-llm-prepared-2"
 HISTORIES = ("likes", "signed")
 ROW_COLUMNS = ("user_id", "item_id", "label", "timestamp", "not_cold")
+# What the columns of a prepared folder hold, those that are there.
+KINDS = {
+    **dict.fromkeys(("user_id", "item_id", "title", "split"), "text"),
+    **dict.fromkeys(("label", "timestamp", "split_position", "history_dropped"), "integers"),
+    **dict.fromkeys(("history", "history_labels", "history_ratings"), "lists"),
+    "not_cold": "booleans",
+    "rating": "numbers",
+}
+IS_KIND = {
+    "text": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+    "integers": pa.types.is_integer,
+    "lists": lambda kind: pa.types.is_list(kind) or pa.types.is_large_list(kind),
+    "booleans": pa.types.is_boolean,
+    "numbers": pa.types.is_floating,
+}
+
+
+class Protocol(TypedDict, total=False):
+    """What is read of protocol.json, besides its format."""
+
+    name: str
+    splits: dict[str, dict[str, Any]]
+    item_fields: list[str]
+    item_columns: list[str]
+    has_times: bool
+    frozen_histories: bool
+    histories: str
 
 
 @dataclass
@@ -47,7 +76,8 @@ class PreparedData:
         frozen; else None, since each row then has a history of its own."""
         from ccf_llm_hf.data.grouping import frozen_lines
 
-        return frozen_lines(self.splits["train"]) if self.protocol["frozen_histories"] else None
+        frozen = self.protocol.get("frozen_histories")
+        return frozen_lines(self.splits["train"]) if frozen else None
 
 
 def split_file(split: str) -> str:
@@ -67,8 +97,14 @@ def load_prepared(data_dir: str | Path) -> PreparedData:
 
     folder = Path(data_dir)
     protocol = load_protocol(folder)
-    splits = DatasetDict({name: Dataset(_read(folder, split_file(name))) for name in SPLITS})
-    return PreparedData(folder, splits, Dataset(_read(folder, ITEMS_FILE)), protocol)
+    tables = {name: _read(folder, split_file(name)) for name in SPLITS}
+    for name, table in tables.items():
+        optional = KINDS.keys() & set(table.schema.names)
+        _check_columns(folder / split_file(name), table, (*ROW_COLUMNS, "history", *optional))
+    items, columns = _read(folder, ITEMS_FILE), ("item_id", "title")
+    _check_columns(folder / ITEMS_FILE, items, (*columns, *protocol.get("item_fields", [])))
+    splits = DatasetDict({name: Dataset(table) for name, table in tables.items()})
+    return PreparedData(folder, splits, Dataset(items), protocol)
 
 
 def interactions(data_dir: str | Path) -> pd.DataFrame:
@@ -81,7 +117,8 @@ def interactions(data_dir: str | Path) -> pd.DataFrame:
         InputError: the folder or its interactions file is missing or cannot be read.
     """
     load_protocol(Path(data_dir))
-    return _read(Path(data_dir), INTERACTIONS_FILE).to_pandas()
+    names = ("user_id", "item_id", "rating", "label", "timestamp", "split")
+    return _read(Path(data_dir), INTERACTIONS_FILE, names).to_pandas()
 
 
 def has_times(data_dir: str | Path) -> bool:
@@ -179,13 +216,17 @@ def load_protocol(folder: Path) -> dict:
     file = folder / PROTOCOL_FILE
     try:
         protocol = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"{folder} is not a prepared folder ({PROTOCOL_FILE} is missing or unreadable): "
             f"make one with `ccf-llm prepare`"
         ) from error
     if not isinstance(protocol, dict) or protocol.get("format") != FORMAT:
         raise InputError(f"{file} is not of format {FORMAT}: run `ccf-llm prepare` again")
+    try:
+        check_kinds(Protocol, protocol)
+    except ValueError as error:
+        raise InputError(f"{file} is damaged: {error} Run `ccf-llm prepare` again") from error
     return protocol
 
 
@@ -197,10 +238,27 @@ def _read_columns(data_dir: str | Path, name: str, columns: tuple[str, ...]) -> 
 def _read(folder: Path, name: str, columns: tuple[str, ...] | None = None) -> pa.Table:
     """A file's table, all of it or these columns in their order."""
     try:
-        if columns is None:
-            return pq.read_table(folder / name)
-        return pq.read_table(folder / name, columns=list(columns)).select(list(columns))
+        table = pq.read_table(folder / name, columns=None if columns is None else list(columns))
+        table = table if columns is None else table.select(list(columns))
     except (OSError, pa.ArrowException, KeyError) as error:
         raise InputError(
             f"{folder / name} is missing or damaged: run `ccf-llm prepare` again"
         ) from error
+    _check_columns(folder / name, table, columns or ())
+    return table
+
+
+def _check_columns(file: Path, table: pa.Table, needed: Sequence[str]) -> None:
+    """Raise InputError for a column that is missing or holds what `prepare` does not write."""
+    names = table.schema.names
+    wrong = next((f"has no column {name!r}" for name in needed if name not in names), "")
+    for name in needed if not wrong else []:
+        column, kind = table[name], KINDS.get(name)
+        if kind and not IS_KIND[kind](column.type):
+            wrong = f"holds {column.type} in the column {name!r}, which has {kind}"
+        elif kind and column.null_count and name != "rating":
+            wrong = f"has empty cells in the column {name!r}"
+        elif name == "label" and pc.any(pc.greater(pc.abs(pc.subtract(column, 0.5)), 0.5)).as_py():
+            wrong = "holds labels other than 0 and 1"
+    if wrong:
+        raise InputError(f"{file} {wrong}: run `ccf-llm prepare` again")

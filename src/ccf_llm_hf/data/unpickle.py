@@ -6,8 +6,10 @@ is read, and any other name is refused. The table is put together from the recor
 This also reads files of pandas versions whose classes are gone.
 """
 
+import io
 import pickle
 import re
+import struct
 from collections.abc import Iterable
 from typing import Any, BinaryIO
 
@@ -17,6 +19,7 @@ import pandas as pd
 from ccf_llm_hf.errors import InputError
 
 # No bare "O" array from bytes, no structured types, no dates: what is not listed is refused.
+MOST_COLUMNS = 1000
 NUMBER = re.compile(r"b1|[iu][1248]|f[248]")
 
 
@@ -100,8 +103,14 @@ for _core in ("numpy.core", "numpy._core"):
     ADMITTED[_core + ".numeric", "_frombuffer"] = _Buffer
 
 
-class _Unpickler(pickle.Unpickler):
-    """An unpickler that knows the names in ADMITTED and no other."""
+class _Unpickler(pickle._Unpickler):
+    """An unpickler that knows the names in ADMITTED and no other.
+
+    It is Python's own in Python: the one in C makes room for as much as a file says that it holds,
+    so that some hundred bytes claim gigabytes. This one holds what was read.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)  # noqa: RUF012
 
     def __init__(self, stream: BinaryIO, file: str) -> None:
         super().__init__(stream)
@@ -120,6 +129,12 @@ class _Unpickler(pickle.Unpickler):
             )
         return ADMITTED[module, name]
 
+    def load_bytearray(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray
+
 
 def read_pickled_table(stream: BinaryIO, file: str) -> pd.DataFrame:
     """The pandas table in a pickle, without running what the pickle asks for (our choice).
@@ -137,13 +152,13 @@ def read_pickled_table(stream: BinaryIO, file: str) -> pd.DataFrame:
             is damaged, or holds no table that pandas 1.3 or newer wrote.
     """
     try:
-        return _table(_Unpickler(stream, file).load())
+        return _table(_Unpickler(io.BytesIO(stream.read()), file).load())
     except InputError:
         raise
     # Whatever a damaged or hostile file makes of the records ends here.
     except (
         *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError),
-        *(MemoryError, OverflowError, RecursionError, OSError),
+        *(MemoryError, OverflowError, RecursionError, OSError, AssertionError, struct.error),
     ) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
@@ -157,6 +172,8 @@ def _table(loaded: Any) -> pd.DataFrame:
         raise ValueError(f"it holds no table but {type(loaded).__name__}")
     blocks, (names, index) = loaded.state["_mgr"].args
     labels, rows = _labels(names), len(_labels(index))
+    if not rows or len(labels) > MOST_COLUMNS:
+        raise ValueError(f"{rows} rows of {len(labels)} columns")
     columns: dict[str, Any] = {}
     for block in blocks:
         values, places = block.args[:2]

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import scipy.sparse as sp
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from ccf_llm_hf.data.prepared import load_protocol, read_item_fields, read_items, read_rows
 from ccf_llm_hf.data.protocol import SPLITS
+from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import auc
 from ccf_llm_hf.io import write_file
 
@@ -88,7 +90,10 @@ def linear_hybrid(data_dir: str | Path, split: str) -> pd.DataFrame | None:
         except OSError as error:
             logger.warning("the linear hybrid's scores are not kept: %s", error)
             return scores[split]
-    kept = pd.read_parquet(file)
+    try:
+        kept = pd.read_parquet(file, columns=["split", "score", "prob"])
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{file} is damaged: delete it, to have it made again") from error
     return kept.loc[kept["split"] == split, ["score", "prob"]].reset_index(drop=True)
 
 

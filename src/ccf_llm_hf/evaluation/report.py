@@ -1,6 +1,5 @@
 """One report per scored split: metrics with intervals, slices, controls, paired differences."""
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from ccf_llm_hf.evaluation.metrics import (
     wuauc,
 )
 from ccf_llm_hf.evaluation.scores import align_scores
+from ccf_llm_hf.io import as_json
 
 SLICES = {
     "warm_pair": "user and item both occur in train (not_cold)",
@@ -112,7 +112,7 @@ def evaluate_scores(
     definitions = METRICS | DEFINITIONS
     definitions |= {"linear hybrid": DEFINITION} if hybrid is not None else {}
     definitions |= {" & ".join(pair): AVERAGE_DEFINITION for pair in averages}
-    return _jsonable(
+    return as_json(
         {
             "split": split,
             "name": name,
@@ -214,15 +214,3 @@ def _reliability(rows: pd.DataFrame, scores: pd.DataFrame) -> list[dict[Hashable
     if scores["prob"].isna().any():
         return None
     return reliability_table(rows["label"], scores["prob"]).to_dict("records")
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _jsonable(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(part) for part in value]
-    if isinstance(value, np.integer):
-        return int(value)
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value

@@ -44,7 +44,12 @@ def align_scores(
     _check_columns(scores, f"of {name!r}")
     scores = scores.reset_index(drop=True)
     scores = scores.assign(**{side: as_ids(scores[side]) for side in ("user_id", "item_id")})
-    if len(scores) != len(rows) or not _same_pairs(scores, rows):
+    # Scores of whole users in the split's order are taken as they stand: a pair may repeat.
+    scored = rows["user_id"].isin(scores["user_id"]).to_numpy()
+    own = scores[scores["user_id"].isin(rows["user_id"])]
+    if (scored.all() or (partial and scored.any())) and _same_pairs(own, rows[scored]):
+        scores = own.set_axis(np.flatnonzero(scored)).reindex(range(len(rows)))
+    else:
         scores = _matched(scores, rows, name, partial)
     scored = scores["score"].notna().to_numpy() | (not partial)
     if "label" in scores and not np.array_equal(scores["label"][scored], rows["label"][scored]):

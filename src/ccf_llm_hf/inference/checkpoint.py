@@ -34,7 +34,26 @@ def load_checkpoint(
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"checkpoint {path_or_repo} cannot be loaded: {reason}") from error
+    check_parts(model, processor, path_or_repo)
     return model.eval(), processor
+
+
+def check_parts(model: CCFLLMForCTR, processor: CCFLLMProcessor, path: str) -> None:
+    """Refuse a processor that writes other prompts than its model reads.
+
+    Raises:
+        InputError: naming the files that disagree.
+    """
+    config = model.config
+    slots = ("item_slot_token_id", "user_slot_token_id") if processor.uses_slots else ()
+    wrong = [name for name in slots if getattr(config, name) != getattr(processor, name)]
+    if bool(config.sentence_encoder) != (processor.text_tokenizer is not None):
+        wrong.append("sentence_encoder")
+    if wrong:
+        raise InputError(
+            f"checkpoint {path} cannot be loaded: its config.json and its tokenizers disagree "
+            f"about {wrong[0]}; restore the files of one checkpoint"
+        )
 
 
 def check_checkpoint(path: str) -> None:

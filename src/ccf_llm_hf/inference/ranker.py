@@ -1,7 +1,8 @@
 """`CTRRanker`: probabilities, ranked lists and explanations from a checkpoint."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ccf_llm_hf.modeling.ranking_ccf_llm import (
     TOKENS_PER_BATCH,
     RankedItem,
     cf_logits,
+    check_counts,
     explain,
     number_items,
     preselect,
@@ -127,13 +129,11 @@ class CTRRanker:
         for place, pair in enumerate(pairs):
             user, history, item = _read_pair(pair, place)
             read = self.processor
-            try:
+            with refusing(f"pair {place}: "):
                 seen = [
                     (read.item_text(past), read.new_values(past), read.target(past))
                     for past in history
                 ]
-            except ValueError as error:
-                raise InputError(f"pair {place}: {error}") from error
             key = (user, tuple(seen))
             requests.setdefault(key, Request(user, history)).candidates.append(item)
             places.setdefault(key, []).append(place)
@@ -220,13 +220,9 @@ class CTRRanker:
         Raises:
             InputError: neither users nor histories, or lists whose lengths differ.
         """
-        for name, count in (
-            ("top_k", top_k),
-            ("preselect", preselect),
-            ("max_per_topic", 1 if max_per_topic is None else max_per_topic),
-        ):
-            if count < 1:
-                raise InputError(f"{name}={count} must be at least 1")
+        varied = {} if max_per_topic is None else {"max_per_topic": max_per_topic}
+        with refusing():
+            check_counts(top_k=top_k, preselect=preselect, **varied)
         given = {"users": users, "histories": histories, "candidates": candidates}
         for name, values in given.items():
             if not (values is None or is_container(values)):
@@ -260,7 +256,7 @@ class CTRRanker:
                 chosen = _given(items)
             requests.append(Request(user, past, chosen))
         self._tell_unknown([one.user for one in requests], [])
-        try:
+        with refusing():
             return rank(
                 self.model,
                 self.processor,
@@ -269,10 +265,6 @@ class CTRRanker:
                 max_per_topic=max_per_topic,
                 tokens_per_batch=self.tokens_per_batch,
             )
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(str(error)) from error
 
     def explain(
         self,
@@ -294,10 +286,11 @@ class CTRRanker:
                 None: all that the prompt shows, and those.
             progress: show a bar on stderr.
         """
-        if max_lines is not None and max_lines < 0:
-            raise InputError(f"max_lines={max_lines} must be at least 0")
+        if max_lines is not None:
+            with refusing():
+                check_counts(0, max_lines=max_lines)
         request = Request(user, _items(history, "history"), _items([item], "item"))
-        try:
+        with refusing():
             (reasons,) = explain(
                 self.model,
                 self.processor,
@@ -306,10 +299,6 @@ class CTRRanker:
                 tokens_per_batch=self.tokens_per_batch,
                 progress=progress,
             )
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(str(error)) from error
         row, title = self.processor.resolve_item(item)
         number, new = number_items(self.processor, [item], self.model.device)
         return Explanation(
@@ -327,7 +316,7 @@ class CTRRanker:
 
     def _score(self, requests: Sequence[Request], progress: bool) -> list[torch.Tensor]:
         """Logits per request, in the order of its candidates."""
-        try:
+        with refusing():
             return score(
                 self.model,
                 self.processor,
@@ -335,10 +324,6 @@ class CTRRanker:
                 tokens_per_batch=self.tokens_per_batch,
                 progress=progress,
             )
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(str(error)) from error
 
     def _cf_logit(self, user: User, history: Sequence[Item], item: Item) -> float | None:
         """The CF model's own logit, see `cf_logits`; None without CF vectors."""
@@ -351,14 +336,24 @@ class CTRRanker:
         self, user: User, history: Sequence[Item], count: int, max_per_topic: int | None
     ) -> list[Item]:
         """As `preselect` of the modeling code."""
-        try:
+        with refusing():
             return list(preselect(self.model, self.processor, user, history, count, max_per_topic))
-        except ValueError as error:
-            raise InputError(str(error)) from error
 
     def _user_known(self, user: User) -> bool:
         row = self.processor.resolve_user(user)
         return row < len(self.processor.user_ids) and bool(self.model.cf.user_known[row])
+
+
+@contextmanager
+def refusing(place: str = "") -> Iterator[None]:
+    """Have what the modeling code refuses, or finds missing such as a sentence encoder, end as an
+    `InputError` that begins with `place`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, OSError) as error:
+        raise InputError(f"{place}{error}") from error
 
 
 def describe_unknown(processor: CCFLLMProcessor, users: Sequence[Any], items: Sequence[Any]) -> str:
@@ -389,27 +384,22 @@ def _read_pair(pair: Pair, place: int) -> tuple[str | None, list[Item], Item]:
     if isinstance(pair, Mapping):
         if "item" not in pair or set(pair) - {"user", "history", "item"}:
             raise InputError(
-                f"{name} has the keys {sorted(pair)}: give item, and user or history if known"
+                f"{name} has the keys {sorted(map(str, pair))}: give item, and user or history if "
+                "known"
             )
         user, history, item = pair.get("user"), pair.get("history"), pair["item"]
     elif is_container(pair) and isinstance(pair, Iterable) and len(both := list(pair)) == 2:
         user, item = both
     else:
         raise InputError(f"{name} is {pair!r}: give (user, item) or a dict with item")
-    try:
+    with refusing(f"{name}: "):
         return read_id(user), _items(history, f"history of {name}"), _items([item], name)[0]
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"{name}: {error}") from error
 
 
 def _items(values: Any, name: str) -> list[Item]:
     """As `read_items`."""
-    try:
+    with refusing():
         return read_items(values, name)
-    except ValueError as error:
-        raise InputError(str(error)) from error
 
 
 def _given(values: Any) -> list[Item]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ccf_llm_hf.data.validation import as_ids
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.inference.malformed_csv import malformed_line
 from ccf_llm_hf.inference.ranker import CTRRanker, describe_unknown
-from ccf_llm_hf.io import sha256_of
+from ccf_llm_hf.io import lock_folder, sha256_of, write_file, write_json
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import backbone_fingerprint
 
 KEYS = ("user_id", "item_id")
@@ -64,6 +65,7 @@ class PairScorer:
         Raises:
             InputError: the input cannot be read, lacks a column or holds a null; or `out` holds the
                 scores of another input or checkpoint.
+            FolderInUse: another process scores into `out`.
         """
         if self.shard_rows < 1:
             raise InputError(f"--shard-rows {self.shard_rows} must be at least 1")
@@ -74,7 +76,15 @@ class PairScorer:
             "histories": _digest(json.dumps(sorted(self.histories.items())).encode()),
             "shard_rows": self.shard_rows,
         }
-        _claim(out, manifest)
+        if any(place.is_file() for place in (out, *out.parents)):
+            raise InputError(f"--out {out} is a file, or in one: name a folder")
+        with lock_folder(out, "--out"):
+            _claim(out, manifest)
+            return self._write_shards(source, out, manifest)
+
+    def _write_shards(
+        self, source: "_Source", out: Path, manifest: dict[str, Any]
+    ) -> dict[str, Any]:
         rows = new_rows = 0
         unknown: tuple[dict[Any, None], ...] = ({}, {})
         with tqdm(total=source.rows, desc="scoring", unit=" pairs") as bar:
@@ -84,17 +94,16 @@ class PairScorer:
                 for known, new in zip(unknown, self.ranker.unknown(*ids), strict=True):
                     known.update(dict.fromkeys(new))
                 if not path.exists():
-                    partial = path.with_name(path.name + ".partial")
-                    pq.write_table(self._score(shard, first=rows), partial)
-                    partial.replace(path)
+                    scores = self._score(shard, first=rows)
+                    write_file(path, partial(pq.write_table, scores))
                     new_rows += len(shard)
                 rows += len(shard)
                 bar.update(len(shard))
         if not rows:
-            raise InputError(f"{pairs} has no rows: nothing to score")
+            raise InputError(f"{source.path} has no rows: nothing to score")
         counts = dict(zip(("unknown_users", "unknown_items"), map(len, unknown), strict=True))
         finished = manifest | {"rows": rows, "finished": True} | counts
-        _write_json(out / MANIFEST, finished)
+        write_json(out / MANIFEST, finished)
         said = describe_unknown(self.ranker.processor, *map(list, unknown))
         return finished | {"new_rows": new_rows, "unknown": said}
 
@@ -123,7 +132,10 @@ class PairScorer:
 
 def _read_ids(shard: pa.Table, name: str, first: int) -> list[str]:
     """A column of ids, none of them missing; `first` is the shard's first row."""
-    ids = as_ids(shard[name].to_pandas(integer_object_nulls=True).rename(name)).tolist()
+    try:
+        ids = as_ids(shard[name].to_pandas(integer_object_nulls=True).rename(name)).tolist()
+    except InputError as error:
+        raise InputError(f"in the pairs from row {first} on: {error}") from error
     if "" in ids:
         row = first + ids.index("")
         raise InputError(f"row {row} of the pairs has no {name}: fill it or drop the row")
@@ -239,12 +251,9 @@ def checkpoint_identity(checkpoint: str, model: Any) -> str:
 
 def _claim(out: Path, manifest: dict[str, Any]) -> None:
     """Note what this folder's scores are of; refuse a folder that holds others."""
-    if any(place.is_file() for place in (out, *out.parents)):
-        raise InputError(f"--out {out} is a file, or in one: name a folder")
-    out.mkdir(parents=True, exist_ok=True)
     file = out / MANIFEST
     if not any(out.glob("part-*.parquet")):
-        _write_json(file, manifest | {"finished": False})
+        write_json(file, manifest | {"finished": False})
         return
     if not file.is_file():
         raise InputError(f"{out} holds shards but no {MANIFEST}: name another --out, or delete it")
@@ -261,9 +270,3 @@ def _claim(out: Path, manifest: dict[str, Any]) -> None:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)

@@ -12,6 +12,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from ccf_llm_hf.errors import InputError
 
 DEFAULT_RATES = {"lora_": 5e-4, r"\.gate\.": 2e-4}
+MOST_EPOCHS = 1000
+MOST_SEEDS = 2**32  # NumPy's limit
 CHOOSING = ("eval_auc", "eval_uauc", "eval_loss")  # what validation measures
 
 
@@ -195,10 +197,23 @@ class CTRTrainingArguments(TrainingArguments):
         for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"):
             rates[name] = getattr(self, name)
         for name, value in rates.items():
-            if not 0 <= value < math.inf:
-                raise InputError(f"{name}={value} must be a number that is not below 0")
-        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
-            raise InputError(f"num_train_epochs={self.num_train_epochs} must be above 0")
+            most = 1 if "rate" in name else math.inf
+            if not 0 <= value <= most or value == math.inf:
+                bound = "from 0 to 1" if most == 1 else "a number that is not below 0"
+                raise InputError(f"{name}={value} must be {bound}")
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs <= MOST_EPOCHS:
+            raise InputError(
+                f"num_train_epochs={self.num_train_epochs} must be above 0, at most {MOST_EPOCHS}"
+            )
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < MOST_SEEDS:
+                raise InputError(f"{name}={getattr(self, name)} must be from 0 to {MOST_SEEDS - 1}")
+        in_steps = self.load_best_model_at_end and self.eval_strategy == IntervalStrategy.STEPS
+        if in_steps and self.save_steps != self.eval_steps and self.save_strategy == "steps":
+            raise InputError(
+                f"save_steps={self.save_steps} must be eval_steps={self.eval_steps}, or the best "
+                "weights may not be there at the end: leave save_steps out"
+            )
 
     def rates(self) -> dict[str, float]:
         """`learning_rate_mapping` with numbers for values."""

@@ -8,6 +8,7 @@ two stages of the paper, a single joint stage and every staged-training ablation
 
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,11 +26,12 @@ from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.configuration_ccf_llm import FUSIONS, ITEM_TEXTS, CCFLLMConfig
 from ccf_llm_hf.modeling.processing_ccf_llm import HISTORIES, CCFLLMProcessor
 from ccf_llm_hf.modeling.prompt_ccf_llm import ITEM_FORMATS, WORDINGS
-from ccf_llm_hf.training.arguments import CTRTrainingArguments
+from ccf_llm_hf.training.arguments import MOST_SEEDS, CTRTrainingArguments
 from ccf_llm_hf.training.lora import check_lora
 from ccf_llm_hf.training.trainer import check_left_to_sampler
 from ccf_llm_hf.training.values import read_value
 
+MOST_NODES = 10_000  # values of a recipe
 MANY = 20  # keys that are more than a sentence can list
 PRECISIONS = ("fp32", "bf16", "auto")
 LORA_DEFAULTS = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
@@ -333,6 +335,8 @@ class Recipe:
             raise InputError("recipe: `stages` must be a list of at least one stage")
         self.stages = [_as_stage(stage, number) for number, stage in enumerate(self.stages, 1)]
         check_choice("recipe", "precision", self.precision, PRECISIONS)
+        if not 0 <= self.seed < MOST_SEEDS:
+            raise InputError(f"recipe: `seed` {self.seed} must be from 0 to {MOST_SEEDS - 1}")
         for key, file in (("data_dir", "protocol.json"), ("cf_dir", "cf_embeddings.safetensors")):
             self._check_folder(key, file)
         if not self.output_dir:
@@ -381,18 +385,53 @@ def parse_recipe(argv: Sequence[str]) -> Recipe:
     """
     parser = _RecipeParser([Recipe], prog="ccf-llm train", description=__doc__)  # type: ignore[list-item]
     _check_flags(parser, argv)
+    words = list(argv)
+    file = words[words.index("--config") + 1] if "--config" in words[:-1] else "of flags"
     try:
+        if file in words:
+            check_yaml(Path(file))
         recipe, *unknown = parser.parse_args_and_config(list(argv), return_remaining_strings=True)
     except InputError:
         raise
-    except (OSError, ValueError, yaml.YAMLError) as problem:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
         reason = " ".join(str(problem).split())
-        raise InputError(f"the recipe cannot be read: {reason}") from problem
+        raise InputError(f"the recipe {file} cannot be read: {reason}") from problem
     if unknown[0]:
         known = ", ".join(sorted(f.name for f in dataclasses.fields(Recipe)))
         key = unknown[0][0].lstrip("-")
         raise InputError(f"recipe: the unknown key {key!r}; known keys are {known}")
     return recipe
+
+
+def check_yaml(file: Path) -> None:
+    """Refuse a file that is no mapping of names, or whose aliases stand for more values than any
+    recipe has.
+
+    Raises:
+        ValueError, YAMLError: naming what is wrong with it.
+    """
+    root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError("it must contain a YAML mapping")
+    for key, _ in root.value:
+        if key.tag != "tag:yaml.org,2002:str":
+            raise ValueError(f"its key {key.value!r} is no name")
+    sizes: dict[int, float] = {}
+    if count_nodes(root, sizes) > MOST_NODES:
+        raise ValueError(
+            f"its aliases (*name) stand for more than {MOST_NODES:,} values: write them out"
+        )
+
+
+def count_nodes(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """How many values a node of YAML stands for, each alias counted as what it repeats."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf  # of an alias inside what it stands for
+        parts: list[yaml.Node] = []
+        for child in node.value if isinstance(node, yaml.CollectionNode) else []:
+            parts += child if isinstance(child, tuple) else [child]
+        sizes[id(node)] = 1 + sum(count_nodes(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 def _check_flags(parser: TrlParser, argv: Sequence[str]) -> None:

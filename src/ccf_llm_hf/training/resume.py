@@ -17,7 +17,17 @@ def train_or_resume(trainer: CTRTrainer) -> list[dict[str, float]]:
     Returns:
         The log history of the whole run. The model carries the best weights.
     """
-    checkpoint = last_checkpoint(Path(str(trainer.args.output_dir)))
+    folder = Path(str(trainer.args.output_dir))
+    try:
+        return _train_on(trainer, last_checkpoint(folder))
+    except Exception:
+        for checkpoint in trainer_checkpoints(folder):  # of a disk that filled, say
+            if trainer.args.should_save and not is_whole(checkpoint):
+                shutil.rmtree(checkpoint)
+        raise
+
+
+def _train_on(trainer: CTRTrainer, checkpoint: Path | None) -> list[dict[str, float]]:
     if checkpoint is None:
         trainer.train()
         return trainer.state.log_history
@@ -33,13 +43,16 @@ def train_or_resume(trainer: CTRTrainer) -> list[dict[str, float]]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The latest trainer checkpoint that was written to its end; None when there is none."""
-    for checkpoint in sorted(trainer_checkpoints(folder), key=_step, reverse=True):
-        try:
-            json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-            return checkpoint
-        except (OSError, ValueError):
-            continue
-    return None
+    return max(filter(is_whole, trainer_checkpoints(folder)), key=_step, default=None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a trainer checkpoint was written to its end: its state is, which comes last."""
+    try:
+        state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+        return bool(TrainerState(**state).stateful_callbacks["TrainerControl"]["args"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def delete_trainer_checkpoints(folder: Path) -> None:

@@ -6,19 +6,18 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 
 from ccf_llm_hf.data.assets import asset_source, hub_id
-from ccf_llm_hf.errors import FolderInUse, InputError
-from ccf_llm_hf.io import write_folder, write_json
+from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.io import lock_folder, write_folder, write_json
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 from ccf_llm_hf.training.memory import peak_memory
@@ -48,7 +47,8 @@ def run_recipe(argv: Sequence[str]) -> dict[str, Any]:
     recipe = parse_recipe(argv)
     # As in `CTRTrainingArguments`: on a machine without an accelerator ranks need this to meet.
     state = PartialState(cpu=not torch.accelerator.is_available())
-    with lock_folder(Path(recipe.output_dir)) if state.is_main_process else nullcontext():
+    lock = lock_folder(recipe.output_dir, "output_dir") if state.is_main_process else nullcontext()
+    with lock:
         return train_stages(recipe, state)
 
 
@@ -76,32 +76,6 @@ def train_stages(recipe: Recipe, state: PartialState) -> dict[str, Any]:
         )
     state.wait_for_everyone()
     return summarize_run(recipe, records)
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Keep a run's folder to this process: two would write over each other's checkpoints.
-
-    Raises:
-        FolderInUse: another process holds it; a process that ended, however it did, does not.
-        InputError: it cannot be made or written to.
-    """
-    lock = FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise FolderInUse(
-            f"another process trains in {folder} now: wait until it ends, or name another folder"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"output_dir {folder} cannot be written to ({error.strerror}): name another folder"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def find_start(init_from: str, output: Path, earlier: list[str], offline: bool) -> Path | None:

@@ -1,6 +1,7 @@
 """One stage: build its model, train or resume it, leave a slim checkpoint behind."""
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import HTTPError
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from ccf_llm_hf.cf.vectors import CFVectors
-from ccf_llm_hf.data.assets import PROVENANCE_FILE, cache_folder, hub_id, load_backbone_path
+from ccf_llm_hf.data.assets import (
+    PROVENANCE_FILE,
+    asset_source,
+    cache_folder,
+    hub_id,
+    load_backbone_path,
+)
 from ccf_llm_hf.data.prepared import (
     ITEMS_FILE,
     PROTOCOL_FILE,
@@ -24,7 +31,7 @@ from ccf_llm_hf.data.prepared import (
 )
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.io import sha256_of, write_folder, write_json
-from ccf_llm_hf.modeling.checkpoint_ccf_llm import CF_FILE
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import CF_FILE, one_line
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 from ccf_llm_hf.training.arguments import CTRTrainingArguments
@@ -75,6 +82,7 @@ class RunInputs:
                 "was split at random, without times: fit it with cross_fit=folds"
             )
         backbone, revision = load_backbone_path(recipe.backbone, offline=recipe.offline)
+        asset_source(backbone)  # which the end of the run tells
         files = {
             "train data": [data.path / split_file("train")],
             "validation data": [data.path / split_file("validation")],
@@ -193,6 +201,7 @@ class StageRun:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / RECORD_FILE, {"settings": self.settings(), "finished": False})
         trainer = self.build_trainer()
+        self.check_validated(trainer)
         history = train_or_resume(trainer)
         record = {
             "settings": self.settings(),
@@ -233,6 +242,18 @@ class StageRun:
             reason = " ".join(str(problem).split())
             raise InputError(f"stage {self.stage.name!r} cannot begin: {reason}") from problem
 
+    def check_validated(self, trainer: CTRTrainer) -> None:
+        """Raise `InputError` where training would end before its first validation."""
+        args = trainer.args
+        steps = args.max_steps
+        if steps <= 0:
+            steps = math.ceil(trainer.batch_sampler.steps_per_epoch * args.num_train_epochs)
+        if args.eval_strategy == "steps" and args.eval_steps and args.eval_steps > steps:
+            raise InputError(
+                f"stage {self.stage.name!r}: eval_steps={args.eval_steps} is more than the {steps} "
+                "steps of the training, which would never be validated: lower it"
+            )
+
     def training_arguments(self) -> CTRTrainingArguments:
         """The stage's `training` section, in its folder."""
         return CTRTrainingArguments(
@@ -245,21 +266,28 @@ class StageRun:
     def build_processor(self) -> CCFLLMProcessor:
         """The stage's prompt over the run's catalog. Raises `InputError` on settings that do not go
         together."""
-        tokenizer = AutoTokenizer.from_pretrained(
-            self.inputs.backbone, revision=self.inputs.revision
-        )
+        tokenizer = self.load_tokenizer(self.inputs.backbone, self.inputs.revision)
         settings = {**self.stage.prompt, "histories": self.choose_histories()}
         settings["rating_scale"] = self.choose_rating_scale()
         settings["item_fields"] = self.inputs.item_fields()
         if encoder := self.stage.model.get("sentence_encoder"):
-            settings["text_tokenizer"] = AutoTokenizer.from_pretrained(
-                self.find_encoder(encoder)[0], revision=self.find_encoder(encoder)[1]
-            )
+            settings["text_tokenizer"] = self.load_tokenizer(*self.find_encoder(encoder))
         settings["field_values"] = [] if self.inputs.cf is None else self.inputs.cf.field_values
         try:
             return CCFLLMProcessor(tokenizer, *self.inputs.catalog(), **settings)
         except ValueError as problem:
             raise InputError(f"stage {self.stage.name!r}: {problem}") from problem
+
+    def load_tokenizer(self, name: str, revision: str | None) -> PreTrainedTokenizerBase:
+        """The tokenizer of a backbone or sentence encoder; raises `InputError` where it is damaged
+        or there is none."""
+        try:
+            return AutoTokenizer.from_pretrained(name, revision=revision)
+        except Exception as problem:  # whatever transformers makes of damaged files
+            raise InputError(
+                f"stage {self.stage.name!r}: {name} cannot be read as a language model "
+                f"({one_line(problem)}): name a folder or Hub repository that holds one, whole"
+            ) from problem
 
     def choose_rating_scale(self) -> tuple[float, float] | None:
         """How ratings of the histories are read: as the CF model was fitted to them, else by the
@@ -312,8 +340,9 @@ class StageRun:
             if self.start:
                 dropout = (self.stage.lora or {}).get("lora_dropout", 0.0)
                 warm_start(model, self.start, dropout)
-        except (OSError, ValueError) as problem:
-            raise InputError(f"stage {self.stage.name!r}: {problem}") from problem
+        except (OSError, ValueError, RuntimeError) as problem:  # the last where memory is short
+            reason = " ".join(str(problem).split())
+            raise InputError(f"stage {self.stage.name!r}: {reason}") from problem
         if uses_bf16(self.recipe.precision):
             freeze_in_bf16(model)
         return model

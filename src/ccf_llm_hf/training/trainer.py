@@ -1,7 +1,6 @@
 """The trainer: transformers' own, on packed batches, with rates by name and AUC validation."""
 
 import dataclasses
-import json
 import math
 import re
 import time
@@ -19,7 +18,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, PredictionOutput
-from transformers.utils import CONFIG_NAME
+from transformers.utils import logging
 
 from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.grouping import (
@@ -31,13 +30,13 @@ from ccf_llm_hf.data.grouping import (
     sample_group,
 )
 from ccf_llm_hf.errors import InputError
-from ccf_llm_hf.evaluation.metrics import auc, fit_temperature, uauc
+from ccf_llm_hf.evaluation.metrics import TEMPERATURES, auc, fit_temperature, uauc
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import FUSION_FILE
-from ccf_llm_hf.modeling.configuration_ccf_llm import IGNORED_LABEL
+from ccf_llm_hf.modeling.configuration_ccf_llm import IGNORED_LABEL, CCFLLMConfig
 from ccf_llm_hf.modeling.modeling_ccf_llm import CF_INPUTS, CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
-from ccf_llm_hf.modeling.ranking_ccf_llm import score
-from ccf_llm_hf.training.arguments import DEFAULT_RATES, CTRTrainingArguments
+from ccf_llm_hf.modeling.ranking_ccf_llm import check_positions, score
+from ccf_llm_hf.training.arguments import DEFAULT_RATES, MOST_EPOCHS, CTRTrainingArguments
 from ccf_llm_hf.training.collator import (
     GroupDataLoader,
     GroupDataset,
@@ -53,6 +52,8 @@ from ccf_llm_hf.training.cross_fit import (
 from ccf_llm_hf.training.lora import inject_lora, record_of
 from ccf_llm_hf.training.memory import HeapTrimmer
 from ccf_llm_hf.training.warm_start import load_trained_weights
+
+logger = logging.get_logger(__name__)
 
 GATES_SHOWN = 2048
 
@@ -153,12 +154,16 @@ class CTRTrainer(Trainer):
             groups = group_training(train_dataset, processing_class, args, self.cf)
             self.train_groups = sample_groups(groups, args.max_train_labels, args.seed)
             self.batch_sampler = plan_batches(self.train_groups, processing_class, args)
+            check_lengths(model, processing_class, self.train_groups, self.batch_sampler.lengths)
             args = _with_plan(args, self.batch_sampler)
         if eval_dataset is not None:
             groups = group_split(
                 eval_dataset, processing_class, args.max_candidates, lines=self.lines
             )
             self.eval_groups = sample_users(groups, args.max_eval_labels, args.seed)
+            check_classes(self.eval_groups, str(args.metric_for_best_model))
+            lengths = [processing_class.count_tokens(group) for group in self.eval_groups]
+            check_lengths(model, processing_class, self.eval_groups, lengths)
         callbacks = [*(callbacks or []), HeapTrimmer()]
         if args.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
@@ -260,7 +265,9 @@ class CTRTrainer(Trainer):
             logs["labels_per_second"] = round(rate, 2)
             logs["train_seconds"] = round(self._train_seconds, 3)
             self._labels_seen, self._train_seconds = 0, 0.0
-        super().log(logs, start_time)
+        # A gradient that is no number, say: the state of a trainer is JSON, which has none such.
+        finite = {k: v for k, v in logs.items() if not isinstance(v, float) or math.isfinite(v)}
+        super().log(finite, start_time)
 
     def score(self, groups: Sequence[Group]) -> Scores:
         """Score labeled groups, each rank its share; every rank returns all scores."""
@@ -302,10 +309,14 @@ class CTRTrainer(Trainer):
         if self.processing_class.uses_slots:
             metrics |= gate_statistics(self.model)
         if eval_dataset is None:
-            metrics["temperature"] = float(fit_temperature(scores.logits, scores.labels))
+            metrics["temperature"] = choose_temperature(scores)
             self.model.config.logit_temperature = metrics["temperature"]
         metrics["runtime"] = round(time.monotonic() - started, 2)
-        metrics = {f"{metric_key_prefix}_{key}": value for key, value in metrics.items()}
+        metrics = {
+            f"{metric_key_prefix}_{key}": value
+            for key, value in metrics.items()
+            if math.isfinite(value)  # UAUC is not where no user has both classes
+        }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -351,14 +362,14 @@ class CTRTrainer(Trainer):
                 f"resume_from_checkpoint {folder} is no trainer checkpoint: name a folder "
                 f"{PREFIX_CHECKPOINT_DIR}-N of the run"
             )
-        saved = json.loads((folder / CONFIG_NAME).read_text())
-        if saved["backbone_fingerprint"] != self.model.config.backbone_fingerprint:
+        saved = CCFLLMConfig.from_pretrained(folder)
+        if saved.backbone_fingerprint != self.model.config.backbone_fingerprint:
             raise InputError(
-                f"{folder} was trained on other weights of {saved['backbone_name']!r} than those "
+                f"{folder} was trained on other weights of {saved.backbone_name!r} than those "
                 "loaded now: restore them, or name another output_dir"
             )
         load_trained_weights(self.model, folder)
-        self.model.config.logit_temperature = saved["logit_temperature"]
+        self.model.config.logit_temperature = saved.logit_temperature
 
     def load_best(self) -> None:
         """Load the weights of the best validation, found by step: the path that the state records
@@ -399,6 +410,51 @@ def _prepare_lora(model: CCFLLMForCTR, lora: peft.LoraConfig | None) -> None:
             f"peft_config asks for {record_of(lora)}, but the model has LoRA of "
             f"{model.config.lora}: give the same"
         )
+
+
+def check_classes(groups: Sequence[Group], metric: str) -> None:
+    """Refuse validation rows that leave undefined what chooses the weights."""
+    of_users: dict[Any, set[int]] = {}
+    for group in groups:
+        of_users.setdefault(group.user, set()).update(group.labels)
+    found = set().union(*of_users.values())
+    if len(found) < 2:
+        what = f"no label but {found.pop()}" if found else "no rows"
+        raise InputError(
+            f"the validation rows hold {what}, so that no AUC can choose the weights: raise "
+            "max_eval_labels, or prepare the data with a larger share for validation"
+        )
+    if metric == "eval_uauc" and not any(len(labels) > 1 for labels in of_users.values()):
+        raise InputError(
+            "metric_for_best_model=eval_uauc: no user of the validation rows has both classes; "
+            "raise max_eval_labels, or choose by eval_auc"
+        )
+
+
+def check_lengths(
+    model: CCFLLMForCTR, processor: CCFLLMProcessor, groups: Sequence[Group], lengths: Sequence[int]
+) -> None:
+    """Raise a `ValueError` for a prompt that is longer than the backbone has positions; `lengths`
+    are the groups' tokens, all their candidates together."""
+    most = getattr(model.config.text_config, "max_position_embeddings", None)
+    shared = len(processor.prompt.instruction())
+    for group, length in zip(groups, lengths, strict=True):
+        if most is not None and shared + length > most:
+            check_positions(model, processor.pack([group]))
+
+
+def choose_temperature(scores: Scores) -> float:
+    """The temperature that fits validation; 1 where the fit ends at a bound, which says that the
+    scores are unrelated to the labels, or tell them apart without a fault."""
+    found, (low, high) = fit_temperature(scores.logits, scores.labels), TEMPERATURES
+    if low * 1.01 < found < high / 1.01:
+        return found
+    logger.warning(
+        "The temperature that fits validation ends at the bound %.3g of its range: it is not used, "
+        "and probabilities are those of temperature 1.",
+        found,
+    )
+    return 1.0
 
 
 def choose_trained(model: CCFLLMForCTR, *, fusion: bool, lora: bool) -> None:
@@ -471,9 +527,16 @@ def plan_batches(
 ) -> TokenBudgetBatchSampler:
     """This rank's batches of every epoch."""
     labels = [len(group.rows) for group in groups]
+    if not labels:
+        raise InputError("the training split has no rows: prepare the data with some")
     epochs = math.ceil(args.num_train_epochs)
     if args.max_steps > 0:
         epochs = math.ceil(args.max_steps * args.labels_per_step / max(1, sum(labels))) + 1
+    if epochs > MOST_EPOCHS + 1:
+        raise InputError(
+            f"max_steps={args.max_steps} is more than {MOST_EPOCHS} passes over the "
+            f"{sum(labels):,} training labels: lower it"
+        )
     return TokenBudgetBatchSampler(
         [processor.count_tokens(group) for group in groups],
         labels,

@@ -1,6 +1,5 @@
 """What a stage starts from: the slim checkpoint or PEFT adapter that `init_from` names."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,9 @@ from ccf_llm_hf.modeling.checkpoint_ccf_llm import (
     TEXT_FILE,
     TEXT_SETTINGS,
     TEXT_SPACE,
+    read_json,
     read_tensors,
+    reading,
 )
 from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
@@ -154,7 +155,8 @@ def read_lora(adapter: Path) -> dict[str, Any]:
     Raises:
         InputError: it is no LoRA, or more than plain LoRA, such as one with scales by layer.
     """
-    config = peft.PeftConfig.from_pretrained(str(adapter))
+    with reading(adapter, ADAPTER_CONFIG):
+        config = peft.PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, peft.LoraConfig):
         raise InputError(f"`init_from` {adapter} holds {config.peft_type}, not LoRA")
     try:
@@ -170,10 +172,10 @@ def fills_slots_alike(source: Path, config: CCFLLMConfig) -> bool:
     words that are read in the same way. Not where its prompt shows none, or for a bare adapter."""
     if not (source / FUSION_FILE).is_file():
         return False
-    prompt = json.loads((source / PROCESSOR_FILE).read_text(encoding="utf-8"))
-    if prompt["history_format"] == prompt["candidate_format"] == "title":
+    prompt = read_json(source / PROCESSOR_FILE)
+    if prompt.get("history_format") == prompt.get("candidate_format") == "title":
         return False
-    saved = {"item_text": "static"} | json.loads((source / "config.json").read_text("utf-8"))
+    saved = {"item_text": "static"} | read_json(source / "config.json")
     read = TEXT_SETTINGS if config.item_text == "contextual" else ("item_text",)
     return all(saved.get(name) == getattr(config, name) for name in ("fusion", *read))
 
@@ -181,7 +183,7 @@ def fills_slots_alike(source: Path, config: CCFLLMConfig) -> bool:
 def is_full(source: Path) -> bool:
     """Whether a folder is a full checkpoint, whose adapter alone would leave its fusion behind."""
     config = source / "config.json"
-    saved = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    saved = read_json(config) if config.is_file() else {}
     return saved.get("checkpoint_form") == "full"
 
 
@@ -189,11 +191,11 @@ def warn_of_another_backbone(source: Path, fingerprint: str) -> None:
     """Say so when a slim checkpoint was trained on other backbone weights than the run's."""
     if not (source / FUSION_FILE).is_file():
         return
-    trained_on = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    if trained_on["backbone_fingerprint"] not in ("", fingerprint):
+    trained_on = read_json(source / "config.json")
+    if trained_on.get("backbone_fingerprint") not in ("", fingerprint):
         warnings.warn(
-            f"`init_from` {source} was trained on {trained_on['backbone_name']!r}, whose weights "
-            "are not those of this recipe's `backbone`; its LoRA may not fit them",
+            f"`init_from` {source} was trained on {trained_on.get('backbone_name')!r}, whose "
+            "weights are not those of this recipe's `backbone`; its LoRA may not fit them",
             stacklevel=2,
         )
 
@@ -204,7 +206,10 @@ def hash_start(source: Path) -> str:
     Raises:
         InputError: when the folder holds no weights.
     """
-    adapter = None if is_full(source) else find_adapter(source)
+    try:
+        adapter = None if is_full(source) else find_adapter(source)
+    except OSError as problem:
+        raise InputError(f"`init_from` {problem}") from problem
     files = []
     if (source / FUSION_FILE).is_file():
         files.append(source / FUSION_FILE)
