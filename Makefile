@@ -7,12 +7,13 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo bench test lint format clean
+.PHONY: help demo bench test fuzz lint format clean
 
 help:
 	@echo "make demo    prepare Book-Crossing, fit MF, train CCF-LLM, evaluate and rank (into runs/demo)"
 	@echo "make bench   measure every speed figure on MovieLens-1M (about an hour)"
 	@echo "make test    lint, types and all tests, the slow ones included"
+	@echo "make fuzz    an hour of random damage to every input"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  rewrite the code as ruff would have it"
 	@echo "make clean   remove build files and caches (runs/ and the virtual environment stay)"
@@ -45,6 +46,9 @@ lint: $(INSTALLED)
 # Two processes of one thread each: tiny models leave a second thread nothing to do.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+fuzz: $(INSTALLED)
+	CCF_LLM_FUZZ_SECONDS=3600 CCF_LLM_FUZZ_SEED=$$(date +%s) $(BIN)/python -m pytest -s tests/bad_input/test_fuzz.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

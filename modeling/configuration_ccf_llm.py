@@ -104,7 +104,7 @@ def is_kind(value: Any, kind: Any) -> bool:
         fits = isinstance(value, (list, tuple)) and len(value) == len(parts)
         return fits and all(map(is_kind, value, parts))
     if origin is list:
-        return isinstance(value, list) and all(is_kind(one, parts[0]) for one in value)
+        return isinstance(value, (list, tuple)) and all(is_kind(one, parts[0]) for one in value)
     if origin is dict:
         return isinstance(value, dict) and all(is_kind(one, parts[1]) for one in value.values())
     if kind in (int, float):

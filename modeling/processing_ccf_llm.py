@@ -388,14 +388,17 @@ class CCFLLMProcessor(ProcessorMixin):
         text_tokenizer: PreTrainedTokenizerBase | None = None,
         field_values: Sequence[tuple[str, str]] = (),
     ) -> None:
+        checked = (*PROMPT_SETTINGS, "item_fields")
+        given = {name: value for name, value in locals().items() if name in checked}
+        check_kinds(CCFLLMProcessor.__init__, given)
         check_choice("histories", histories, HISTORIES)
         if wording == "answered" and histories != "signed":
             raise ValueError(
                 'wording="answered" shows dislikes as lines answered No: it needs '
                 'histories="signed", and data that was prepared with signed histories.'
             )
-        if history_window[0] < 0 or history_window[1] < 1:
-            raise ValueError(f"history_window={history_window} needs H >= 0 and S >= 1.")
+        if history_window[1] < 1:
+            raise ValueError(f"history_window={history_window} needs S >= 1.")
         self.chat_template = None
         self.tokenizer, self.text_tokenizer = tokenizer, text_tokenizer
         self.prompt = HybridPrompt(
@@ -414,8 +417,6 @@ class CCFLLMProcessor(ProcessorMixin):
         self._value_index = {pair: row for row, pair in enumerate(self.field_values)}
         self.cf_fields = list(dict.fromkeys(field for field, _ in self.field_values))
         self.evidence_items = evidence_items
-        if evidence_items < 0:
-            raise ValueError(f"evidence_items={evidence_items} must not be below 0.")
         self._set_catalog(item_ids or [], item_titles or [], user_ids or [], item_fields)
         self._warned = False
 
@@ -941,7 +942,6 @@ class CCFLLMProcessor(ProcessorMixin):
         tokenizer = load_tokenizer(path, hub, bool(kwargs.get("trust_remote_code")))
         text_tokenizer = load_text_tokenizer(path, hub)
         with reading(path, f"{PROCESSOR_FILE}, {CATALOG_FILE} or {USERS_FILE}"):
-            check_kinds(cls.__init__, settings)
             processor = cls(
                 tokenizer,
                 [row["id"] for row in catalog],

@@ -184,7 +184,7 @@ class Stage:
                 )
             if key not in kinds:
                 refuse_key(f"{self._place()}: `{section}`", str(key), section)
-            if key == "fusion" and value in PRESETS:
+            if key == "fusion" and isinstance(value, str) and value in PRESETS:
                 raise InputError(
                     f"{self._place()}: {value} is a prompt now, no fusion: write `preset: {value}` "
                     "in the stage"
