@@ -398,7 +398,7 @@ class CheckpointMixin(PreTrainedModel):
         """A fresh model around a pretrained backbone.
 
         Args:
-            backbone: folder or Hub id of a causal language model.
+            backbone: folder, Hub id, or name in `ccf-llm`'s cache, of a causal language model.
             processor: over the catalog, with the backbone's tokenizer.
             backbone_name: name to record when `backbone` is a local copy.
             cf: a `CFVectors` of the processor's ids, of which the last fit is taken; None: no CF
@@ -422,9 +422,10 @@ class CheckpointMixin(PreTrainedModel):
         yes, no = processor.answer_token_ids()
         check_same_ids(processor, cf)
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        with reading(backbone):
+        place = backbone if "/" in str(backbone) else local_copy(backbone)
+        with reading(place):
             causal = AutoModelForCausalLM.from_pretrained(
-                backbone, revision=revision, dtype=dtype, **options
+                place, revision=revision, dtype=dtype, **options
             )
         text_config = copy.deepcopy(causal.get_decoder().config)
         settings |= text_settings(processor, text_config, settings)
@@ -655,6 +656,8 @@ class CheckpointMixin(PreTrainedModel):
         Args:
             backbone: for a slim checkpoint, a folder, Hub id or loaded causal language model to use
                 instead of the recorded one. A loaded one is copied, since LoRA is merged into it.
+                A name of `ccf-llm`'s, such as `smollm2-135m-instruct`, is its copy in the cache,
+                or the recorded one.
 
         Raises:
             OSError: naming a damaged, missing or mismatched file.
@@ -1067,8 +1070,12 @@ def load_backbone(
     if isinstance(backbone, PreTrainedModel):
         causal = copy.deepcopy(backbone)
     else:
-        name = local_copy(str(backbone or config.backbone_name))
-        revision = config.backbone_revision if backbone is None else None
+        recorded = config.backbone_name
+        name = str(backbone or recorded)
+        if name == recorded.rpartition("/")[2].lower() and not Path(name).is_dir():
+            name = recorded  # called as `ccf-llm` calls its copy of it
+        revision = config.backbone_revision if name == recorded else None
+        name = local_copy(name)
         try:
             causal = AutoModelForCausalLM.from_pretrained(
                 name, revision=revision, dtype="auto", **options

@@ -82,6 +82,12 @@ def commit_files(
     found = hub.store.writable(kind, repo, token)
     if revision not in found.branches:
         raise HubError(404, f"Invalid branch: {revision}", "RevisionNotFound")
+    more = {}
+    if "create_pr" in request.query:
+        number = 1 + sum(name.startswith("refs/pr/") for name in found.branches)
+        more["pullRequestUrl"] = f"{hub.url}/{found.prefix}{repo}/discussions/{number}"
+        start, revision = found.branches[revision], f"refs/pr/{number}"
+        found.branches[revision] = start
     lines = [json.loads(line) for line in request.body.splitlines()]
     header = lines[0]["value"]
     if header.get("parentCommit") not in (None, found.branches[revision]):
@@ -92,7 +98,7 @@ def commit_files(
     assert token is not None
     commit = found.add_commit(revision, header["summary"], token.user, files)
     url = f"{hub.url}/{found.prefix}{repo}/commit/{commit.oid}"
-    return json_answer({"success": True, "commitOid": commit.oid, "commitUrl": url})
+    return json_answer({"success": True, "commitOid": commit.oid, "commitUrl": url, **more})
 
 
 def change_file(store: Store, files: dict[str, File], key: str, value: dict[str, Any]) -> None:

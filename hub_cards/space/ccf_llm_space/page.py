@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
 
+from .guard import Guard
 from .markup import results_html, status_line
 from .recommender import MAX_PER_TOPIC, Recommender, clean_titles
 
@@ -196,5 +198,7 @@ def launch_page(page: gr.Blocks, **options: Any) -> None:
         head=f"<style>{style}</style><script>{script}</script>",
         footer_links=[],
         ssr_mode=False,
+        enable_monitoring=False,
+        app_kwargs={"middleware": [Middleware(Guard, host=options.get("server_name"))]},
         **options,
     )

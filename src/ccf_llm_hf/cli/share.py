@@ -32,12 +32,17 @@ def _serve(arguments: argparse.Namespace, _: list[str]) -> Output:
     return Output("stopped", {"host": arguments.host, "port": arguments.port})
 
 
+def _replace_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--replace", action="store_true", help=f"push over {what} that is there")
+
+
 def _push_space_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="Hub repository of the published model")
     parser.add_argument("--repo", required=True, help="Space to write to, org/name")
     parser.add_argument("--revision", help="of the model, to pin (default: its newest commit)")
     parser.add_argument("--private", action="store_true", help="make a new Space private")
-    parser.add_argument("--dry-run", action="store_true", help="check the model, send nothing")
+    _replace_argument(parser, "another Space")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, send nothing")
 
 
 def _push_space(arguments: argparse.Namespace, _: list[str]) -> Output:
@@ -48,6 +53,7 @@ def _push_space(arguments: argparse.Namespace, _: list[str]) -> Output:
         arguments.repo,
         revision=arguments.revision,
         private=arguments.private or None,
+        replace=arguments.replace,
         dry_run=arguments.dry_run,
     )
     return Output(pushed.as_text(), asdict(pushed))
@@ -83,6 +89,7 @@ def _push_arguments(parser: argparse.ArgumentParser) -> None:
         "--full", dest="form", action="store_const", const="full", help="with the backbone in it"
     )
     parser.add_argument("--backbone", help="folder or name to attach instead of the recorded one")
+    _replace_argument(parser, "another model")
     parser.add_argument("--dry-run", action="store_true", help="check everything, send nothing")
 
 
@@ -97,6 +104,7 @@ def _push(arguments: argparse.Namespace, _: list[str]) -> Output:
         backbone=arguments.backbone,
         private=arguments.private or None,
         revision=arguments.revision,
+        replace=arguments.replace,
         dry_run=arguments.dry_run,
     )
     return Output(published.as_text(), asdict(published))
@@ -111,6 +119,7 @@ def _push_dataset_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the rights holder allows you to share ratings whose license forbids it",
     )
+    _replace_argument(parser, "another data set")
     parser.add_argument("--dry-run", action="store_true", help="check everything, send nothing")
 
 
@@ -123,6 +132,7 @@ def _push_dataset(arguments: argparse.Namespace, _: list[str]) -> Output:
         arguments.repo,
         private=arguments.private,
         permission=arguments.i_have_permission,
+        replace=arguments.replace,
         dry_run=arguments.dry_run,
     )
     return Output(pushed.as_text(), asdict(pushed))

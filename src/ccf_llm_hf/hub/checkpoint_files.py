@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ccf_llm_hf.data.assets import hub_id
 from ccf_llm_hf.io import write_json
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import (
     ADAPTER_CONFIG,
@@ -124,7 +125,8 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 def cut_local_names(folder: Path) -> None:
     """Cut paths of this machine, where settings say what a model was made from, to their last
-    part: `"backbone_name": "/home/me/my-lm"` becomes `"my-lm"`."""
+    part: `"backbone_name": "/home/me/my-lm"` becomes `"my-lm"`. An asset's name becomes its Hub id.
+    """
     for name in SETTINGS_FILES:
         file = folder / name
         if not file.is_file() or file.suffix != ".json":
@@ -147,10 +149,14 @@ def cut_paths(value: Any) -> Any:
     return value
 
 
+def _share_name(value: Any) -> Any:
+    return hub_id(cut_paths(value)) if isinstance(value, str) else value
+
+
 def _cut_names(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     return {
-        key: cut_paths(value) if key in NAME_KEYS else _cut_names(value)
+        key: _share_name(value) if key in NAME_KEYS else _cut_names(value)
         for key, value in values.items()
     }

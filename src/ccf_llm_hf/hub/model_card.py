@@ -176,6 +176,7 @@ def render_card(folder: Path, facts: CardFacts, *, repo: str = "") -> str:
         backbone=cut_paths(config.backbone_name),
         backbone_source=name_source_to_supply(config, facts.backbone_source),
         backbone_asset=asset,
+        base_model=data.base_model,
         backbone_terms=terms,
         requirements=REQUIREMENTS,
         license=data.license,

@@ -1,6 +1,5 @@
 """Publish a checkpoint: one commit, whole or not at all, that may be tried again."""
 
-import json
 import re
 import sys
 import tempfile
@@ -15,13 +14,12 @@ from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
-    ModelInfo,
 )
-from huggingface_hub.errors import RepositoryNotFoundError
 
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.checkpoint_files import CARD_FILE, FACTS_FILE, is_weights
 from ccf_llm_hf.hub.example import record_example
+from ccf_llm_hf.hub.repository import ask_hub, explain, open_repo
 from ccf_llm_hf.hub.staging import Staged, check_repo_id, list_files, stage_checkpoint, stage_part
 from ccf_llm_hf.inference.ranker import CTRRanker
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
@@ -30,29 +28,20 @@ from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 
 Publishable: TypeAlias = CCFLLMForCTR | CCFLLMProcessor | CTRRanker | CTRRankingPipeline
 
-REASONS = {
-    401: "the Hub does not know who you are: run `hf auth login`, or set HF_TOKEN",
-    402: "the Hub asks for payment for this",
-    403: "this token may not write there: use one with write access to it",
-    404: "the Hub has no such repository or branch for this token",
-    412: "somebody else pushed to it meanwhile",
-    429: "the Hub takes no more requests for now",
-}
-# After these nothing is gained by trying the same again.
-FINAL = (400, 401, 402, 403, 404)
-
 
 @dataclass
 class Published:
     """Where a checkpoint is now. `unchanged`: it was there already, and no commit was made.
 
-    In a dry run there is no commit. `files` has the sizes in bytes by name.
+    In a dry run there is no commit. `files` has the sizes in bytes by name, `deleted` the weights
+    that the commit takes away from the repository, or would.
     """
 
     repo: str
     files: dict[str, int]
     stays_here: list[str]
     notes: list[str]
+    deleted: list[str] = field(default_factory=list)
     url: str | None = None
     commit: str | None = None
     private: bool | None = None
@@ -62,7 +51,9 @@ class Published:
     def as_text(self) -> str:
         """For a terminal: the commit, and how to load it; of a dry run, what it would send."""
         if self.commit is None:
-            return f"{list_files(self.files, self.stays_here, self.notes)}\nnothing was sent"
+            lines = [list_files(self.files, self.stays_here, self.notes)]
+            lines += [tell_deletions(self.repo, self.deleted)] if self.deleted else []
+            return "\n".join([*lines, "nothing was sent"])
         what = "holds it already" if self.unchanged else "published"
         seen = "private" if self.private else "public"
         lines = [f"{what}: {self.url} ({seen})", "load this revision:"]
@@ -79,6 +70,7 @@ def push(
     revision: str | None = None,
     token: str | bool | None = None,
     commit_message: str = "",
+    replace: bool = False,
     dry_run: bool = False,
 ) -> Published:
     """Check a checkpoint, say on stderr what would be sent, and send it in one commit.
@@ -92,29 +84,28 @@ def push(
         repo_id: `org/name`.
         form: `slim` or `full`; default the checkpoint's own.
         backbone: for the check of a slim checkpoint, what to attach instead of the recorded one.
-        private, revision, token: see [`publish`].
+        private, revision, token, replace: see [`publish`].
         commit_message: the commit's title.
-        dry_run: check everything, send nothing.
+        dry_run: check everything, the token's rights too, and send nothing.
 
     Raises:
         InputError: see [`publish`]; or something is damaged, or must not be published.
     """
     check_repo_id(repo_id)
     check_branch(revision)
+    api = HfApi(token=token, library_name="ccf-llm-hf")
+    where: Any = {"private": private, "revision": revision, "replace": replace}
+    head, unasked = ask_hub(api, repo_id, dry_run=dry_run, **where)
     print(f"checking what is to be sent to {repo_id}", file=sys.stderr)
     with _stage(thing, repo_id, form, backbone) as staged:
+        staged.notes += unasked
         if dry_run:
-            return Published(repo_id, staged.files, staged.left, staged.notes)
+            deleted = list_deletions(staged, head)
+            return Published(repo_id, staged.files, staged.left, staged.notes, deleted)
         print(list_files(staged.files, staged.left, staged.notes), file=sys.stderr)
         kind = "checkpoint" if isinstance(thing, str | Path) else type(thing).__name__
-        return publish(
-            staged,
-            repo_id,
-            private=private,
-            revision=revision,
-            token=token,
-            message=commit_message or f"Upload {kind}",
-        )
+        message = commit_message or f"Upload {kind}"
+        return publish(staged, repo_id, token=token, message=message, **where)
 
 
 @contextmanager
@@ -152,12 +143,14 @@ def publish(
     revision: str | None = None,
     token: str | bool | None = None,
     message: str = "Upload checkpoint",
+    replace: bool = False,
 ) -> Published:
     """Send staged files in one commit; make the repository and the branch if they are not there.
 
-    Weights that the repository holds under names of the other form are deleted by the same commit,
-    other files stay. When a request fails, the repository holds the whole commit or nothing of it,
-    though it may have been made, and be empty; the same call again completes it.
+    Weights that the repository holds under names of the other form are listed on stderr and deleted
+    by the same commit, other files stay. When a request fails, the repository holds the whole
+    commit or nothing of it, though it may have been made, and be empty; the same call again
+    completes it.
 
     Args:
         staged: what to send.
@@ -166,18 +159,25 @@ def publish(
         revision: branch; default main.
         token: default the one of `hf auth login` or HF_TOKEN.
         message: the commit's title.
+        replace: the repository may hold another model, whose weights are deleted or overwritten.
 
     Raises:
-        InputError: the Hub refuses, cannot be reached, or breaks off.
+        InputError: the repository holds something else than a CCF-LLM checkpoint; the Hub refuses,
+            cannot be reached, or breaks off.
     """
     check_branch(revision)
     api = HfApi(token=token, library_name="ccf-llm-hf")
     try:
-        head = open_repo(api, check_repo_id(repo_id), private, revision)
+        head = open_repo(
+            api, check_repo_id(repo_id), private=private, revision=revision, replace=replace
+        )
+        deleted = list_deletions(staged, head)
+        if deleted:
+            print(tell_deletions(repo_id, deleted), file=sys.stderr)
         # Not upload_folder: over Xet that one may split a folder into several commits.
         commit: CommitInfo = api.create_commit(
             repo_id,
-            _list_operations(staged, head),
+            _list_operations(staged, head, deleted),
             commit_message=message,
             revision=revision,
             parent_commit=head.sha,
@@ -191,6 +191,7 @@ def publish(
         staged.files,
         staged.left,
         staged.notes,
+        deleted,
         url=f"{api.endpoint}/{repo_id}/tree/{commit.oid}",
         commit=commit.oid,
         private=bool(head.private),
@@ -208,7 +209,7 @@ def check_branch(revision: str | None) -> None:
 def write_load_lines(staged: Staged, repo_id: str, commit: str) -> list[str]:
     """Python that loads what was published, pinned to its commit."""
     place = f'"{repo_id}", revision="{commit}"'
-    supply = ', backbone="FOLDER"' if staged.needs_backbone else ""
+    supply = f', backbone="{staged.backbone}"' if staged.backbone else ""
     names = {"config.json": ("AutoModel", supply), "processor_config.json": ("AutoProcessor", "")}
     return [
         f"{auto}.from_pretrained({place}{more}, trust_remote_code=True)"
@@ -217,58 +218,28 @@ def write_load_lines(staged: Staged, repo_id: str, commit: str) -> list[str]:
     ]
 
 
-def open_repo(
-    api: HfApi, repo_id: str, private: bool | None, revision: str | None, kind: str = "model"
-) -> Any:
-    """The state of the branch that is pushed to, made if it is not there; `kind` as the Hub's."""
-    try:
-        head = api.repo_info(repo_id, repo_type=kind)
-    except RepositoryNotFoundError:
-        api.create_repo(repo_id, private=private, exist_ok=True, repo_type=kind)
-        head = api.repo_info(repo_id, repo_type=kind)
-    if private and not head.private:
-        raise InputError(
-            f"{repo_id} is public, and pushing to it does not make it private: change that in its "
-            "settings, or choose another name"
-        )
-    if revision:
-        api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=kind)
-        head = api.repo_info(repo_id, revision=revision, repo_type=kind)
-    return head
+def list_deletions(staged: Staged, head: Any) -> list[str]:
+    """Weights that the branch holds (`head`; None: it is not there) and the upload does not."""
+    if head is None or not any(map(is_weights, staged.files)):  # a processor alone replaces none
+        return []
+    present = {sibling.rfilename for sibling in head.siblings or []}
+    return sorted(name for name in present - staged.files.keys() if is_weights(name))
+
+
+def tell_deletions(repo_id: str, deleted: list[str]) -> str:
+    """For a terminal."""
+    return f"the commit deletes from {repo_id}: {', '.join(deleted)}"
 
 
 def _list_operations(
-    staged: Staged, head: ModelInfo
+    staged: Staged, head: Any, deleted: list[str]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """The files to add, and weights of the other form to delete."""
+    """The files to delete and to add."""
     present = {sibling.rfilename for sibling in head.siblings or []}
     names = set(staged.files)
     if staged.generic_card and CARD_FILE in present:
         names -= {CARD_FILE, FACTS_FILE}
-    has_weights = any(map(is_weights, names))  # a processor alone replaces none
-    stale = {name for name in present - names if is_weights(name)} if has_weights else set()
     return [
-        *(CommitOperationDelete(name) for name in sorted(stale)),
+        *(CommitOperationDelete(name) for name in deleted),
         *(CommitOperationAdd(name, staged.folder / name) for name in sorted(names)),
     ]
-
-
-def explain(error: BaseException, repo_id: str) -> str:
-    """One sentence: what happened, in which state the repository is, and the mend."""
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    answers = [answer for link in chain if (answer := getattr(link, "response", None)) is not None]
-    status = answers[0].status_code if answers else None
-    text = " ".join(str(error if status else chain[-1]).split()) or type(error).__name__
-    if status in FINAL:
-        return f"{repo_id} was not published: {REASONS.get(status, text)}"
-    reason = text
-    if status is not None:
-        reason = REASONS.get(status, f"the Hub answered with error {status}")
-    elif isinstance(error, json.JSONDecodeError):
-        reason = "the Hub gave an answer that cannot be read"
-    return (
-        f"pushing to {repo_id} broke off: {reason}; it holds all of this upload or nothing of it "
-        "(a new repository may have been made, and be empty): run the same again to complete it"
-    )

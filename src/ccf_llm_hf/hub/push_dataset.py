@@ -24,7 +24,7 @@ from ccf_llm_hf.data.prepared import (
 from ccf_llm_hf.data.protocol import SPLITS
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.checkpoint_files import CARD_FILE
-from ccf_llm_hf.hub.push import explain, open_repo
+from ccf_llm_hf.hub.repository import ask_hub, explain, open_repo
 from ccf_llm_hf.hub.scan import scan_folder
 from ccf_llm_hf.hub.staging import check_repo_id
 from ccf_llm_hf.io import write_json, write_text
@@ -113,6 +113,7 @@ def push_dataset(
     *,
     private: bool | None = None,
     permission: bool = False,
+    replace: bool = False,
     dry_run: bool = False,
     token: str | bool | None = None,
 ) -> PushedDataset:
@@ -128,11 +129,13 @@ def push_dataset(
         repo_id: `org/name`.
         private: a new repository is private; one that is public is refused.
         permission: you are allowed to share ratings whose license forbids it, such as MovieLens's.
-        dry_run: only check and list; nothing is sent or looked up.
+        replace: the repository may hold another data set, whose files are kept or overwritten.
+        dry_run: check everything, the token's rights too, and send nothing.
         token: default the one of `hf auth login` or HF_TOKEN.
 
     Raises:
-        InputError: this is no prepared folder, its license forbids it, or the Hub refuses.
+        InputError: this is no prepared folder, its license forbids it, the repository holds another
+            data set, or the Hub refuses.
     """
     folder = Path(folder)
     check_repo_id(repo_id)
@@ -160,16 +163,19 @@ def push_dataset(
         write_json(texts / PROTOCOL_FILE, shared)
         if findings := scan_folder(texts, [folder.resolve().parent, Path.home()]):
             raise InputError(f"{findings[0]} must not be published: prepare the data without it")
+        api = HfApi(token=token, library_name="ccf-llm-hf")
+        where: dict[str, Any] = {"kind": "dataset", "private": private, "replace": replace}
+        _, unasked = ask_hub(api, repo_id, dry_run=dry_run, **where)
         files = {name: texts / name for name in (CARD_FILE, PROTOCOL_FILE)}
         files |= {name: folder / name for name in tables}
         result = PushedDataset(
             repo_id,
             {name: path.stat().st_size for name, path in files.items()},
-            _write_notes(protocol, bool(reason)),
+            _write_notes(protocol, bool(reason)) + unasked,
             private,
         )
         if not dry_run:
-            _send(result, files, HfApi(token=token, library_name="ccf-llm-hf"))
+            _send(result, files, api, where)
     if result.commit and not result.private and protocol.get("hub_id") != repo_id:
         write_json(folder / PROTOCOL_FILE, {**load_protocol(folder), "hub_id": repo_id})
     return result
@@ -255,9 +261,11 @@ def _write_notes(protocol: Mapping[str, Any], permission: bool) -> list[str]:
     return notes
 
 
-def _send(result: PushedDataset, files: Mapping[str, Path], api: HfApi) -> None:
+def _send(
+    result: PushedDataset, files: Mapping[str, Path], api: HfApi, where: dict[str, Any]
+) -> None:
     try:
-        head = open_repo(api, result.repo, result.private, None, kind="dataset")
+        head = open_repo(api, result.repo, **where)
         commit = api.create_commit(
             result.repo,
             [CommitOperationAdd(name, path) for name, path in files.items()],

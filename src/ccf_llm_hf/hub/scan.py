@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from huggingface_hub import get_token
 
@@ -14,15 +15,16 @@ from ccf_llm_hf.hub.checkpoint_files import (
     SETTINGS_FILES,
     VOCABULARY_FILES,
 )
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import CATALOG_FILE, FIELDS_FILE, USERS_FILE
 
+# Which detect-secrets, whose list is kept up, does not know.
 SECRETS = {
     "a Hugging Face token": r"\b(?:hf|api_org|hf_oauth|hf_jwt)_[A-Za-z0-9]{20,}",
-    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
-    "an AWS key": r"\bAKIA[0-9A-Z]{16}\b",
+    "a GitHub token": r"\bgithub_pat_\w{30,}",
     "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a password in an address": r"\bhttps?://[^\s/:@\"]+:[^\s/@\"]+@",
 }
+DATA_FILES = (CATALOG_FILE, FIELDS_FILE, USERS_FILE)
+ID_LIKE = ("AWS Access Key", "Artifactory Credentials")  # Amazon's user ids are of these forms
 ROOTS = "home|root|Users|Volumes|private|mnt|media|tmp|var|opt|srv|data|scratch|workspace|content"
 PATHS = {
     "an absolute path": rf"(?<![\w.~:/-])/(?:{ROOTS})/[\w.-][\w./-]*",
@@ -31,6 +33,7 @@ PATHS = {
 }
 # A value that is a path whatever its first folder is called; settings hold no other such text.
 SETTINGS_PATH = {"an absolute path of any kind": r"(?:\"|:[ \t]+)/[^\"\s/]+/[^\"\s]*"}
+Rule: TypeAlias = tuple[str, str | re.Pattern[str]]  # what it finds, and how
 OWN_PATH, OWN_TOKEN = "a path of this machine", "the Hugging Face token in use"
 
 
@@ -51,7 +54,8 @@ class Finding:
 def scan_folder(folder: Path, private_paths: Sequence[Path] = ()) -> list[Finding]:
     """Look for secrets and absolute paths in every text and every safetensors header of a folder.
 
-    In vocabularies, whose entries are fragments of any text, only `private_paths` count as paths.
+    In vocabularies, whose entries are fragments of any text, only `private_paths` count as paths,
+    and only tokens as secrets.
 
     Args:
         folder: what is about to be published.
@@ -60,23 +64,46 @@ def scan_folder(folder: Path, private_paths: Sequence[Path] = ()) -> list[Findin
     Returns:
         One finding a line at most, in order.
     """
-    everywhere = dict(SECRETS)
+    everywhere: list[Rule] = [*SECRETS.items()]
     if token := get_token():
-        everywhere[OWN_TOKEN] = re.escape(token)
+        everywhere.append((OWN_TOKEN, re.escape(token)))
     if own := [re.escape(str(path)) for path in private_paths if len(path.parts) > 1]:
-        everywhere[OWN_PATH] = rf"(?<![\w.~:/-])(?:{'|'.join(own)})/[\w.-][\w./-]*"
+        everywhere.append((OWN_PATH, rf"(?<![\w.~:/-])(?:{'|'.join(own)})/[\w.-][\w./-]*"))
+    kept = list_detectors()
     findings: dict[tuple[str, int], Finding] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        rules = everywhere | ({} if name in VOCABULARY_FILES else PATHS)
+        rules = [*everywhere]
+        if name not in VOCABULARY_FILES:
+            too_wide = ID_LIKE if name in DATA_FILES else ()
+            rules += [*PATHS.items(), *(rule for rule in kept if rule[0] not in too_wide)]
         if name in (*SETTINGS_FILES, CARD_FILE, FACTS_FILE):
-            rules |= SETTINGS_PATH
+            rules += SETTINGS_PATH.items()
         for finding in _search(path, name, rules):
             findings.setdefault((name, finding.line), finding)
     return sorted(findings.values())
 
 
-def _search(path: Path, name: str, rules: dict[str, str]) -> list[Finding]:
+def list_detectors() -> list[Rule]:
+    """Forms of secrets that detect-secrets knows, by name; it is not asked to try them online.
+
+    Not its guesses, such as from the names of variables or the entropy of strings, which would
+    refuse titles and hashes.
+    """
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+    from detect_secrets.plugins.base import RegexBasedDetector
+    from detect_secrets.plugins.ip_public import IPPublicDetector
+
+    known: dict[str, Any] = get_mapping_from_secret_type_to_class()
+    return [
+        (what, re.compile(form.pattern, form.flags | re.MULTILINE))
+        for what, plugin in known.items()
+        if issubclass(plugin, RegexBasedDetector) and plugin is not IPPublicDetector
+        for form in plugin().denylist
+    ]
+
+
+def _search(path: Path, name: str, rules: Sequence[Rule]) -> list[Finding]:
     weights = path.suffix == ".safetensors"
     text = read_safetensors_header(path) if weights else path.read_text("utf-8", errors="replace")
     return [
@@ -87,7 +114,7 @@ def _search(path: Path, name: str, rules: dict[str, str]) -> list[Finding]:
             # A secret is not printed either.
             match[0].strip('": ') if what in (*PATHS, *SETTINGS_PATH, OWN_PATH) else "not shown",
         )
-        for what, pattern in rules.items()
+        for what, pattern in rules
         for match in re.finditer(pattern, text)
     ]
 

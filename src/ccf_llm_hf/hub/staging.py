@@ -29,6 +29,7 @@ from ccf_llm_hf.hub.example import (
 )
 from ccf_llm_hf.hub.merge import merge_checkpoint
 from ccf_llm_hf.hub.model_card import (
+    find_asset,
     has_own_words,
     name_source_to_supply,
     read_facts,
@@ -52,14 +53,14 @@ class Staged:
         left: files of the checkpoint that stay behind.
         notes: what whoever publishes it should know.
         generic_card: the card was written for want of one, and replaces none in the repository.
-        needs_backbone: who loads it must supply the backbone.
+        backbone: what to give as `backbone=` on this machine, where who loads it must supply that.
     """
 
     folder: Path
     left: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     generic_card: bool = False
-    needs_backbone: bool = False
+    backbone: str = ""
 
     @property
     def files(self) -> dict[str, int]:
@@ -138,7 +139,6 @@ def stage_checkpoint(
             f"most {difference:.1e} from the recorded ones (limit {TOLERANCE:.0e})"
         )
         if source:
-            staged.needs_backbone = True
             staged.notes.append(
                 f"note: the Hub has no such backbone as this one, which came from {source}. "
                 "Whoever loads this slim checkpoint must have the same copy and give it as "
@@ -180,7 +180,7 @@ def _find_backbone(config: CCFLLMConfig, backbone: str | None) -> str | None:
     """What to attach to a slim checkpoint: as given, or a copy on this machine, or None."""
     if config.checkpoint_form == "full":
         return None
-    name = backbone or cached_backbone(config.backbone_name)
+    name = cached_backbone(backbone or config.backbone_name)
     return str(Path(name).resolve()) if Path(name).is_dir() else backbone
 
 
@@ -206,7 +206,10 @@ def _describe(staged: Staged, config: CCFLLMConfig, repo_id: str, backbone: str 
     except Exception as error:  # of YAML, and of several checks of its fields
         reason = " ".join(str(error).split())
         raise InputError(f"the header of {CARD_FILE} is not valid metadata: {reason}") from error
-    return name_source_to_supply(config, facts.backbone_source)
+    source = name_source_to_supply(config, facts.backbone_source)
+    if source:
+        staged.backbone = find_asset(config.backbone_name) or backbone or config.backbone_name
+    return source
 
 
 def _complete_example(folder: Path, backbone: str | None) -> None:

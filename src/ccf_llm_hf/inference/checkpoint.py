@@ -4,6 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
+from ccf_llm_hf.data.asset_list import ASSETS
+from ccf_llm_hf.data.assets import load_backbone_path
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
@@ -14,10 +18,16 @@ def load_checkpoint(
 ) -> tuple[CCFLLMForCTR, CCFLLMProcessor]:
     """Model (in evaluation mode) and processor of a checkpoint folder or Hub repository.
 
+    Args:
+        backbone: for a slim checkpoint, what to attach instead of the recorded one: a folder, a Hub
+            id, or an asset's name, which is fetched if it is not in the cache.
+
     Raises:
         InputError: the checkpoint is missing, damaged, or does not fit its backbone.
     """
     check_checkpoint(path_or_repo)
+    if backbone in ASSETS:
+        backbone, _ = load_backbone_path(backbone, offline=constants.HF_HUB_OFFLINE)
     try:
         processor = CCFLLMProcessor.from_pretrained(path_or_repo, **kwargs)
         model = CCFLLMForCTR.from_pretrained(path_or_repo, backbone=backbone, **kwargs)
