@@ -844,7 +844,7 @@ class CCFLLMProcessor(ProcessorMixin):
                 f"{len(history)} items."
             )
         for label in () if request.labels is None else request.labels:
-            if read_number(label) not in (0, 1):
+            if read_number(label) not in (0, 1, IGNORED_LABEL):
                 raise ValueError(f"labels holds {label!r}: give 0 or 1 for each of the {kind}.")
         user = self.resolve_user(request.user)
         prefix = self.prompt.prefix(user)
