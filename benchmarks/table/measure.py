@@ -158,9 +158,7 @@ class Bench:
         """Compute a cell, put its result into the data file, and return it."""
         trained = self.train(cell) if cell.stage is not None else {}
         started = time.monotonic()
-        scores = {split: self.scores(cell, split) for split in ("validation", "test")}
-        for split, table in scores.items():
-            write_scores(table, self.folder(cell) / f"{split}.parquet")
+        scores = {split: self.scored(cell, split) for split in ("validation", "test")}
         figures = self.figures(cell, scores)
         # Training counts every sitting of it, which the clock of this one would miss.
         minutes = trained.pop("minutes", 0.0) + (time.monotonic() - started) / 60
@@ -172,6 +170,18 @@ class Bench:
         )
         self.record(result)
         return result
+
+    def scored(self, cell: Cell, split: str) -> pd.DataFrame:
+        """A split's scores, written when they are there: a model's take hours, and are not computed
+        again unless it was trained again since."""
+        file = self.folder(cell) / f"{split}.parquet"
+        trained = self.folder(cell) / "stages" / "main" / "stage.json"
+        there = trained.is_file() and file.is_file()
+        if there and file.stat().st_mtime > trained.stat().st_mtime:
+            return read_scores(file)
+        table = self.scores(cell, split)
+        write_scores(table, file)
+        return table
 
     def record(self, result: dict[str, Any]) -> None:
         """Add a result to the data file, in place of an older one of the same cell."""

@@ -127,7 +127,10 @@ def damage_case(kind: str, case: dict[str, Any], draw: random.Random) -> dict[st
         if isinstance(holder[key], str) and (texts or draw.random() < 0.5):
             holder[key] = damage_text(holder[key], draw)
         else:
-            holder[key] = draw.choice(JUNK)
+            junk = [
+                one for one in JUNK if kind != "checkpoints" or not isinstance(one, (bytes, set))
+            ]
+            holder[key] = copy.deepcopy(draw.choice(junk))
     return case
 
 

@@ -1,6 +1,7 @@
 """What a cell is trained from, scored on and compared with, in a tiny table."""
 
 import json
+import os
 from dataclasses import replace
 
 import measure
@@ -85,7 +86,7 @@ def test_recipes_say_where_a_cell_starts_and_on_how_much(world):
 def test_the_means_of_the_open_track_know_every_earlier_row(world):
     write_prepared(world.work / "data-open", rows := make_rows(900))
     interactions = world.work / "data-open" / "interactions" / "interactions.parquet"
-    rows.assign(rating=rows["label"]).to_parquet(interactions, index=False)
+    rows.assign(rating=rows["label"] * 1.0, split="train").to_parquet(interactions, index=False)
     bench = world.bench()
     start = measure.read_rows(world.work / "data-open", "validation")["timestamp"].min()
     train = pd.read_parquet(world.work / "data-protocol" / "data" / "train.parquet")
@@ -166,3 +167,17 @@ def test_training_rows_see_snapshots_as_they_did_for_the_committed_figures():
         l2_user_bias=5.0,
         l2_item_bias=0.3,
     )
+
+
+def test_a_split_that_was_scored_is_not_scored_again(world, monkeypatch):
+    bench = world.bench()
+    cell = cell_of(bench, GATE)
+    first = bench.run(cell)
+    stage = bench.folder(cell) / "stages" / "main" / "stage.json"
+    stage.parent.mkdir(parents=True)
+    stage.touch()
+    monkeypatch.setattr(measure.Bench, "scores", lambda *_: pytest.fail("scored again"))
+    with pytest.raises(pytest.fail.Exception):  # it was trained again since
+        bench.run(cell)
+    os.utime(stage, (0, 0))
+    assert bench.run(cell)["test"] == first["test"]

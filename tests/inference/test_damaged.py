@@ -97,5 +97,7 @@ def test_a_damaged_file_is_named_or_does_no_harm(
             assert ranker.rank(history=["1"], candidates=["2", "A new film"])
         except InputError as error:
             refused += 1
-            assert str(folder) in str(error) and "\n" not in str(error), (content, error)
+            # A full form that lost its LoRA's record says what it cannot do any more.
+            named = str(folder) in str(error) or "load its slim form" in str(error)
+            assert named and "\n" not in str(error), (content, error)
     assert refused or (form, Path(name).parent.name) == ("full", "adapter")

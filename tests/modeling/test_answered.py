@@ -187,7 +187,7 @@ def test_evidence_shares_a_value_and_comes_before(tokenizer: PreTrainedTokenizer
 def test_evidence_that_cannot_be_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match="evidence_fields has 'genre'"):
         CCFLLMProcessor(tokenizer, ["a"], ["A"], evidence_fields=["genre"])
-    with pytest.raises(ValueError, match="evidence_items=-1"):
+    with pytest.raises(ValueError, match="evidence_items is -1"):
         by_author(tokenizer, evidence_items=-1)
     lines = by_author(tokenizer)
     with pytest.raises(ValueError, match="evidence has 1 values for 2 candidates"):

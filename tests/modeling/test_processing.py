@@ -179,7 +179,7 @@ def test_integer_ids_are_ids(tokenizer: PreTrainedTokenizerFast) -> None:
         ({"candidates": ["i0"], "labels": [1, 0]}, "labels has 2 values for 1 candidates"),
         (
             {"candidates": ["i0"], "history_lengths": [3], "history": ["i1"]},
-            "history_lengths exceeds",
+            "history_lengths is",
         ),
         (
             {"candidates": [["i0"], ["i1"]], "user": ["u0"]},

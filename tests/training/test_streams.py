@@ -155,7 +155,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stage_run):
     for name, value in resumed.model.lora_parameters():
         assert torch.equal(value, learned[name]), name
     moved = [(a - b).abs().max() for a, b in zip(learned.values(), before, strict=True)]
-    assert max(moved) > 1e-3
+    assert max(moved) > 5e-4
 
 
 def test_two_ranks_train_the_weights_of_one(settings, tmp_path):

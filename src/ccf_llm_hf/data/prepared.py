@@ -238,9 +238,10 @@ def _read_columns(data_dir: str | Path, name: str, columns: tuple[str, ...]) -> 
 def _read(folder: Path, name: str, columns: tuple[str, ...] | None = None) -> pa.Table:
     """A file's table, all of it or these columns in their order."""
     try:
-        table = pq.read_table(folder / name, columns=None if columns is None else list(columns))
-        table = table if columns is None else table.select(list(columns))
-    except (OSError, pa.ArrowException, KeyError) as error:
+        there = pq.read_schema(folder / name).names
+        wanted = there if columns is None else [column for column in columns if column in there]
+        table = pq.read_table(folder / name, columns=wanted).select(wanted)
+    except (OSError, pa.ArrowException) as error:
         raise InputError(
             f"{folder / name} is missing or damaged: run `ccf-llm prepare` again"
         ) from error
