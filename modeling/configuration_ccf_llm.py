@@ -275,11 +275,12 @@ class CCFLLMConfig(PreTrainedConfig):
             OSError: config.json is missing, or that of another model.
             ValueError: a value of it is of a type that it cannot be.
         """
-        if not config_dict.get("text_config"):
+        backbone = config_dict.get("text_config")
+        if not backbone or isinstance(backbone, dict) and "model_type" not in backbone:
             place = kwargs.get("name_or_path", "this folder")
             raise OSError(
-                f"{place} has no config.json of a CCF-LLM checkpoint, which has text_config: name "
-                "the folder that one was saved to."
+                f"{place} has no config.json of a CCF-LLM checkpoint, whose text_config names a "
+                "model_type: name the folder that one was saved to."
             )
         check_kinds(cls.__init__, config_dict)
         return super().from_dict(config_dict, **kwargs)
