@@ -276,7 +276,7 @@ class CCFLLMConfig(PreTrainedConfig):
             ValueError: a value of it is of a type that it cannot be.
         """
         backbone = config_dict.get("text_config")
-        if not backbone or isinstance(backbone, dict) and "model_type" not in backbone:
+        if not backbone or (isinstance(backbone, dict) and "model_type" not in backbone):
             place = kwargs.get("name_or_path", "this folder")
             raise OSError(
                 f"{place} has no config.json of a CCF-LLM checkpoint, whose text_config names a "

@@ -10,8 +10,8 @@ import io
 import pickle
 import re
 import struct
-from collections.abc import Iterable
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -110,7 +110,9 @@ class _Unpickler(pickle._Unpickler):
     so that some hundred bytes claim gigabytes. This one holds what was read.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # noqa: RUF012
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+    read: Callable[[int], bytes]  # both are made when it loads
+    append: Callable[[Any], None]
 
     def __init__(self, stream: BinaryIO, file: str) -> None:
         super().__init__(stream)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -50,7 +51,8 @@ def is_whole(checkpoint: Path) -> bool:
     """Whether a trainer checkpoint was written to its end: its state is, which comes last."""
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-        return bool(TrainerState(**state).stateful_callbacks["TrainerControl"]["args"])
+        callbacks: Any = TrainerState(**state).stateful_callbacks
+        return bool(callbacks["TrainerControl"]["args"])
     except (OSError, ValueError, TypeError, KeyError):
         return False
 
