@@ -56,6 +56,7 @@ CF_INPUTS = (
 )
 NewTitles = tuple[Tensor, Tensor]  # token ids of new items' titles, flat, and their lengths
 READ_TOKENS = 4096  # of one pass that reads texts, padding included
+STATES_AT_ONCE = 4096  # rows of a catalog that are worked on at a time: memory, not results
 TEXTS_KEPT = 4096  # of items outside the catalog, whose states a model remembers
 NewFields = tuple[Tensor, Tensor]  # `(n, most)` rows of new items' field values, and their weights
 
@@ -380,13 +381,20 @@ class ContextualText(nn.Module):
         Each component has unit RMS, the scale that ALG takes, but those in which a small catalog
         does not vary are zero: a new item would stand a thousand deviations out.
         """
-        states = states[states.any(-1)]  # of items with words
-        if not len(states):
+        count = int(states.any(-1).sum())
+        if not count:
             return
-        deviation, mean = torch.std_mean(states, 0, correction=0)
-        deviation = torch.where(deviation > 1e-6, deviation, 1.0)
-        standard = (states - mean) / deviation
-        variances, axes = torch.linalg.eigh((standard.mT @ standard).double() / len(states))
+        parts = states.split(STATES_AT_ONCE)
+        mean = states.new_zeros(states.shape[1], dtype=torch.float64)
+        for part in parts:
+            mean += part.sum(0, dtype=torch.float64) / count
+        covariance = mean.new_zeros(len(mean), len(mean))
+        for part in parts:
+            centered = part[part.any(-1)].double() - mean  # of items with words
+            covariance += centered.mT @ centered / count
+        variance = covariance.diagonal()
+        deviation = torch.where(variance > 1e-12, variance.sqrt(), 1.0)
+        variances, axes = torch.linalg.eigh(covariance / deviation / deviation[:, None])
         dim = self.projection.shape[1]
         kept, axes = variances.flip(0)[:dim], axes.flip(1)[:, :dim]
         scales = torch.where(kept > 0.01 * kept.mean(), kept.sqrt(), torch.inf)
@@ -402,7 +410,8 @@ class ContextualText(nn.Module):
 
     def fill(self, states: Tensor) -> None:
         """Take the states of every catalog item, in table order."""
-        self.vectors = self.reduce(states).to(self.vectors)
+        parts = (self.reduce(part) for part in states.split(STATES_AT_ONCE))
+        self.vectors = torch.cat([part.to(self.vectors) for part in parts])
 
     def forward(self, items: Tensor, new_states: Tensor | None) -> Tensor:
         """`(n,)` rows -> `(n, text_dim)` float32; rows past the catalog are those of `new_states`
