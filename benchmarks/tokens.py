@@ -1,4 +1,4 @@
-"""What a label costs to train on, in tokens: answered lines against a history before its candidates.
+"""What a label costs in tokens: answered lines against a history before its candidates.
 
     python benchmarks/tokens.py --data runs/bench/data-signed
 
