@@ -504,7 +504,8 @@ def unit_rms(x: Tensor) -> Tensor:
 class AlignmentNetwork(nn.Module):
     """ALG: maps a vector `(n, dim)` of CF or of text to the backbone's space `(n, hidden_size)`.
 
-    Linear - GELU - Linear (our choice), at the scale of the backbone's token embeddings.
+    Linear - GELU - Linear (our choice), each as PyTorch initializes it: a fresh one gives a fifth
+    of `slot_scale`, the RMS of the backbone's token embeddings.
     """
 
     def __init__(self, config: CCFLLMConfig, dim: int) -> None:
@@ -565,11 +566,7 @@ class CCFLLMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, AlignmentNetwork):
-            for linear in (module.up, module.out):
-                init.normal_(linear.weight, std=linear.in_features**-0.5)
-                init.zeros_(linear.bias)
-        elif isinstance(module, FusionGate):
+        if isinstance(module, FusionGate):
             init.normal_(module.linear.weight, std=0.1 * module.linear.in_features**-0.5)
             init.zeros_(module.linear.bias)
             init.constant_(module.evidence_weight, -1.0)
