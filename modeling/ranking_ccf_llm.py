@@ -162,7 +162,7 @@ def _score_long_row(
     cache = DynamicCache()
     row = {name: batch[name] for name in CONTENT + LAYOUT}
     if context:  # a template of one's own may leave nothing to share
-        model.model(**{n: v[:, :context] for n, v in row.items()}, **extra, past_key_values=cache)
+        model.model(**{n: v[:, :context] for n, v in row.items()}, **extra, cache=cache)
     logits = []
     first, start = 0, context
     while first < len(answers):
@@ -179,7 +179,7 @@ def _score_long_row(
             candidate_items=batch["candidate_items"][:, some],
             candidate_mask=batch["candidate_mask"][:, some],
             candidate_users=batch["candidate_users"],
-            past_key_values=cache,
+            cache=cache,
         )
         logits.append(output.logits[0])
         cache.crop(start - end)
