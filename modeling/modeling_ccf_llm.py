@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from .adapter_ccf_llm import Adapter, without_adapter
-from .attention_ccf_llm import Layout, attention_inputs, use_tiles
+from .attention_ccf_llm import Layout, attention_inputs, use_packed_attention
 from .checkpoint_ccf_llm import (
     CF_TENSORS,
     FIELD_TENSORS,
@@ -597,7 +597,7 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
             AutoModel.from_config(config.text_config) if config.checkpoint_form == "full" else None
         )
         if self.language_model is not None:
-            use_tiles(self.language_model)
+            use_packed_attention(self.language_model)
         self.cf = CFTable(config)
         self.item_alignment = AlignmentNetwork(config, config.cf_dim)
         self.user_alignment = AlignmentNetwork(config, config.cf_dim)
