@@ -18,7 +18,6 @@ one call each; every linear layer still works on the whole row.
 """
 
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ SHARED = -1
 TILED_ATTENTION = "ccf_llm_tiles"
 TILE_QUERIES = 64  # our choice; larger and smaller tiles did not pay on two cores
 Tile = tuple[list[int], list[int]]  # columns of the queries, columns of the keys
+Run = tuple[int, int, list[int]]  # sequence, block, columns
 
 
 @dataclass
@@ -152,7 +152,7 @@ def make_tiles(layout: Layout, cached: int = 0) -> Tiles:
     """Cut a row into tiles.
 
     Args:
-        layout: of the whole row, `(length,)`; sequences contiguous, the instruction first.
+        layout: of the whole row, `(length,)`; what a token may see stands before it.
         cached: leading tokens whose keys are in the cache already.
     """
     groups: list[list[Tile]] = []
@@ -186,8 +186,11 @@ def _alike(largest: Tile, tile: Tile) -> bool:
 def _cut(layout: Layout, cached: int) -> list[Tile]:
     """Columns of queries and keys of every tile; each new token is a query once."""
     tiles: list[Tile] = []
+    sequences: dict[int, list[Run]] = {SHARED: []}
+    for run in _runs(layout):
+        sequences.setdefault(run[0], []).append(run)
     shared: list[int] = []
-    for sequence, runs in groupby(_runs(layout), key=lambda run: run[0]):
+    for sequence, runs in sequences.items():
         context: list[int] = []
         queries: list[int] = []
         keys: list[int] = []
@@ -207,8 +210,8 @@ def _cut(layout: Layout, cached: int) -> list[Tile]:
     return tiles
 
 
-def _runs(layout: Layout) -> list[tuple[int, int, list[int]]]:
-    """(sequence, block, columns) of every run of tokens of one block, in the order of the row."""
+def _runs(layout: Layout) -> list[Run]:
+    """Every run of tokens of one block, in the order of the row."""
     kinds = torch.stack([layout.sequence_ids, layout.block_ids])
     kinds, counts = torch.unique_consecutive(kinds, dim=1, return_counts=True)
     ends = counts.cumsum(0).tolist()
