@@ -360,13 +360,14 @@ def _keep(
     place: Tensor,
 ) -> None:
     """Keep the contexts of a row that were read anew; `place` is that of its columns in `cache`."""
+    layers: list[Any] = cache.layers
     for context, (_, tokens) in zip(contexts, found, strict=True):
         if tokens == len(context.columns):
             continue
         own = place[context.columns.to(place.device)]
         states = [
             (layer.keys.index_select(2, own), layer.values.index_select(2, own))
-            for layer in cache.layers
+            for layer in layers
         ]
         prefixes.keep(context.names, states)
 
