@@ -366,8 +366,7 @@ def _keep(
             continue
         own = place[context.columns.to(place.device)]
         states = [
-            (layer.keys.index_select(2, own), layer.values.index_select(2, own))
-            for layer in layers
+            (layer.keys.index_select(2, own), layer.values.index_select(2, own)) for layer in layers
         ]
         prefixes.keep(context.names, states)
 
