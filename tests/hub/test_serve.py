@@ -42,7 +42,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 @pytest.mark.parametrize(
     ("flags", "package", "extra"),
     [
-        ((), "gradio", "app"),
+        ((), "starlette", "app"),
+        ((), "rapidfuzz", "app"),
         (("--api",), "fastapi", "serve"),
         (("--api",), "uvicorn", "serve"),
         (("--api",), "prometheus_client", "serve"),
@@ -62,13 +63,13 @@ def test_without_a_package_it_says_what_to_install(
     )
 
 
-def test_the_api_needs_no_gradio_and_the_page_no_prometheus(
+def test_the_api_needs_no_rapidfuzz_and_the_page_no_prometheus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    find_all_but(monkeypatch, "gradio")
+    find_all_but(monkeypatch, "rapidfuzz")
     serve.check_can_serve("127.0.0.1", port, "serve")
     find_all_but(monkeypatch, "prometheus_client")
     serve.check_can_serve("127.0.0.1", port, "app")

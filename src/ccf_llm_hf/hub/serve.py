@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 
 PORTS = range(1, 65536)
-NEEDED = {"app": ("gradio",), "serve": ("fastapi", "uvicorn", "prometheus_client")}  # by extra
+NEEDED = {  # by extra
+    "app": ("starlette", "uvicorn", "rapidfuzz"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client"),
+}
 TOKEN = "CCF_LLM_TOKEN"  # the environment variable
 
 
@@ -62,13 +65,13 @@ def serve(model: "CCFLLMForCTR", processor: "CCFLLMProcessor", *, host: str, por
         host: address to listen on; `0.0.0.0` lets other machines in.
         port: port to listen on.
     """
-    from ccf_llm_hf.hub_cards.space.ccf_llm_space.page import build_page, launch_page
     from ccf_llm_hf.hub_cards.space.ccf_llm_space.recommender import Recommender
+    from ccf_llm_hf.hub_cards.space.ccf_llm_space.server import serve_page
     from ccf_llm_hf.modeling.pipeline_ccf_llm import CTRRankingPipeline
 
-    page = build_page(Recommender(CTRRankingPipeline(model=model, processor=processor)))
+    recommender = Recommender(CTRRankingPipeline(model=model, processor=processor))
     print(f"the page is at http://{host}:{port} (Ctrl-C stops it)", file=sys.stderr)
-    launch_page(page, server_name=host, server_port=port, quiet=True)
+    serve_page(recommender, host, port)
 
 
 def read_token() -> str | None:
