@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 from concurrent.futures import Future
 from dataclasses import replace
@@ -422,6 +423,42 @@ def test_a_folder_that_is_no_trainer_checkpoint_is_named(stage_run, tmp_path):
     trainer = make_trainer(joint(stage_run))
     with pytest.raises(InputError, match="is no trainer checkpoint: name a folder checkpoint-N"):
         trainer.train(resume_from_checkpoint=str(tmp_path))
+
+
+def damages(file: Path) -> list[bytes | None]:
+    """A file cut in half, one of something else, and none."""
+    other = file.with_name("other")
+    torch.save({"another": torch.ones(2)}, other)
+    return [file.read_bytes()[: file.stat().st_size // 2], other.read_bytes(), None]
+
+
+def test_a_damaged_file_of_a_trainer_checkpoint_is_named(stage_run, tmp_path, caplog):
+    run = joint(stage_run)
+    broken = make_trainer(run)
+    broken.add_callback(InterruptAt(3))
+    with pytest.raises(Interruption):
+        broken.train()
+    whole = last_checkpoint(Path(broken.args.output_dir))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        for content in damages(whole / name):
+            checkpoint = shutil.copytree(whole, tmp_path / "copy" / whole.name)
+            if content is None:
+                (checkpoint / name).unlink()
+            else:
+                (checkpoint / name).write_bytes(content)
+            either = "optimizer.pt or scheduler.pt" if name.endswith(".pt") else name
+            with pytest.raises(InputError) as raised:
+                make_trainer(run).train(resume_from_checkpoint=str(checkpoint))
+            assert re.fullmatch(
+                rf"{checkpoint}/({name}|{either}) cannot be read \(.+\): restore it, or delete the "
+                rf"folder {checkpoint} to go on from the checkpoint before it",
+                str(raised.value),
+            )
+            shutil.rmtree(checkpoint)
+    shutil.copytree(whole, whole.with_name("checkpoint-9"))
+    (whole.with_name("checkpoint-9") / "trainer_state.json").write_text("{")
+    assert last_checkpoint(whole.parent) == whole
+    assert "checkpoint-9/trainer_state.json was not written to its end" in caplog.text
 
 
 def test_a_pattern_that_names_no_parameter_is_pointed_out(stage_run):

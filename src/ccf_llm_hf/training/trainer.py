@@ -5,7 +5,8 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, PredictionOutput
 from transformers.utils import logging
 
@@ -31,7 +33,7 @@ from ccf_llm_hf.data.grouping import (
 )
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import TEMPERATURES, auc, fit_temperature, uauc
-from ccf_llm_hf.modeling.checkpoint_ccf_llm import FUSION_FILE
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import FUSION_FILE, one_line
 from ccf_llm_hf.modeling.configuration_ccf_llm import IGNORED_LABEL, CCFLLMConfig
 from ccf_llm_hf.modeling.modeling_ccf_llm import CF_INPUTS, CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
@@ -356,7 +358,24 @@ class CTRTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        folder = Path(resume_from_checkpoint)
+        self._load_weights(Path(resume_from_checkpoint))
+        with _resuming(resume_from_checkpoint, TRAINER_STATE_NAME):
+            TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # into files of their own
+        with _resuming(checkpoint, *([] if sharded else [OPTIMIZER_NAME, SCHEDULER_NAME])):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        several = self.args.world_size > 1
+        name = f"rng_state_{self.args.process_index}.pth" if several else "rng_state.pth"
+        found = {file.name for file in Path(checkpoint or "").glob("rng_state*.pth")}
+        of_another_number = found and name not in found  # of processes: this one draws anew
+        with _resuming(checkpoint, *([] if of_another_number else [name])):
+            super()._load_rng_state(checkpoint)
+
+    def _load_weights(self, folder: Path) -> None:
         if not (folder / FUSION_FILE).is_file():
             raise InputError(
                 f"resume_from_checkpoint {folder} is no trainer checkpoint: name a folder "
@@ -375,10 +394,36 @@ class CTRTrainer(Trainer):
         """Load the weights of the best validation, found by step: the path that the state records
         is stale once the run's folder has been moved."""
         best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        self._load_from_checkpoint(str(Path(str(self.args.output_dir)) / best))
+        self._load_weights(Path(str(self.args.output_dir)) / best)
 
     def _load_best_model(self) -> None:
         self.load_best()
+
+
+@contextmanager
+def _resuming(checkpoint: str | None, *names: str) -> Iterator[None]:
+    """Have whatever transformers makes of a damaged or missing file of a trainer checkpoint end in
+    an InputError that names the first one that cannot be read."""
+    for name in names if checkpoint else ():
+        if not (Path(checkpoint) / name).is_file():
+            raise InputError(_cannot_resume(checkpoint, name, "it is missing"))
+    try:
+        yield
+    except Exception as error:
+        for name in names:
+            try:
+                if not name.endswith(".json"):
+                    torch.load(Path(str(checkpoint)) / name, map_location="cpu", weights_only=True)
+            except Exception:  # whatever PyTorch makes of a damaged file
+                names = (name,)
+        raise InputError(_cannot_resume(checkpoint, " or ".join(names), one_line(error))) from error
+
+
+def _cannot_resume(checkpoint: str | None, name: str, why: str) -> str:
+    return (
+        f"{checkpoint}/{name} cannot be read ({why}): restore it, or delete the folder "
+        f"{checkpoint} to go on from the checkpoint before it"
+    )
 
 
 def check_left_to_sampler(args: CTRTrainingArguments) -> None:
