@@ -37,7 +37,7 @@ from ccf_llm_hf.modeling.checkpoint_ccf_llm import FUSION_FILE, one_line
 from ccf_llm_hf.modeling.configuration_ccf_llm import IGNORED_LABEL, CCFLLMConfig
 from ccf_llm_hf.modeling.modeling_ccf_llm import CF_INPUTS, CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
-from ccf_llm_hf.modeling.ranking_ccf_llm import check_positions, score
+from ccf_llm_hf.modeling.ranking_ccf_llm import check_positions, cut_by_budget, score
 from ccf_llm_hf.training.arguments import DEFAULT_RATES, MOST_EPOCHS, CTRTrainingArguments
 from ccf_llm_hf.training.collator import (
     GroupDataLoader,
@@ -53,6 +53,7 @@ from ccf_llm_hf.training.cross_fit import (
 )
 from ccf_llm_hf.training.lora import inject_lora, record_of
 from ccf_llm_hf.training.memory import HeapTrimmer
+from ccf_llm_hf.training.sharding import by_ddp, shard_backbone, sharding_asked
 from ccf_llm_hf.training.warm_start import load_trained_weights
 
 logger = logging.get_logger(__name__)
@@ -127,6 +128,7 @@ class CTRTrainer(Trainer):
             raise InputError("CTRTrainer needs processing_class, the processor of the model")
         args = args or CTRTrainingArguments()
         check_left_to_sampler(args)
+        check_engine(args)
         taught = args.cf_distillation > 0
         reads_cf = processing_class.uses_slots or model.config.cf_logit or taught
         fitted = model.config.num_users > 0 or taught
@@ -169,19 +171,27 @@ class CTRTrainer(Trainer):
         callbacks = [*(callbacks or []), HeapTrimmer()]
         if args.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=PackingCollator(processing_class),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        self.sharded = sharding_asked() and args.world_size > 1
+        with by_ddp():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=PackingCollator(processing_class),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         self.label_smoother = None  # theirs is for tokens; see compute_loss
         self._labels_seen = 0
         self._train_seconds = 0.0
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self.sharded:
+            shard_backbone(self.model, device, self.args.world_size)
+        else:
+            super()._move_model_to_device(model, device)
 
     def get_train_dataloader(self) -> GroupDataLoader:
         """This rank's batches; not prepared by accelerate, see `GroupDataLoader`."""
@@ -277,13 +287,21 @@ class CTRTrainer(Trainer):
         # Neighbors are alike in length, so that the ranks have about the same to do.
         order = sorted(range(len(groups)), key=lambda index: (-lengths[index], index))
         mine = [groups[index] for index in order[self.args.process_index :: self.args.world_size]]
+        tokens = self.args.tokens_per_batch
+        if self.sharded:  # no row in parts, which would not begin at the model itself
+            tokens = max(tokens, len(self.processing_class.prompt.instruction()) + max(lengths))
         logits = score(
             self.model,
             self.processing_class,
             mine,
-            tokens_per_batch=self.args.tokens_per_batch,
+            tokens_per_batch=tokens,
             progress=self.args.process_index == 0 and not self.args.disable_tqdm,
         )
+        if self.sharded:
+            own = [self.processing_class.count_tokens(group) for group in mine]
+            passes = len(cut_by_budget(own, tokens))
+            for _ in range(max(gather_object([passes])) - passes):
+                score(self.model, self.processing_class, [groups[order[-1]]])  # for the others
         scored = [
             (row, group.user, label, logit)
             for group, values in zip(mine, logits, strict=True)
@@ -437,6 +455,16 @@ def check_left_to_sampler(args: CTRTrainingArguments) -> None:
             raise InputError(
                 f"{name}={getattr(args, name)}: the batch sampler decides that; set "
                 "labels_per_step and tokens_per_batch"
+            )
+
+
+def check_engine(args: CTRTrainingArguments) -> None:
+    """Refuse engines that would share out what learns, which checkpoints here hold whole."""
+    for name in ("deepspeed", "deepspeed_plugin", "fsdp"):
+        if getattr(args, name, None):
+            raise InputError(
+                f"{name} is not for this trainer: accelerate launch with "
+                "examples/accelerate_configs/fsdp2.yaml shares the frozen backbone out"
             )
 
 
