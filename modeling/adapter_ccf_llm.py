@@ -125,12 +125,12 @@ def add_lora(
 
 @contextmanager
 def without_adapter(backbone: nn.Module, merged: Adapter, scale: float) -> Iterator[None]:
-    """Let the backbone compute what it would without LoRA, be that injected by PEFT or, as `merged`
-    and `scale` say, added to the weights, which stay as they are."""
+    """Let the backbone compute what it would without adapters, be they injected by PEFT or, as
+    `merged` and `scale` say, LoRA added to the weights, which stay as they are."""
     handles = [
         module.register_forward_hook(_base_output)
         for module in backbone.modules()
-        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+        if hasattr(module, "base_layer")
     ]
     for path, (factors,) in adapter_parts(merged, scale).items():
         module = backbone.get_submodule(path)

@@ -342,7 +342,7 @@ def _score_after(
             candidate_items=batch["candidate_items"][:, some],
             candidate_mask=batch["candidate_mask"][:, some],
             candidate_users=batch["candidate_users"],
-            past_key_values=cache,
+            cache=cache,
         )
         logits.append(output.logits)
         if prefixes is not None and first == 0:
