@@ -236,6 +236,13 @@ def _rank_arguments(parser: argparse.ArgumentParser) -> None:
         help="most items that may share an author, say: a value of one of the model's "
         "evidence_fields (default: no limit)",
     )
+    parser.add_argument(
+        "--shortlist",
+        type=int,
+        metavar="N",
+        help="only so many go through the language model, those that promise most by CF, fields "
+        "and text vectors; faster, and the list may lack an item (default: all)",
+    )
 
 
 def _rank(arguments: argparse.Namespace, _: list[str]) -> Output:
@@ -247,6 +254,7 @@ def _rank(arguments: argparse.Namespace, _: list[str]) -> Output:
         top_k=arguments.top_k,
         preselect=arguments.preselect,
         max_per_topic=arguments.max_per_topic,
+        shortlist=arguments.shortlist,
     )
     has_cf = bool(ranker.model.cf.item_known.any())
     lines = [f"{'':>4}  prob   item"]
