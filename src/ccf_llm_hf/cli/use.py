@@ -19,7 +19,9 @@ from ccf_llm_hf.io import check_writable, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
+    from datasets import Dataset
 
+    from ccf_llm_hf.data.rows import Rows
     from ccf_llm_hf.inference.ranker import CTRRanker
 
 SPLITS = ("train", "validation", "test")
@@ -87,9 +89,9 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     )
 
     prepared = load_prepared(data)
-    split = prepared.splits[arguments.split]
+    split: Dataset | Rows = prepared.rows(arguments.split)
     if arguments.sample_rows:
-        split = sample_users(split, arguments.sample_rows)
+        split = sample_users(prepared.splits[arguments.split], arguments.sample_rows)
     compare = {name: _load_scores(path, data, arguments.split) for name, path in paths.items()}
     model, processor = load_checkpoint(arguments.checkpoint, backbone=arguments.backbone)
     scores = score_table(

@@ -24,9 +24,9 @@ from ccf_llm_hf.data.prepared import (
     ITEMS_FILE,
     PROTOCOL_FILE,
     PreparedData,
-    interactions,
     load_prepared,
     rating_midpoint,
+    read_ratings,
     split_file,
 )
 from ccf_llm_hf.errors import InputError
@@ -229,8 +229,8 @@ class StageRun:
             return CTRTrainer(
                 model,
                 self.training_arguments(),
-                self.inputs.data.splits["train"],
-                self.inputs.data.splits["validation"],
+                self.inputs.data.rows("train"),
+                self.inputs.data.rows("validation"),
                 processor,
                 peft_config=lora,
                 cf=self.inputs.cf,
@@ -293,11 +293,11 @@ class StageRun:
         """How ratings of the histories are read: as the CF model was fitted to them, else by the
         side of the label's threshold that they lie on."""
         data = self.inputs.data
-        if "history_ratings" not in data.splits["train"].column_names:
+        if data.rows("train").key != "rating":
             return None
         if self.inputs.cf is not None and self.inputs.cf.rating_scale:
             return self.inputs.cf.rating_scale
-        return rating_midpoint(interactions(data.path)), STEEP
+        return rating_midpoint(read_ratings(data.path)), STEEP
 
     def choose_histories(self) -> str:
         """What histories hold, likes only or dislikes too: as the data was prepared."""
@@ -397,7 +397,7 @@ def summarize_training(trainer: CTRTrainer, history: list[dict[str, float]]) -> 
         "best_step": int(best["step"]),
         "steps": trainer.state.global_step,
         "train_labels": sum(trainer.batch_sampler.labels),
-        "validation_labels": sum(len(group.rows) for group in trainer.eval_groups),
+        "validation_labels": int(trainer._groups_of(None).sizes.sum()),
         "trainable_parameters": sum(
             p.numel() for p in trainer.model.parameters() if p.requires_grad
         ),
