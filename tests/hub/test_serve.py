@@ -13,12 +13,12 @@ from ccf_llm_hf.inference import checkpoint
 
 
 @pytest.fixture(autouse=True)
-def gradio_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refusals are the same on a machine without it."""
+def packages_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refusals are the same on a machine without them."""
     real = importlib.util.find_spec
     stub = importlib.util.find_spec("json")
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: stub if name == "gradio" else real(name)
+        importlib.util, "find_spec", lambda name: stub if name in serve.NEEDED else real(name)
     )
 
 
@@ -31,12 +31,12 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return line
 
 
-def test_without_gradio_it_says_what_to_install(
+def test_without_its_packages_it_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     line = refusal(capsys, "org/model")
-    assert line == ('error: serve needs gradio, which is missing: pip install "ccf-llm-hf[app]"')
+    assert line == ('error: serve needs starlette, which is missing: pip install "ccf-llm-hf[app]"')
 
 
 def test_a_taken_port_is_named(capsys: pytest.CaptureFixture[str]) -> None:

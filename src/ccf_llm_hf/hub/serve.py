@@ -12,16 +12,20 @@ if TYPE_CHECKING:
     from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 
 PORTS = range(1, 65536)
+NEEDED = ("starlette", "uvicorn", "rapidfuzz")
 
 
 def check_can_serve(host: str, port: int) -> None:
     """Refuse, before a model is loaded, what would fail after.
 
     Raises:
-        InputError: gradio is not installed, or the port or host cannot be listened on.
+        InputError: a package is not installed, or the port or host cannot be listened on.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise InputError('serve needs gradio, which is missing: pip install "ccf-llm-hf[app]"')
+    for package in NEEDED:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(
+                f'serve needs {package}, which is missing: pip install "ccf-llm-hf[app]"'
+            )
     if port not in PORTS:
         raise InputError(f"--port {port} is not a port: give a number from 1 to {PORTS[-1]}")
     try:
@@ -48,10 +52,10 @@ def serve(model: "CCFLLMForCTR", processor: "CCFLLMProcessor", *, host: str, por
         host: address to listen on; `0.0.0.0` lets other machines in.
         port: port to listen on.
     """
-    from ccf_llm_hf.hub_cards.space.ccf_llm_space.page import build_page, launch_page
     from ccf_llm_hf.hub_cards.space.ccf_llm_space.recommender import Recommender
+    from ccf_llm_hf.hub_cards.space.ccf_llm_space.server import serve_page
     from ccf_llm_hf.modeling.pipeline_ccf_llm import CTRRankingPipeline
 
-    page = build_page(Recommender(CTRRankingPipeline(model=model, processor=processor)))
+    recommender = Recommender(CTRRankingPipeline(model=model, processor=processor))
     print(f"the page is at http://{host}:{port} (Ctrl-C stops it)", file=sys.stderr)
-    launch_page(page, server_name=host, server_port=port, quiet=True)
+    serve_page(recommender, host, port)
