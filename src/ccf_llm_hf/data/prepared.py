@@ -28,6 +28,7 @@ ITEMS_FILE = "items/items.parquet"
 INTERACTIONS_FILE = "interactions/interactions.parquet"
 FORMAT = "ccf-llm-prepared-2"
 HISTORIES = ("likes", "signed")
+STEEP = 1e3  # turns ratings into plain likes and dislikes
 ROW_COLUMNS = ("user_id", "item_id", "label", "timestamp", "not_cold")
 # What the columns of a prepared folder hold, those that are there.
 KINDS = {
@@ -122,6 +123,22 @@ class PreparedData:
         from ccf_llm_hf.data.grouping import frozen_lines
 
         return frozen_lines(self.rows("train")) if self.protocol.get("frozen_histories") else None
+
+    def rating_scale(self, fitted: tuple[float, float] | None = None) -> tuple[float, float] | None:
+        """How a processor reads the ratings of the histories; None where they have none.
+
+        Args:
+            fitted: `CFVectors.rating_scale`, which holds where the CF model has one.
+
+        Returns:
+            `(midpoint, slope)`; by default each rating is plainly a like or a dislike.
+
+        Raises:
+            InputError: the ratings do not decide the labels.
+        """
+        if self.rows("train").key != "rating":
+            return None
+        return fitted or (rating_midpoint(read_ratings(self.path)), STEEP)
 
 
 def split_file(split: str) -> str:
