@@ -73,7 +73,7 @@ class Groups(Sequence[Group]):
 
     def take(self, places: Sequence[int] | np.ndarray) -> Self:
         """Some of the groups, in the order of `places`."""
-        return replace(self, chosen=self.chosen[places])
+        return replace(self, chosen=self.chosen[np.asarray(places, dtype=np.int64)])
 
     def parts(self, size: int = PART_GROUPS) -> Iterator[list[Group]]:
         """The groups as lists of `size`, the last one shorter."""

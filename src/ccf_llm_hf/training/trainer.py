@@ -429,7 +429,7 @@ def _resuming(checkpoint: str | None, *names: str) -> Iterator[None]:
     """Have whatever transformers makes of a damaged or missing file of a trainer checkpoint end in
     an InputError that names the first one that cannot be read."""
     for name in names if checkpoint else ():
-        if not (Path(checkpoint) / name).is_file():
+        if not (Path(str(checkpoint)) / name).is_file():
             raise InputError(_cannot_resume(checkpoint, name, "it is missing"))
     try:
         yield
