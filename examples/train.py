@@ -55,6 +55,7 @@ def train(inputs: Inputs, args: CTRTrainingArguments) -> dict[str, float]:
         cf.item_titles,
         cf.user_ids,
         histories=histories,
+        rating_scale=data.rating_scale(cf.rating_scale),
         field_values=cf.field_values,
     )
     set_seed(args.seed)

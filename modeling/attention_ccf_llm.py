@@ -21,7 +21,6 @@ do neither takes a dense mask.
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -47,6 +46,7 @@ TILED_ATTENTION = "ccf_llm_tiles"
 FLEX_ATTENTION = "ccf_llm_flex"
 TILE_QUERIES = 64  # our choice; larger and smaller tiles did not pay on two cores
 Tile = tuple[list[int], list[int]]  # columns of the queries, columns of the keys
+Run = tuple[int, int, list[int]]  # sequence, block, columns
 
 
 @dataclass
@@ -160,7 +160,7 @@ def make_tiles(layout: Layout, cached: int = 0) -> Tiles:
     """Cut a row into tiles.
 
     Args:
-        layout: of the whole row, `(length,)`; sequences contiguous, the instruction first.
+        layout: of the whole row, `(length,)`; what a token may see stands before it.
         cached: leading tokens whose keys are in the cache already.
     """
     groups: list[list[Tile]] = []
@@ -194,8 +194,11 @@ def _alike(largest: Tile, tile: Tile) -> bool:
 def _cut(layout: Layout, cached: int) -> list[Tile]:
     """Columns of queries and keys of every tile; each new token is a query once."""
     tiles: list[Tile] = []
+    sequences: dict[int, list[Run]] = {SHARED: []}
+    for run in _runs(layout):
+        sequences.setdefault(run[0], []).append(run)
     shared: list[int] = []
-    for sequence, runs in groupby(_runs(layout), key=lambda run: run[0]):
+    for sequence, runs in sequences.items():
         context: list[int] = []
         queries: list[int] = []
         keys: list[int] = []
@@ -215,8 +218,8 @@ def _cut(layout: Layout, cached: int) -> list[Tile]:
     return tiles
 
 
-def _runs(layout: Layout) -> list[tuple[int, int, list[int]]]:
-    """(sequence, block, columns) of every run of tokens of one block, in the order of the row."""
+def _runs(layout: Layout) -> list[Run]:
+    """Every run of tokens of one block, in the order of the row."""
     kinds = torch.stack([layout.sequence_ids, layout.block_ids])
     kinds, counts = torch.unique_consecutive(kinds, dim=1, return_counts=True)
     ends = counts.cumsum(0).tolist()
@@ -316,12 +319,15 @@ def packed_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    if isinstance(packed, Tiles):
-        return tiled_attention(query, key, value, packed, dropout, scaling, sliding_window), None
+    # By what it holds, not by its class: the package and the code of a checkpoint that was loaded
+    # in the same process share one name in transformers' registry, and have classes of their own.
+    rows: Any = packed
+    if hasattr(rows, "batches"):
+        return tiled_attention(query, key, value, rows, dropout, scaling, sliding_window), None
     flex = flex_attention if query.device.type == "cpu" else compiled_flex()
     attended = flex(
         *(query, key, value),
-        block_mask=packed.mask(sliding_window),
+        block_mask=rows.mask(sliding_window),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )

@@ -909,7 +909,6 @@ class CheckpointMixin(PreTrainedModel):
         for side in ("item", "user"):
             old = getattr(self.model, f"{side}_alignment")
             fresh = type(old)(self.config, self.config.cf_dim)
-            self._init_weights(fresh)
             setattr(self.model, f"{side}_alignment", fresh.to(old.out.weight))
 
 

@@ -44,7 +44,7 @@ class RayPairScorer(PairScorer):
         ray.data.DataContext.get_current().raise_original_map_exception = True
         scored = ray.data.from_arrow_refs(waiting).map_batches(
             _Worker,
-            fn_constructor_args=(ray.put(dict(self.histories)),),
+            fn_constructor_args=(ray.put(self.histories),),
             fn_constructor_kwargs={
                 "checkpoint": self.checkpoint,
                 "backbone": self.backbone,
