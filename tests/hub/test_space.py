@@ -235,6 +235,7 @@ def test_another_space_is_not_pushed_over(
         assert "holds something else than a CCF-LLM Space (app.py)" in line
     assert names_in(DEMO) == {"app.py"}
     push_space(MODEL, DEMO, replace=True)
+    assert f"the commit overwrites in {DEMO}: app.py\n" in capsys.readouterr().err
     assert names_in(DEMO) >= FILES
     push_space(MODEL, DEMO)
 

@@ -2,7 +2,7 @@
 sentence what went wrong."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from huggingface_hub import HfApi, get_token, hf_hub_url
@@ -135,6 +135,14 @@ def find_foreign(api: HfApi, head: Any, kind: str) -> str:
                 return ""
             return f"{name} says {key}: {value}" if value else name
     return files[0] if files else ""
+
+
+def tell_overwritten(head: Any, repo_id: str, names: Iterable[str]) -> list[str]:
+    """A line that names the files of a branch (`head`; None: it is not there) that an upload writes
+    over; none where it writes over none."""
+    present = {sibling.rfilename for sibling in (head.siblings if head else None) or []}
+    both = sorted(present.intersection(names))
+    return [f"the commit overwrites in {repo_id}: {', '.join(both)}"] if both else []
 
 
 def read_remote_json(api: HfApi, head: Any, kind: str, name: str) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def build_api(
         timeout: seconds after which a request is answered 504.
         log: takes a line per request, as a dict.
     """
+
     def answer(bodies: Sequence[Body]) -> list[Any]:
         return type(bodies[0]).answer(ranker, bodies)
 
