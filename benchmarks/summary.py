@@ -15,6 +15,7 @@ FILES = (
     "around",
     "scaling",
     "packing",
+    "tokens",
 )
 
 

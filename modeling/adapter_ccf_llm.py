@@ -47,7 +47,7 @@ def injected_parts(backbone: nn.Module) -> Parts:
     """
     parts: Parts = {}
     for path, module in backbone.named_modules():
-        if not _is_injected(module) or module.disable_adapters:
+        if not is_injected(module) or module.disable_adapters:
             continue
         state = module.state_dict()
         for name in module.active_adapters:
@@ -164,7 +164,7 @@ def plain_state(
     """
     state = {name: w for name, w in module.state_dict().items() if not name.startswith(but)}
     for path, part in module.named_modules():
-        if not _is_injected(part):
+        if not is_injected(part):
             continue
         inside = [name for name in state if name.startswith(f"{path}.")]
         for name in inside:
@@ -175,7 +175,7 @@ def plain_state(
     return state
 
 
-def _is_injected(module: Any) -> bool:
+def is_injected(module: Any) -> bool:
     """Whether PEFT put a module in the place of one of the model's."""
     return hasattr(module, "base_layer") or hasattr(module, "original_module")
 

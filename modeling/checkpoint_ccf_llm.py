@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -44,7 +45,7 @@ from .adapter_ccf_llm import (
     plain_state,
     to_peft,
 )
-from .attention_ccf_llm import use_tiles
+from .attention_ccf_llm import use_packed_attention
 from .configuration_ccf_llm import (
     AUTO_MAP,
     CHECKPOINT_FORMS,
@@ -466,7 +467,7 @@ class CheckpointMixin(PreTrainedModel):
     def attach_backbone(self, causal: PreTrainedModel) -> None:
         """Put a causal language model's body under the fusion and keep two rows of its head."""
         self.model.language_model = causal.get_decoder()
-        use_tiles(self.model.language_model)
+        use_packed_attention(self.model.language_model)
         head = causal.get_output_embeddings().weight.detach()
         with torch.no_grad():
             self.answer_weight.copy_(head[[self.config.yes_token_id, self.config.no_token_id]])
@@ -550,7 +551,7 @@ class CheckpointMixin(PreTrainedModel):
                 (folder / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
                 write_tensors(folder / ADAPTER_FOLDER / ADAPTER_FILE, tensors, {"format": "pt"})
                 write_json(folder / ADAPTER_FOLDER / ADAPTER_CONFIG, settings)
-            config.architectures = [type(self).__name__]
+            config.architectures = [type(self).__name__.removeprefix("FSDP")]
             config.dtype = str(self.answer_weight.dtype).removeprefix("torch.")
             config.save_pretrained(folder)
         finally:
@@ -1014,7 +1015,10 @@ def note_weight(weight: Tensor) -> tuple[torch.dtype, torch.Size, int, Tensor]:
 
 
 def is_noted(weight: Tensor, note: tuple[torch.dtype, torch.Size, int, Tensor]) -> bool:
-    """Whether a weight is the one noted, or that one cast to another precision."""
+    """Whether a weight is the one noted, or that one cast to another precision. One that is shared
+    out over processes is frozen, and taken for it."""
+    if isinstance(weight, DTensor):
+        return True
     now = note_weight(weight)
     cast = weight.dtype != note[0]
     alike = now[1] == note[1] if cast else now[:3] == note[:3]

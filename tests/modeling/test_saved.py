@@ -103,6 +103,13 @@ def freeze_backbone_in_bf16(model: CCFLLMForCTR, processor: CCFLLMProcessor) -> 
     return model
 
 
+def round_weights(model: CCFLLMForCTR, processor: CCFLLMProcessor) -> CCFLLMForCTR:
+    """Weights alone: `model.to` rounds the rotary frequencies too, which no checkpoint holds."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch.bfloat16).float()
+    return model
+
+
 WAYS = {
     "as loaded": lambda model, processor: model,
     "fusion trained": train_fusion,
@@ -122,7 +129,7 @@ NO_LONGER_THE_BACKBONE = {
     "all weights trained": train,
     "one row changed": change_last_row,
     "vocabulary resized": resize,
-    "rounded and back": lambda model, processor: model.to(torch.bfloat16).float(),
+    "rounded and back": round_weights,
 }
 NO_PLAIN_LORA = {
     "DoRA": add(use_dora=True),

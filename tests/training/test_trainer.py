@@ -308,10 +308,9 @@ def direct(run: StageRun, **options: Any) -> CTRTrainer:
     processor = run.build_processor()
     splits = run.inputs.data.splits
     given = {"cf": run.inputs.cf, "peft_config": None, "args": run.training_arguments()}
+    given |= {"train_dataset": splits["train"], "eval_dataset": splits["validation"]}
     return CTRTrainer(
         run.build_model(processor),
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
         processing_class=processor,
         **given | options,
     )
@@ -468,14 +467,13 @@ def test_a_pattern_that_names_no_parameter_is_pointed_out(stage_run):
 
 
 def test_validation_rows_that_measure_nothing_are_refused_before_training(stage_run, inputs):
-    splits = {**inputs.data.splits}
-    likes = np.flatnonzero(splits["validation"]["label"])
-    one = replace(inputs.data, splits=splits | {"validation": splits["validation"].select(likes)})
+    validation = inputs.data.splits["validation"]
+    likes = validation.select(np.flatnonzero(validation["label"]))
     with pytest.raises(InputError, match="hold no label but 1, so that no AUC can choose"):
-        replace(stage_run(), inputs=replace(inputs, data=one)).build_trainer()
+        direct(stage_run(), eval_dataset=likes)
 
 
-def test_a_uauc_that_is_undefined_is_left_out_of_the_logs(stage_run):
+def test_a_uauc_that_is_undefined_is_left_out_of_the_logs(stage_run, monkeypatch):
     trainer = make_trainer(stage_run())
     by_class = {0: "x", 1: "y"}
     scores = trainer.score(trainer.eval_groups)
@@ -484,8 +482,9 @@ def test_a_uauc_that_is_undefined_is_left_out_of_the_logs(stage_run):
     metrics = trainer.evaluate()
     assert "eval_uauc" not in metrics and 0 <= metrics["eval_auc"] <= 1
     check_classes(trainer.eval_groups, "eval_uauc")
-    for group in trainer.eval_groups:
-        group.labels = [int(group.user < "u3")] * len(group.labels)
+    split = trainer.eval_groups.split
+    by_user = (split.user_names[split.users] < "u3").astype(np.int8)
+    monkeypatch.setattr(split, "labels", by_user)
     with pytest.raises(InputError, match="no user of the validation rows has both classes"):
         check_classes(trainer.eval_groups, "eval_uauc")
     trainer.log({"grad_norm": math.nan, "loss": 1.0})

@@ -197,7 +197,7 @@ def open_repo(
     options: Any = {"kind": kind, "private": private, "replace": replace}
     head = look(api, repo_id, revision=revision, **options)
     if head is None:
-        sdk = "gradio" if kind == "space" else None
+        sdk = "docker" if kind == "space" else None
         api.create_repo(repo_id, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk)
         head = look(api, repo_id, **options)
     if revision:

@@ -1,6 +1,7 @@
 """`CTRRanker`: probabilities, ranked lists and explanations from a checkpoint."""
 
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,9 @@ from ccf_llm_hf.modeling.processing_ccf_llm import (
     read_items,
 )
 from ccf_llm_hf.modeling.ranking_ccf_llm import (
+    PREFIX_BYTES,
     TOKENS_PER_BATCH,
+    PrefixCache,
     RankedItem,
     cf_logits,
     check_counts,
@@ -46,13 +49,15 @@ class CTRRanker:
     with them (`{"title": ..., "author": ...}`) and the CF model knows them. A user the model has
     not seen is a new user, scored by the history. Histories hold liked items, oldest first; a model
     trained on signed ones takes disliked items too, as `{"id": ..., "liked": False}`, or with a
-    `rating`.
+    `rating`. Threads may share a ranker; one of them at a time goes through the model.
 
     Args:
         model: a `CCFLLMForCTR`.
         processor: its `CCFLLMProcessor`.
         tokens_per_batch: tokens of one forward pass. Users share a pass as long as they fit;
             a longer candidate list is scored in parts on the history's cached keys and values.
+        prefix_bytes: of memory for the keys and values of histories, which `rank` keeps for the
+            users' next requests; 0: none are kept.
     """
 
     def __init__(
@@ -61,10 +66,15 @@ class CTRRanker:
         processor: CCFLLMProcessor,
         *,
         tokens_per_batch: int = TOKENS_PER_BATCH,
+        prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
         self.model = model.eval()
         self.processor = processor
         self.tokens_per_batch = tokens_per_batch
+        self.prefixes = PrefixCache(prefix_bytes)
+        # What reads the words of items outside the catalog hangs on the backbone meanwhile, where
+        # another thread's prompt would run into it.
+        self._turn = threading.RLock()
 
     @classmethod
     def from_pretrained(
@@ -126,15 +136,18 @@ class CTRRanker:
         pairs = _pair_list(pairs)
         requests: dict[Any, Request] = {}
         places: dict[Any, list[int]] = {}
+        read, seen_of = self.processor, dict[int, tuple[Any, ...]]()
         for place, pair in enumerate(pairs):
+            given = pair.get("history") if isinstance(pair, Mapping) else None
             user, history, item = _read_pair(pair, place)
-            read = self.processor
-            with refusing(f"pair {place}: "):
-                seen = [
-                    (read.item_text(past), read.new_values(past), read.target(past))
-                    for past in history
-                ]
-            key = (user, tuple(seen))
+            # Many pairs share one list: it is looked up once.
+            if id(given) not in seen_of:
+                with refusing(f"pair {place}: "):
+                    seen_of[id(given)] = tuple(
+                        (read.item_text(past), read.new_values(past), read.target(past))
+                        for past in history
+                    )
+            key = (user, seen_of[id(given)])
             requests.setdefault(key, Request(user, history)).candidates.append(item)
             places.setdefault(key, []).append(place)
         logits = np.empty(len(pairs), dtype=np.float32)
@@ -168,6 +181,7 @@ class CTRRanker:
         top_k: int = 10,
         preselect: int = 100,
         max_per_topic: int | None = None,
+        shortlist: int | None = None,
     ) -> list[RankedItem]:
         """The `top_k` best candidates for one user, best first.
 
@@ -183,9 +197,14 @@ class CTRRanker:
             preselect: catalog items that the language model scores.
             max_per_topic: most items of the list that may share a value of one of the processor's
                 `evidence_fields`. None: no limit.
+            shortlist: so many of the candidates, or of the preselected, go through the language
+                model, those that promise most by the CF logit, fields and text vectors: 20 of 100
+                take a quarter of the time, and the list may lack an item of the whole one. None:
+                all.
 
         Raises:
-            InputError: several users (see `rank_many`), or no candidates.
+            InputError: several users (see `rank_many`), no candidates, or a shortlist shorter than
+                the list.
         """
         past: Any = history
         past = list(past) if is_container(past) else past
@@ -193,7 +212,8 @@ class CTRRanker:
             raise InputError("rank is for one user: give several to rank_many")
         past = _items(past, "history")
         given = None if candidates is None else [candidates]
-        return self.rank_many([user], [past], given, top_k, preselect, max_per_topic)[0]
+        counts = (top_k, preselect, max_per_topic, shortlist)
+        return self.rank_many([user], [past], given, *counts)[0]
 
     def rank_many(
         self,
@@ -203,6 +223,7 @@ class CTRRanker:
         top_k: int = 10,
         preselect: int = 100,
         max_per_topic: int | None = None,
+        shortlist: int | None = None,
     ) -> list[list[RankedItem]]:
         """As `rank`, for several users, who share forward passes.
 
@@ -212,7 +233,7 @@ class CTRRanker:
             candidates: one list a user; None: chosen from the catalog for each.
             top_k: length of each list.
             preselect: catalog items that the language model scores for each.
-            max_per_topic: as in `rank`, for each list.
+            max_per_topic, shortlist: as in `rank`, for each list.
 
         Returns:
             One ranked list a user.
@@ -220,9 +241,12 @@ class CTRRanker:
         Raises:
             InputError: neither users nor histories, or lists whose lengths differ.
         """
-        varied = {} if max_per_topic is None else {"max_per_topic": max_per_topic}
+        counts = {"max_per_topic": max_per_topic, "shortlist": shortlist}
         with refusing():
-            check_counts(top_k=top_k, preselect=preselect, **varied)
+            check_counts(top_k=top_k, preselect=preselect)
+            check_counts(**{name: value for name, value in counts.items() if value is not None})
+        if shortlist is not None and top_k > shortlist:
+            raise InputError(f"top_k={top_k} of shortlist={shortlist} items: raise the shortlist")
         given = {"users": users, "histories": histories, "candidates": candidates}
         for name, values in given.items():
             if not (values is None or is_container(values)):
@@ -256,14 +280,16 @@ class CTRRanker:
                 chosen = _given(items)
             requests.append(Request(user, past, chosen))
         self._tell_unknown([one.user for one in requests], [])
-        with refusing():
+        with refusing(), self._turn:
             return rank(
                 self.model,
                 self.processor,
                 requests,
                 top_k,
                 max_per_topic=max_per_topic,
+                shortlisted=shortlist,
                 tokens_per_batch=self.tokens_per_batch,
+                prefixes=self.prefixes,
             )
 
     def explain(
@@ -290,7 +316,7 @@ class CTRRanker:
             with refusing():
                 check_counts(0, max_lines=max_lines)
         request = Request(user, _items(history, "history"), _items([item], "item"))
-        with refusing():
+        with refusing(), self._turn:
             (reasons,) = explain(
                 self.model,
                 self.processor,
@@ -316,7 +342,7 @@ class CTRRanker:
 
     def _score(self, requests: Sequence[Request], progress: bool) -> list[torch.Tensor]:
         """Logits per request, in the order of its candidates."""
-        with refusing():
+        with refusing(), self._turn:
             return score(
                 self.model,
                 self.processor,
