@@ -134,7 +134,7 @@ def speed_section() -> list[str]:
         "",
         "![Rank latency against number of candidates](benchmarks/results/ranking.png)",
         "",
-        "![Seconds and memory against the size of the data](benchmarks/results/scaling.png)",
+        "![Seconds and memory against the size of the data](results/speed/scale.png)",
         "",
         *table(collect_summary()),
     ]
