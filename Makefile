@@ -21,7 +21,7 @@ help:
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; set PYTHON=..." >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,app]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,app,serve]"
 	@touch $@
 
 demo: $(INSTALLED)
@@ -31,10 +31,12 @@ demo: $(INSTALLED)
 bench: $(INSTALLED)
 	test -d runs/bench/data || $(BIN)/ccf-llm prepare ml-1m --out runs/bench/data
 	test -d runs/bench/cf || $(BIN)/ccf-llm fit-cf mf --data runs/bench/data --out runs/bench/cf
+	test -d runs/bench/data-signed || $(BIN)/ccf-llm prepare ml-1m --histories signed --out runs/bench/data-signed
 	$(BIN)/ccf-llm train benchmarks/workload.yaml
 	for part in packing training ranking same_labels around scale; do \
 		PATH="$(BIN):$$PATH" $(BIN)/python benchmarks/$$part.py || exit 1; done
 	PATH="$(BIN):$$PATH" $(BIN)/python benchmarks/same_labels.py --cf-logit
+	$(BIN)/python benchmarks/tokens.py --data runs/bench/data-signed
 	$(BIN)/python benchmarks/summary.py
 	$(BIN)/python benchmarks/readme.py
 

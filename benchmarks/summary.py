@@ -14,6 +14,7 @@ FILES = (
     "ranking",
     "around",
     "packing",
+    "tokens",
 )
 
 

@@ -47,7 +47,7 @@ def injected_parts(backbone: nn.Module) -> Parts:
     """
     parts: Parts = {}
     for path, module in backbone.named_modules():
-        if not _is_injected(module) or module.disable_adapters:
+        if not is_injected(module) or module.disable_adapters:
             continue
         state = module.state_dict()
         for name in module.active_adapters:
@@ -125,12 +125,12 @@ def add_lora(
 
 @contextmanager
 def without_adapter(backbone: nn.Module, merged: Adapter, scale: float) -> Iterator[None]:
-    """Let the backbone compute what it would without LoRA, be that injected by PEFT or, as `merged`
-    and `scale` say, added to the weights, which stay as they are."""
+    """Let the backbone compute what it would without adapters, be they injected by PEFT or, as
+    `merged` and `scale` say, LoRA added to the weights, which stay as they are."""
     handles = [
         module.register_forward_hook(_base_output)
         for module in backbone.modules()
-        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+        if hasattr(module, "base_layer")
     ]
     for path, (factors,) in adapter_parts(merged, scale).items():
         module = backbone.get_submodule(path)
@@ -164,7 +164,7 @@ def plain_state(
     """
     state = {name: w for name, w in module.state_dict().items() if not name.startswith(but)}
     for path, part in module.named_modules():
-        if not _is_injected(part):
+        if not is_injected(part):
             continue
         inside = [name for name in state if name.startswith(f"{path}.")]
         for name in inside:
@@ -175,7 +175,7 @@ def plain_state(
     return state
 
 
-def _is_injected(module: Any) -> bool:
+def is_injected(module: Any) -> bool:
     """Whether PEFT put a module in the place of one of the model's."""
     return hasattr(module, "base_layer") or hasattr(module, "original_module")
 

@@ -10,20 +10,23 @@ integers per token describe the row:
   history items that precede its interaction in time. So it is in the lines of a stream, where only
   the answer counts its own line.
 
-`visible` is the one rule. It is computed as a dense mask or in *tiles*: a row of a thousand tokens
-holds some twenty users who do not see each other, so a dense mask throws nearly all of the
-attention away. A tile is a run of queries of one user with the keys that they may see: instruction,
-the user's prefix and history, and the queries' own blocks. Tiles of similar size are attended to in
-one call each; every linear layer still works on the whole row.
+`visible` is the one rule. A row of a thousand tokens holds some twenty users who do not see each
+other, so a dense mask throws nearly all of the attention away. On a GPU, FlexAttention compiles the
+rule into its kernel and passes over what is all masked. Elsewhere, and where that kernel does not
+compile, attention runs in *tiles*: a run of queries of one user with the keys that they may see,
+instruction, the user's prefix and history, and the queries' own blocks. Tiles of similar size are
+attended to in one call each; every linear layer still works on the whole row. A backbone that can
+do neither takes a dense mask.
 """
 
 from dataclasses import dataclass
-from itertools import groupby
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -32,11 +35,18 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 SHARED = -1
+# Names of attention, as transformers chooses them: ours takes one of the other two.
+PACKED_ATTENTION = "ccf_llm"
 TILED_ATTENTION = "ccf_llm_tiles"
+FLEX_ATTENTION = "ccf_llm_flex"
 TILE_QUERIES = 64  # our choice; larger and smaller tiles did not pay on two cores
 Tile = tuple[list[int], list[int]]  # columns of the queries, columns of the keys
+Run = tuple[int, int, list[int]]  # sequence, block, columns
 
 
 @dataclass
@@ -59,7 +69,11 @@ class Layout:
 
 
 def visible(
-    query: Layout, key: Layout, query_columns: Tensor, key_columns: Tensor, window: int | None
+    query: Layout,
+    key: Layout,
+    query_columns: Tensor,
+    key_columns: Tensor,
+    window: Tensor | int | None,
 ) -> Tensor:
     """Who may attend to whom.
 
@@ -68,28 +82,21 @@ def visible(
     a later history item, never another sequence.
 
     Args:
-        query, key: layouts `(..., queries)` and `(..., keys)`.
+        query, key: layouts of tokens, of shapes that broadcast: `(queries, 1)` and `(keys,)` give
+            all pairs, two scalars one.
         query_columns, key_columns: their columns in the row, of the same shapes.
         window: sliding window of the layer, counted in *positions*, or None.
 
     Returns:
-        `(..., queries, keys)` bool. Every token sees itself, so no softmax runs over nothing.
+        Bool. Every token sees itself, so no softmax runs over nothing.
     """
-
-    def pair(name: str) -> tuple[Tensor, Tensor]:
-        return getattr(query, name).unsqueeze(-1), getattr(key, name).unsqueeze(-2)
-
-    (q_sequence, k_sequence), (q_block, k_block) = pair("sequence_ids"), pair("block_ids")
-    q_depth, k_depth = pair("history_depths")
-    own = (q_sequence == k_sequence) & (
-        (q_block == k_block) | ((k_block == 0) & (k_depth <= q_depth))
+    own = (query.sequence_ids == key.sequence_ids) & (
+        (query.block_ids == key.block_ids)
+        | ((key.block_ids == 0) & (key.history_depths <= query.history_depths))
     )
-    seen = (own | (k_sequence == SHARED)) & (
-        key_columns.unsqueeze(-2) <= query_columns.unsqueeze(-1)
-    )
+    seen = (own | (key.sequence_ids == SHARED)) & (key_columns <= query_columns)
     if window is not None:
-        q_position, k_position = pair("position_ids")
-        seen &= q_position - k_position < window
+        seen = seen & (query.position_ids - key.position_ids < window)
     return seen
 
 
@@ -102,7 +109,7 @@ def block_mask(layout: Layout, cached: int = 0, window: int | None = None) -> Te
         window: see `visible`.
     """
     columns = torch.arange(len(layout.sequence_ids), device=layout.sequence_ids.device)
-    asking = columns[cached:]
+    asking = columns[cached:, None]
     return visible(layout.at(asking), layout, asking, columns, window)[None, None]
 
 
@@ -132,8 +139,9 @@ class TileBatch:
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """Additive mask `(tiles, 1, q, k)`, made once for all layers with the same window."""
         if (window, dtype) not in self._masks:
-            query, key = self.layout.at(self.queries), self.layout.at(self.keys)
-            seen = visible(query, key, self.queries, self.keys, window) & self.real_keys[:, None]
+            queries, keys = self.queries[..., None], self.keys[:, None]
+            query, key = self.layout.at(queries), self.layout.at(keys)
+            seen = visible(query, key, queries, keys, window) & self.real_keys[:, None]
             self._masks[window, dtype] = additive(seen[:, None], dtype)
         return self._masks[window, dtype]
 
@@ -152,7 +160,7 @@ def make_tiles(layout: Layout, cached: int = 0) -> Tiles:
     """Cut a row into tiles.
 
     Args:
-        layout: of the whole row, `(length,)`; sequences contiguous, the instruction first.
+        layout: of the whole row, `(length,)`; what a token may see stands before it.
         cached: leading tokens whose keys are in the cache already.
     """
     groups: list[list[Tile]] = []
@@ -186,8 +194,11 @@ def _alike(largest: Tile, tile: Tile) -> bool:
 def _cut(layout: Layout, cached: int) -> list[Tile]:
     """Columns of queries and keys of every tile; each new token is a query once."""
     tiles: list[Tile] = []
+    sequences: dict[int, list[Run]] = {SHARED: []}
+    for run in _runs(layout):
+        sequences.setdefault(run[0], []).append(run)
     shared: list[int] = []
-    for sequence, runs in groupby(_runs(layout), key=lambda run: run[0]):
+    for sequence, runs in sequences.items():
         context: list[int] = []
         queries: list[int] = []
         keys: list[int] = []
@@ -207,8 +218,8 @@ def _cut(layout: Layout, cached: int) -> list[Tile]:
     return tiles
 
 
-def _runs(layout: Layout) -> list[tuple[int, int, list[int]]]:
-    """(sequence, block, columns) of every run of tokens of one block, in the order of the row."""
+def _runs(layout: Layout) -> list[Run]:
+    """Every run of tokens of one block, in the order of the row."""
     kinds = torch.stack([layout.sequence_ids, layout.block_ids])
     kinds, counts = torch.unique_consecutive(kinds, dim=1, return_counts=True)
     ends = counts.cumsum(0).tolist()
@@ -220,7 +231,64 @@ def _runs(layout: Layout) -> list[tuple[int, int, list[int]]]:
     ]
 
 
-def tiled_attention(
+class BlockMasks:
+    """The rule in FlexAttention's form: `visible` itself, and which blocks of 128 by 128 tokens it
+    leaves anything of.
+
+    Args:
+        layout: of the whole row, `(length,)`.
+        cached: leading tokens whose keys are in the cache already.
+    """
+
+    def __init__(self, layout: Layout, cached: int = 0) -> None:
+        self.layout = layout
+        self.cached = cached
+        self._masks: dict[int | None, BlockMask] = {}
+
+    def mask(self, window: int | None) -> BlockMask:
+        """Made once for all layers with the same window."""
+        if window not in self._masks:
+            layout, device = self.layout, self.layout.sequence_ids.device
+            columns = torch.arange(len(layout.sequence_ids), device=device)
+            asking = columns[self.cached :]
+            # As tensors, because numbers would be compiled in.
+            width = None if window is None else torch.tensor(window, device=device)
+
+            def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                column = asking[query]
+                return visible(layout.at(column), layout.at(key), column, columns[key], width)
+
+            self._masks[window] = create_block_mask(
+                rule, None, None, len(asking), len(columns), device=device
+            )
+        return self._masks[window]
+
+
+@cache
+def compiled_flex() -> Any:
+    """FlexAttention's kernel, for rows of any length."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@cache
+def flex_compiles(device: torch.device, width: int) -> bool:
+    """Whether FlexAttention's kernel can be had for heads of this width: it wants a GPU, Triton, a
+    C compiler, and no narrow heads."""
+    if device.type != "cuda":
+        return False
+    probe = torch.zeros(1, 1, 128, width, device=device, requires_grad=True)
+    ids = torch.zeros(128, dtype=torch.long, device=device)
+    try:
+        with torch.enable_grad():
+            mask = BlockMasks(Layout(ids, ids, ids, ids)).mask(None)
+            compiled_flex()(probe, probe, probe, block_mask=mask).sum().backward()
+    except Exception as problem:  # whatever the compilers say
+        logger.warning("FlexAttention does not compile here, sdpa is used: %s", problem)
+        return False
+    return True
+
+
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -229,21 +297,21 @@ def tiled_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    tiles: Tiles | None = None,
+    packed: Tiles | BlockMasks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over `tiles`, as transformers calls it.
+    """Attention over a packed row, as transformers calls it.
 
     Args:
         query: `(1, heads, new tokens, head_dim)`.
         key, value: `(1, key-value heads, length, head_dim)`, cached tokens first.
-        attention_mask: used only without tiles, when the backbone is called on its own: then this
-            is plain sdpa.
+        attention_mask: used only without `packed`, when the backbone is called on its own: then
+            this is plain sdpa.
 
     Returns:
         `(1, new tokens, heads, head_dim)`, and no attention weights.
     """
-    if tiles is None:
+    if packed is None:
         return sdpa_attention_forward(
             *(module, query, key, value, attention_mask),
             dropout=dropout,
@@ -251,6 +319,28 @@ def tiled_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
+    if isinstance(packed, Tiles):
+        return tiled_attention(query, key, value, packed, dropout, scaling, sliding_window), None
+    flex = flex_attention if query.device.type == "cpu" else compiled_flex()
+    attended = flex(
+        *(query, key, value),
+        block_mask=packed.mask(sliding_window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended.transpose(1, 2), None
+
+
+def tiled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiles: Tiles,
+    dropout: float,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """As `packed_attention`, in tiles."""
     dtype = query.dtype
     # On a CPU the backward pass of attention in half precision takes several times as long.
     working = torch.float32 if query.device.type == "cpu" else dtype
@@ -279,11 +369,11 @@ def tiled_attention(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         answers.append(attended.transpose(1, 2).flatten(0, 1))  # (tiles * q, heads, head_dim)
-    return torch.cat(answers).index_select(0, tiles.places)[None].to(dtype), None
+    return torch.cat(answers).index_select(0, tiles.places)[None].to(dtype)
 
 
-def use_tiles(backbone: PreTrainedModel) -> None:
-    """Let a backbone whose attention is sdpa, transformers' default, attend in tiles.
+def use_packed_attention(backbone: PreTrainedModel) -> None:
+    """Let a backbone whose attention is sdpa, transformers' default, attend to packed rows.
 
     Another choice, such as eager, stays, and then takes a dense mask. So does a backbone that caps
     its attention logits, which sdpa cannot do.
@@ -294,21 +384,37 @@ def use_tiles(backbone: PreTrainedModel) -> None:
         and backbone._supports_attention_backend
         and not getattr(config, "attn_logit_softcapping", None)
     ):
-        backbone.set_attn_implementation(TILED_ATTENTION)
+        backbone.set_attn_implementation(PACKED_ATTENTION)
+
+
+def takes_flex(config: PreTrainedConfig, device: torch.device, cached: int) -> bool:
+    """Whether a packed row goes through FlexAttention, which knows no dropout. A row on cached keys
+    is of one user, and one tile as good."""
+    if config._attn_implementation == FLEX_ATTENTION:
+        return True
+    dropout = any(getattr(config, name, 0) for name in ("attention_dropout", "attn_pdrop"))
+    if config._attn_implementation == TILED_ATTENTION or cached or dropout:
+        return False
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return flex_compiles(device, width)
 
 
 def attention_inputs(
     config: PreTrainedConfig, layout: Layout, cached: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Who sees whom, in the form that the backbone's attention takes: tiles, or a mask.
+    """Who sees whom, in the form that the backbone's attention takes: FlexAttention's, tiles, or a
+    dense mask.
 
     Sliding windows count in positions, so that packing does not narrow them. `config` is that of
     the backbone.
     """
-    if config._attn_implementation == TILED_ATTENTION:
+    if config._attn_implementation in (PACKED_ATTENTION, TILED_ATTENTION, FLEX_ATTENTION):
+        device = layout.block_ids.device
+        flex = takes_flex(config, device, cached)
+        packed = BlockMasks(layout, cached) if flex else make_tiles(layout, cached)
         # Any four-dimensional mask keeps transformers from making one over the whole row.
-        unused = torch.zeros(1, 1, 1, 1, dtype=dtype, device=layout.block_ids.device)
-        return {"attention_mask": unused, "tiles": make_tiles(layout, cached)}
+        unused = torch.zeros(1, 1, 1, 1, dtype=dtype, device=device)
+        return {"attention_mask": unused, "packed": packed}
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or [])
     if (
@@ -324,7 +430,16 @@ def attention_inputs(
     return {"attention_mask": {"full_attention": full, "sliding_attention": narrow}}
 
 
-AttentionInterface.register(TILED_ATTENTION, tiled_attention)
-AttentionMaskInterface.register(TILED_ATTENTION, sdpa_mask)
+for name in (PACKED_ATTENTION, TILED_ATTENTION, FLEX_ATTENTION):
+    AttentionInterface.register(name, packed_attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
 
-__all__ = ["Layout", "attention_inputs", "make_tiles", "tiled_attention", "use_tiles", "visible"]
+__all__ = [
+    "BlockMasks",
+    "Layout",
+    "attention_inputs",
+    "make_tiles",
+    "packed_attention",
+    "use_packed_attention",
+    "visible",
+]

@@ -44,7 +44,7 @@ from .adapter_ccf_llm import (
     plain_state,
     to_peft,
 )
-from .attention_ccf_llm import use_tiles
+from .attention_ccf_llm import use_packed_attention
 from .configuration_ccf_llm import (
     AUTO_MAP,
     CHECKPOINT_FORMS,
@@ -466,7 +466,7 @@ class CheckpointMixin(PreTrainedModel):
     def attach_backbone(self, causal: PreTrainedModel) -> None:
         """Put a causal language model's body under the fusion and keep two rows of its head."""
         self.model.language_model = causal.get_decoder()
-        use_tiles(self.model.language_model)
+        use_packed_attention(self.model.language_model)
         head = causal.get_output_embeddings().weight.detach()
         with torch.no_grad():
             self.answer_weight.copy_(head[[self.config.yes_token_id, self.config.no_token_id]])
@@ -908,7 +908,6 @@ class CheckpointMixin(PreTrainedModel):
         for side in ("item", "user"):
             old = getattr(self.model, f"{side}_alignment")
             fresh = type(old)(self.config, self.config.cf_dim)
-            self._init_weights(fresh)
             setattr(self.model, f"{side}_alignment", fresh.to(old.out.weight))
 
 

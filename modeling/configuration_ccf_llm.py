@@ -151,7 +151,7 @@ class CCFLLMConfig(PreTrainedConfig):
         sentence_encoder_revision, sentence_encoder_fingerprint: its weights.
         num_title_tokens: total number of title tokens of the catalog, for `static`.
         alignment_multiplier: hidden width of ALG over `cf_dim` (our choice: 10).
-        slot_scale: RMS that a fresh ALG gives to its output; the backbone's token embeddings' RMS.
+        slot_scale: factor of ALG's output: the RMS of the backbone's token embeddings.
         yes_token_id, no_token_id: the two answers in the backbone's vocabulary.
         item_slot_token_id, user_slot_token_id: placeholders, past the backbone's vocabulary.
         logit_temperature: `prob = sigmoid(logit / logit_temperature)`, fitted on validation.

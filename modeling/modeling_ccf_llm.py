@@ -13,6 +13,7 @@ inputs and its evidence, the cold vectors, the user slot and the CF logit are ou
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from .adapter_ccf_llm import Adapter, without_adapter
-from .attention_ccf_llm import Layout, attention_inputs, use_tiles
+from .attention_ccf_llm import Layout, attention_inputs, use_packed_attention
 from .checkpoint_ccf_llm import (
     CF_TENSORS,
     FIELD_TENSORS,
@@ -503,7 +504,8 @@ def unit_rms(x: Tensor) -> Tensor:
 class AlignmentNetwork(nn.Module):
     """ALG: maps a vector `(n, dim)` of CF or of text to the backbone's space `(n, hidden_size)`.
 
-    Linear - GELU - Linear (our choice), at the scale of the backbone's token embeddings.
+    Linear - GELU - Linear (our choice), each as PyTorch initializes it: a fresh one gives a fifth
+    of `slot_scale`, the RMS of the backbone's token embeddings.
     """
 
     def __init__(self, config: CCFLLMConfig, dim: int) -> None:
@@ -560,15 +562,11 @@ class CCFLLMPreTrainedModel(PreTrainedModel):
         "user_scale",
         "item_scale",
     ]
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, AlignmentNetwork):
-            for linear in (module.up, module.out):
-                init.normal_(linear.weight, std=linear.in_features**-0.5)
-                init.zeros_(linear.bias)
-        elif isinstance(module, FusionGate):
+        if isinstance(module, FusionGate):
             init.normal_(module.linear.weight, std=0.1 * module.linear.in_features**-0.5)
             init.zeros_(module.linear.bias)
             init.constant_(module.evidence_weight, -1.0)
@@ -599,7 +597,7 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
             AutoModel.from_config(config.text_config) if config.checkpoint_form == "full" else None
         )
         if self.language_model is not None:
-            use_tiles(self.language_model)
+            use_packed_attention(self.language_model)
         self.cf = CFTable(config)
         self.item_alignment = AlignmentNetwork(config, config.cf_dim)
         self.user_alignment = AlignmentNetwork(config, config.cf_dim)
@@ -772,7 +770,7 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         new_title_lengths: Tensor | None = None,
         new_field_values: Tensor | None = None,
         new_field_weights: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> BaseModelOutput:
         """Hidden states `(1, new tokens, hidden_size)` of a row made by the processor.
 
@@ -781,9 +779,9 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
             position_ids, sequence_ids, block_ids, history_depths: `(1, cached + new tokens)`.
             new_title_ids, new_title_lengths: titles of items past the catalog.
             new_field_values, new_field_weights: their fields, see `CFTable.lookup`.
-            past_key_values: cache of the row's leading tokens; the new tokens are added to it.
+            cache: keys and values of the row's leading tokens; the new tokens are added to it.
         """
-        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cached = 0 if cache is None else cache.get_seq_length()
         if input_ids.shape != (1, position_ids.shape[1] - cached):
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)}, not one row of "
@@ -798,11 +796,19 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         outputs = self.language_model(
             inputs_embeds=embeddings,
             position_ids=position_ids[:, cached:],
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
+            use_cache=cache is not None,
+            **cache_input(self.language_model, cache),
             **attention_inputs(self.language_model.config, layout, cached, embeddings.dtype),
         )
         return BaseModelOutput(last_hidden_state=outputs.last_hidden_state)
+
+
+def cache_input(backbone: PreTrainedModel, cache: Cache | None) -> dict[str, Cache]:
+    """The cache under the backbone's name for it, which transformers 5.24 changed."""
+    if cache is None:
+        return {}
+    takes = inspect.signature(type(backbone).forward).parameters
+    return {"cache" if "cache" in takes else "past_key_values": cache}
 
 
 def pair(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -872,7 +878,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         new_field_weights: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         return_dict: bool | None = None,
     ) -> CTROutput | tuple[Tensor, ...]:
         """Score the candidates of a batch made by [`CCFLLMProcessor`].
@@ -892,7 +898,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
             labels: `(batch, num_candidates)` 0/1, -100 where padded.
             num_items_in_batch: labels of the whole optimizer step; the loss is then the sum over
                 this batch divided by it, else the mean.
-            past_key_values: cache of the row's leading tokens.
+            cache: keys and values of the row's leading tokens.
         """
         hidden = self.model(
             input_ids=input_ids,
@@ -906,7 +912,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
             new_title_lengths=new_title_lengths,
             new_field_values=new_field_values,
             new_field_weights=new_field_weights,
-            past_key_values=past_key_values,
+            cache=cache,
         ).last_hidden_state
         answers = hidden[0][answer_positions].float()  # (batch, num_candidates, hidden_size)
         yes, no = self.answer_weight.float()

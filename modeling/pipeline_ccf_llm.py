@@ -15,7 +15,7 @@ from transformers import Pipeline
 from .configuration_ccf_llm import CUSTOM_PIPELINES, TASK, read_id
 from .modeling_ccf_llm import CCFLLMForCTR
 from .processing_ccf_llm import CCFLLMProcessor, Request, read_items
-from .ranking_ccf_llm import RankedItem, check_counts, explain, rank
+from .ranking_ccf_llm import PREFIX_BYTES, PrefixCache, RankedItem, check_counts, explain, rank
 from .ranking_ccf_llm import preselect as choose
 
 INPUT_KEYS = ("user", "history", "candidates", "top_k")
@@ -62,6 +62,7 @@ class CTRRankingPipeline(Pipeline):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model.eval()
+        self.prefixes = PrefixCache(PREFIX_BYTES)
         # While loading, transformers puts classes in here, which no config can be printed with.
         self.model.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
 
@@ -167,7 +168,8 @@ class CTRRankingPipeline(Pipeline):
         """The ranked list of each input; they share forward passes as far as these hold them."""
         longest = max(top_k for _, top_k in input_tensors)
         requests = [request for request, _ in input_tensors]
-        ranked = rank(self.model, self.processor, requests, longest, max_per_topic=max_per_topic)
+        options: Any = {"max_per_topic": max_per_topic, "prefixes": self.prefixes}
+        ranked = rank(self.model, self.processor, requests, longest, **options)
         return [items[:top_k] for items, (_, top_k) in zip(ranked, input_tensors, strict=True)]
 
     def postprocess(  # type: ignore[override]

@@ -7,9 +7,12 @@ validation and the Space all go through `score`.
 from __future__ import annotations
 
 import copy
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from numbers import Integral
 from typing import Any
 
@@ -19,16 +22,101 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.utils import logging
 
+from .adapter_ccf_llm import is_injected
+from .attention_ccf_llm import SHARED
 from .modeling_ccf_llm import CF_INPUTS, CCFLLMForCTR, NewFields
 from .processing_ccf_llm import CCFLLMProcessor, Request, Values, pad_values
 
 TOKENS_PER_BATCH = 2048  # of one forward pass
+PREFIX_BYTES = 2**29  # that a ranker keeps: 11,000 tokens of histories of SmolLM2-135M in fp32
 SPARE = 4  # candidates of a topic for each of its places in a list that is to vary (our choice)
 AVERAGE_OVER = 32  # titles, evenly spread over the catalog, that stand for any title
 CONTENT = ("input_ids", "item_slots", "user_slots")
 LAYOUT = ("position_ids", "sequence_ids", "block_ids", "history_depths")
 NEW_ITEMS = ("new_title_ids", "new_title_lengths", "new_field_values", "new_field_weights")
 HISTORIES = ("history_items", "history_targets", "history_unshown")
+States = list[tuple[Tensor, Tensor]]  # a layer's keys and values, `(1, heads, tokens, head_dim)`
+
+
+class PrefixCache:
+    """Keys and values of users' prefixes and histories, kept from one request to the next.
+
+    A history that was read before costs a request nothing, and one that has grown costs its new
+    lines. What is kept is found by its content, the tokens and what stands in their slots. All of
+    it is dropped when the model's weights or CF table are others, and what was longest unused where
+    there is too much. (Weights changed through `.data` do not tell: call `clear`.) Threads may
+    share one.
+
+    Args:
+        max_bytes: of keys and values, at most.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.used_bytes = max_bytes, 0
+        self._lock = threading.RLock()
+        self._kept: dict[bytes, States] = {}  # by the name of the whole, the longest unused first
+        self._parts: dict[bytes, tuple[bytes, int]] = {}  # name of its start -> whole, tokens
+        self._seen: list[tuple[Any, ...]] = []
+        self._tensors: list[weakref.ref[Tensor]] = []
+
+    def __reduce__(self) -> tuple[type[PrefixCache], tuple[int]]:
+        return type(self), (self.max_bytes,)  # a copy, in another process too, begins empty
+
+    def clear(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            self._kept, self._parts, self.used_bytes = {}, {}, 0
+
+    def renew(self, model: CCFLLMForCTR) -> None:
+        """Drop everything if it is not what these weights make."""
+        tensors = [*model.parameters(), *model.buffers()]
+        seen: list[tuple[Any, ...]] = [
+            (id(one), one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors
+        ]
+        seen += [
+            (name, module.disable_adapters, *module.active_adapters, *module.merged_adapters)
+            for name, module in model.named_modules()
+            if is_injected(module)
+        ]
+        with self._lock:
+            gone = any(one() is None for one in self._tensors)  # another may have its id now
+            if gone or seen != self._seen:
+                self.clear()
+                self._seen, self._tensors = seen, [weakref.ref(one) for one in tensors]
+
+    def find(self, names: Sequence[tuple[bytes, int]]) -> tuple[States, int]:
+        """The longest start that is kept, and its tokens; `names` of starts, shortest first."""
+        with self._lock:
+            for name, tokens in reversed(names):
+                if name in self._parts:
+                    whole, tokens = self._parts[name]
+                    states = self._kept[whole] = self._kept.pop(whole)  # the latest used
+                    return [(k[:, :, :tokens], v[:, :, :tokens]) for k, v in states], tokens
+        return [], 0
+
+    def keep(self, names: Sequence[tuple[bytes, int]], states: States) -> None:
+        """Keep the states of a whole, in place of those of its starts; `names` as in `find`."""
+        size = _count_bytes(states)
+        if size > self.max_bytes:
+            return
+        with self._lock:
+            for name, _ in names:
+                if name in self._kept:
+                    self._drop(name)
+            whole, _ = names[-1]
+            self._kept[whole] = states
+            self.used_bytes += size
+            self._parts |= {name: (whole, tokens) for name, tokens in names}
+            while self.used_bytes > self.max_bytes:
+                self._drop(next(iter(self._kept)))
+
+    def _drop(self, whole: bytes) -> None:
+        self.used_bytes -= _count_bytes(self._kept.pop(whole))
+        self._parts = {name: part for name, part in self._parts.items() if part[0] != whole}
+
+
+def _count_bytes(states: States) -> int:
+    return sum(one.numel() * one.element_size() for both in states for one in both)
 
 
 def score(
@@ -38,6 +126,7 @@ def score(
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = False,
+    prefixes: PrefixCache | None = None,
 ) -> list[Tensor]:
     """Logits of what each request asks for, requests packed together under a token budget.
 
@@ -49,6 +138,7 @@ def score(
             its history once, then its candidates on the history's cached keys and values. A stream
             is not cut.
         progress: show a bar that counts candidates on stderr.
+        prefixes: what earlier calls have read of histories, and where this one keeps what it reads.
 
     Returns:
         One float32 CPU tensor `(len(request.scored),)` a request, in the order of `requests`.
@@ -57,16 +147,16 @@ def score(
     scores: dict[int, Tensor] = {}
     was_training = model.training
     model.eval()
+    if prefixes is not None:
+        prefixes.renew(model)
     total = sum(len(request.scored) for request in requests)
     try:
         with logging.tqdm(total=total, desc="scoring", unit=" pairs", disable=not progress) as bar:
             lengths = [processor.count_tokens(request) for request in requests]
             for indices in cut_by_budget(lengths, tokens_per_batch):
                 batch = [requests[index] for index in indices]
-                for index, logits in zip(
-                    indices, _score_batch(model, processor, batch, tokens_per_batch), strict=True
-                ):
-                    scores[index] = logits
+                found = _score_batch(model, processor, batch, tokens_per_batch, prefixes)
+                scores |= dict(zip(indices, found, strict=True))
                 bar.update(sum(len(request.scored) for request in batch))
     finally:
         model.train(was_training)
@@ -100,15 +190,18 @@ def _score_batch(
     processor: CCFLLMProcessor,
     requests: Sequence[Request],
     tokens_per_batch: int,
+    prefixes: PrefixCache | None,
 ) -> list[Tensor]:
     packed = processor.pack(requests)
     check_positions(model, packed)
     batch = {name: value.to(model.device) for name, value in packed.items()}
-    too_long = batch["input_ids"].shape[1] > tokens_per_batch
-    if too_long and len(requests) == 1 and not requests[0].stream:
-        return [_score_long_row(model, batch, tokens_per_batch).float().cpu()]
-    logits = model(**batch).logits.float().cpu()
-    return [row[: len(one.scored)] for row, one in zip(logits, requests, strict=True)]
+    too_long = len(requests) == 1 and batch["input_ids"].shape[1] > tokens_per_batch
+    if (too_long or prefixes is not None) and not any(request.stream for request in requests):
+        contexts = _find_contexts(packed, len(processor.item_ids))
+        logits = _score_after(model, batch, contexts, prefixes, tokens_per_batch)
+    else:
+        logits = model(**batch).logits
+    return [row[: len(one.scored)] for row, one in zip(logits.float().cpu(), requests, strict=True)]
 
 
 def check_counts(least: int = 1, **counts: Any) -> None:
@@ -147,44 +240,135 @@ def cut_by_budget(lengths: Sequence[int], tokens_per_batch: int) -> list[list[in
     return batches
 
 
-def _score_long_row(
-    model: CCFLLMForCTR, batch: Mapping[str, Tensor], tokens_per_batch: int
-) -> Tensor:
-    """Logits `(num_candidates,)` of one user's candidates, at most `tokens_per_batch` at a time.
+@dataclass
+class _Context:
+    """What the candidates of a sequence share, or all sequences: its columns in the row, and of
+    each start that ends with a line the name, made of its content, and the tokens."""
 
-    The instruction, prefix and history go through the backbone once, and their keys and values are
-    kept for all candidates. `batch` is the processor's for one user.
+    columns: Tensor
+    names: list[tuple[bytes, int]]
+
+
+def _find_contexts(packed: Mapping[str, Tensor], num_items: int) -> list[_Context]:
+    """Those of the instruction, and of each sequence that has one, in their order."""
+    sequences, blocks, depths = (
+        packed[name][0] for name in ("sequence_ids", "block_ids", "history_depths")
+    )
+    ids, items, users = (packed[name][0] for name in CONTENT)
+    new_items = _describe_new(packed)
+    contexts = []
+    instruction = b""
+    for sequence in range(SHARED, len(packed["candidate_users"])):
+        columns = ((sequences == sequence) & (blocks == 0)).nonzero()[:, 0]
+        digest = blake2b(instruction, digest_size=16)
+        names: list[tuple[bytes, int]] = []
+        tokens = 0
+        lines = depths[columns].unique_consecutive(return_counts=True)[1].tolist()
+        for line in columns.split(lines) if lines else []:
+            slots = items[line]
+            told = torch.stack([ids[line], slots.clamp(max=num_items), users[line]])
+            digest.update(told.numpy().tobytes())
+            for slot in slots[slots >= num_items].tolist():
+                digest.update(new_items[slot - num_items])
+            tokens += len(line)
+            names.append((digest.digest(), tokens))
+        if sequence == SHARED:
+            instruction = digest.digest()
+        if names:
+            contexts.append(_Context(columns, names))
+    return contexts
+
+
+def _describe_new(packed: Mapping[str, Tensor]) -> list[bytes]:
+    """What fills the slots of items outside the catalog: their words and field values."""
+    if "new_title_ids" not in packed:
+        return []
+    words = packed["new_title_ids"].split(packed["new_title_lengths"].tolist())
+    told: list[Any] = [[ids.tolist()] for ids in words]
+    if "new_field_values" in packed:
+        for item, values, weights in zip(
+            told, packed["new_field_values"], packed["new_field_weights"], strict=True
+        ):
+            there = values >= 0  # how far they are padded is the batch's matter
+            item += [values[there].tolist(), weights[there].tolist()]
+    return [repr(item).encode() for item in told]
+
+
+def _score_after(
+    model: CCFLLMForCTR,
+    batch: Mapping[str, Tensor],
+    contexts: Sequence[_Context],
+    prefixes: PrefixCache | None,
+    tokens_per_batch: int,
+) -> Tensor:
+    """Logits `(batch, num_candidates)` of a batch whose contexts may have been read before.
+
+    The row is put in another order: what `prefixes` has of the contexts, which does not go through
+    the backbone again, the rest of them, and the candidates. Of one user, at most
+    `tokens_per_batch` tokens go through at a time, the first part with the context.
     """
-    context = int((batch["block_ids"][0] == 0).sum())
-    answers = batch["answer_positions"][0]
-    extra = {name: batch[name] for name in NEW_ITEMS if name in batch}
-    histories = {name: batch[name] for name in HISTORIES if name in batch}
+    found = [prefixes.find(context.names) if prefixes else ([], 0) for context in contexts]
     cache = DynamicCache()
-    row = {name: batch[name] for name in CONTENT + LAYOUT}
-    if context:  # a template of one's own may leave nothing to share
-        model.model(**{n: v[:, :context] for n, v in row.items()}, **extra, past_key_values=cache)
+    for layer, both in enumerate(zip(*(states for states, tokens in found if tokens), strict=True)):
+        keys, values = (torch.cat(side, dim=2) for side in zip(*both, strict=True))
+        cache.update(keys, values, layer)
+    pairs = list(zip(contexts, found, strict=True))
+    order = [context.columns[:tokens] for context, (_, tokens) in pairs]
+    order += [context.columns[tokens:] for context, (_, tokens) in pairs]
+    start = sum(tokens for _, tokens in found)
+    read = sum(map(len, order))
+    device = batch["block_ids"].device
+    columns = torch.cat([*order, batch["block_ids"][0].cpu().nonzero()[:, 0]]).to(device)
+    place = torch.empty_like(columns).scatter_(
+        0, columns, torch.arange(len(columns), device=device)
+    )
+    row = {name: batch[name][:, columns] for name in CONTENT + LAYOUT}
+    answers = place[batch["answer_positions"]]
+    given = {name: batch[name] for name in NEW_ITEMS + HISTORIES if name in batch}
     logits = []
-    first, start = 0, context
-    while first < len(answers):
-        within = torch.searchsorted(answers, start + tokens_per_batch - 1, right=True)
-        last = max(first + 1, int(within))  # a block longer than the budget goes alone
-        end = int(answers[last - 1]) + 1
+    first, known = 0, start
+    while first < answers.shape[1]:
+        last, end = answers.shape[1], len(columns)
+        if len(answers) == 1:
+            within = torch.searchsorted(answers[0], start + tokens_per_batch - 1, right=True)
+            last = max(first + 1, int(within))  # a block longer than the budget goes alone
+            end = int(answers[0, last - 1]) + 1
         some = slice(first, last)
         output = model(
             **{name: row[name][:, start:end] for name in CONTENT},
-            **{n: torch.cat([row[n][:, :context], row[n][:, start:end]], 1) for n in LAYOUT},
-            **extra,
-            **histories,
-            answer_positions=(answers[some] - start)[None],
+            **{n: torch.cat([row[n][:, :known], row[n][:, start:end]], 1) for n in LAYOUT},
+            **given,
+            answer_positions=(answers[:, some] - start).clamp(min=0),  # padding's are anywhere
             candidate_items=batch["candidate_items"][:, some],
             candidate_mask=batch["candidate_mask"][:, some],
             candidate_users=batch["candidate_users"],
-            past_key_values=cache,
+            cache=cache,
         )
-        logits.append(output.logits[0])
-        cache.crop(start - end)
-        first, start = last, end
-    return torch.cat(logits)
+        logits.append(output.logits)
+        if prefixes is not None and first == 0:
+            _keep(prefixes, cache, contexts, found, place)
+        cache.crop(read - known - (end - start))
+        first, start, known = last, end, read
+    return torch.cat(logits, dim=1)
+
+
+def _keep(
+    prefixes: PrefixCache,
+    cache: DynamicCache,
+    contexts: Sequence[_Context],
+    found: Sequence[tuple[States, int]],
+    place: Tensor,
+) -> None:
+    """Keep the contexts of a row that were read anew; `place` is that of its columns in `cache`."""
+    layers: list[Any] = cache.layers
+    for context, (_, tokens) in zip(contexts, found, strict=True):
+        if tokens == len(context.columns):
+            continue
+        own = place[context.columns.to(place.device)]
+        states = [
+            (layer.keys.index_select(2, own), layer.values.index_select(2, own)) for layer in layers
+        ]
+        prefixes.keep(context.names, states)
 
 
 @torch.no_grad()
@@ -443,6 +627,7 @@ def rank(
     *,
     max_per_topic: int | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
+    prefixes: PrefixCache | None = None,
 ) -> list[list[RankedItem]]:
     """Each request's `top_k` candidates of the highest logits, best first; ties keep order.
 
@@ -458,7 +643,7 @@ def rank(
             f"max_per_topic={max_per_topic} counts by evidence_fields, and this model's processor "
             "names none: leave it out."
         )
-    scores = score(model, processor, requests, tokens_per_batch=tokens_per_batch)
+    scores = score(model, processor, requests, tokens_per_batch=tokens_per_batch, prefixes=prefixes)
     return [
         rank_scored(model, processor, request.candidates, logits, top_k, max_per_topic)
         for request, logits in zip(requests, scores, strict=True)
@@ -708,6 +893,7 @@ def _shallow_copy(module: nn.Module) -> Any:
 __all__ = [
     "ItemShare",
     "LineEffect",
+    "PrefixCache",
     "RankedItem",
     "Reasons",
     "TopicEffect",

@@ -18,6 +18,20 @@ NORMAL = 1.96  # 95 % of a normal distribution
 # A difference that no reader of four digits can see is not called one, whatever its interval.
 SMALLEST = 0.0005
 METRICS = ("auc", "uauc")
+# The rows that docs/results.md has; the others are in the `table.md` of their data set.
+SHOWN = {
+    "protocol": (
+        "text_only (LoRA)",
+        "concat (MF, joint)",
+        "gate (MF, joint)",
+        "cf_only (MF, joint)",
+        "item + user mean",
+        "MF",
+        "gate and CF logit (MF, joint)",
+    ),
+    "open": ("gate (MF, joint)", "MF, folded in", "gate and folded CF logit (MF, joint)"),
+    "frozen": ("MF", "MF + fields, folded in", "linear hybrid"),
+}
 # The highest published AUC and UAUC of 7B models on the protocol track; the others' are ours.
 TARGETS = {"protocol": (0.7606, 0.7146), "open": (0.82, 0.76), "frozen": (0.795, 0.66)}
 # On the same ML-1M split, by who reports it: method, AUC, UAUC (of SeLLa-Rec defined otherwise).
@@ -294,16 +308,29 @@ def published_lines() -> list[str]:
 
 
 def page_sections(results: Path, books: Path) -> dict[str, list[str]]:
-    """Of docs/results.md, by the name of their markers: from the results on MovieLens-1M and, once
-    there are any, on Book-Crossing."""
+    """Of docs/results.md, by the name of their markers: from the results on MovieLens-1M and
+    Book-Crossing."""
     rows, more = read_table(results), read_table(books)
     return {
-        "rows": table_markdown(rows).splitlines(),
-        "targets": targets(rows),
+        "rows": [*shown_table([*rows, *more]), "", *headline([*rows, *more])],
+        "targets": targets([*rows, *more]),
         "published": published_lines(),
-        "books": [*table_markdown(more).splitlines(), "", *targets(more)],
         "frozen": frozen_lines(results),
     }
+
+
+def shown_table(rows: Rows) -> list[str]:
+    """The rows of `SHOWN`, and all of Book-Crossing with a language model, as a Markdown table."""
+    lines = ["| track | row | seeds | AUC | UAUC |", "| --- | --- | --: | --- | --- |"]
+    for row in rows:
+        track, name = row["track"], name_of(row)
+        if name in SHOWN[track] or (track == "frozen" and row["training"]):
+            shown = " | ".join(
+                _bracketed(row, m, f" ± {bare(row[f'{m}_sd'], 3)}" * (row["seeds"] > 1))
+                for m in METRICS
+            )
+            lines.append(f"| {track} | {name} | {row['seeds']} | {shown} |")
+    return lines
 
 
 def frozen_lines(results: Path) -> list[str]:
@@ -319,31 +346,3 @@ def frozen_lines(results: Path) -> list[str]:
         for metric in METRICS
     )
     return [*lines, f"| frozen minus growing, paired | {' | '.join(away)} |"]
-
-
-def readme_section(results: Path) -> list[str]:
-    """The README's table: every row, its figures and their intervals over users."""
-    rows = read_table(results)
-    lines = ["| track | row | seeds | AUC | UAUC |", "| --- | --- | --: | --- | --- |"]
-    for track in TRACKS:
-        mine = [row for row in rows if row["track"] == track]
-        best = best_on_validation(mine)
-        for row in mine:
-            mark = "**" if row is best else ""
-            shown = (f"{mark}{row[m]:.4f}{mark} ({_bounds(row, m)})" for m in METRICS)
-            lines.append(f"| {track} | {name_of(row)} | {row['seeds']} | {' | '.join(shown)} |")
-    published = (row for methods in PUBLISHED.values() for row in methods)
-    method, auc, _ = max(published, key=lambda row: float(row[1]))
-    return [
-        *lines,
-        "",
-        "In brackets: 95 % intervals over users. **Bold**: the row of the highest validation AUC "
-        f"of its track. Highest AUC that others publish on the protocol track: {auc} ({method}).",
-        "",
-        *headline(rows),
-    ]
-
-
-def _bounds(row: dict[str, Any], metric: str) -> str:
-    low, high = row[f"{metric}_ci"]
-    return f"{low:.3f} to {high:.3f}"

@@ -94,7 +94,7 @@ FOLDED_LINES = {"fold_in_items": 976}
 STREAMS: dict[str, Any] = {
     "labels_per_step": 128,
     "tokens_per_batch": 1024,
-    "max_train_labels": 128_000,
+    "max_train_labels": 51_200,
     "likes_only_share": 0.2,
     "learning_rate": 2e-3,
     "weight_decay": 0.0,
@@ -251,7 +251,7 @@ def frozen_rows() -> list[Cell]:
     # Words have been learned when the whole model begins.
     slow = {"lora_": 4e-4, r"\.gate\.linear": 2e-4, "answer_scale": 1e-3}
     rates = {"learning_rate": 1e-2, "learning_rate_mapping": slow}
-    shorter = STREAMS | rates | {"max_train_labels": 38_400, "eval_steps": 150}
+    shorter = STREAMS | rates | {"max_train_labels": 25_600, "eval_steps": 100}
     cf_only = {
         "model": {"fusion": "cf_only", "cf_logit": True, "cf_fold_in": True},
         "prompt": {key: LINES[key] for key in ("wording", "histories", "history_window")}

@@ -2,7 +2,7 @@
 
 A plain `pipeline` with `trust_remote_code`, so that it needs the few packages of requirements.txt
 and not ccf-llm-hf. The checkpoint is the first argument, or the environment
-variable CCF_LLM_CHECKPOINT, or what checkpoint.json names.
+variable CCF_LLM_CHECKPOINT, or what checkpoint.json names; PORT says where it is served.
 """
 
 import json
@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ccf_llm_space.page import build_page, launch_page
 from ccf_llm_space.recommender import Recommender
+from ccf_llm_space.server import serve_page
 from transformers import pipeline
 
 
@@ -29,7 +29,9 @@ def main() -> None:
     repo, options = checkpoint()
     task: Any = "ctr-ranking"  # of the checkpoint, not one of those that transformers lists
     ranker = pipeline(task, model=repo, trust_remote_code=True, **options)
-    launch_page(build_page(Recommender(ranker)))
+    # On the Hub the container is asked from outside; elsewhere this machine is enough.
+    host = "0.0.0.0" if os.environ.get("SPACE_ID") else "127.0.0.1"
+    serve_page(Recommender(ranker), host, int(os.environ.get("PORT", "7860")))
 
 
 if __name__ == "__main__":

@@ -78,11 +78,20 @@ def test_targets_are_judged_by_the_row_that_validation_puts_first(tmp_path):
     assert "without a language model: *item + user mean* (test 0.7330 / 0.6830)" in line
 
 
-def test_the_readme_marks_the_row_that_validation_puts_first(tmp_path):
-    table_of(tmp_path, result(0.74), result(0.733, **CONTROL))
-    text = "\n".join(render.readme_section(tmp_path))
-    assert "| protocol | gate (MF, joint) | 1 | **0.7400** (0.720 to 0.760) |" in text
-    assert ".761 (SeLLa-Rec, 7B)." in text
+def test_the_page_has_its_rows_and_all_of_book_crossing_that_read_words(tmp_path):
+    cells = [result(0.74), result(0.73, arm="sum"), result(0.733, **CONTROL)]
+    trained = result(0.78, track="frozen", cf="mf_fields")
+    text = "\n".join(render.shown_table(table_of(tmp_path, *cells, trained)))
+    assert "| protocol | gate (MF, joint) | 1 | .7400 [.720, .760] |" in text
+    assert "| frozen | gate (MF + fields, joint) | 1 | .7800" in text
+    assert "item + user mean" in text and "sum" not in text
+
+
+@pytest.mark.parametrize(("track", "names"), render.SHOWN.items())
+def test_the_rows_of_the_page_are_in_the_table(track, names):
+    dataset = "book-crossing" if track == "frozen" else "ml-1m"
+    rows = render.read_table(RESULTS / dataset)
+    assert set(names) <= {render.name_of(row) for row in rows if row["track"] == track}
 
 
 @pytest.mark.parametrize("dataset", DATASETS)

@@ -1,4 +1,4 @@
-"""Vectors as `implicit` and RecBole leave them, through files, into `CFVectors`: docs/cf.md."""
+"""Vectors as `implicit` and RecBole leave them, through files: docs/cf-vectors.md."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 from ccf_llm_hf.cf import CFVectors, read_vector_table
 from ccf_llm_hf.errors import InputError
 
-DOC = (Path(__file__).parents[2] / "docs" / "cf.md").read_text(encoding="utf-8")
+DOC = (Path(__file__).parents[2] / "docs" / "cf-vectors.md").read_text(encoding="utf-8")
 USERS, ITEMS = [f"reader-{n}" for n in range(6)], [f"book-{n}" for n in range(9)]
 
 
@@ -71,7 +71,7 @@ def test_the_documented_import_runs(
 def test_the_documented_exports_leave_the_padding_row_out() -> None:
     snippet = re.search(r"<!-- library: recbole -->\n```python\n(.*?)^```", DOC, re.M | re.S)
     assert snippet is not None
-    compile(snippet[1], "docs/cf.md", "exec")
+    compile(snippet[1], "docs/cf-vectors.md", "exec")
     assert '_id"][1:]' in snippet[1] and ".numpy()[1:]" in snippet[1]
 
 

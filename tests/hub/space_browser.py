@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-ENTER, ESCAPE, SPACE, LEFT, DOWN, TAB = "\ue007\ue00c \ue012\ue015\ue004"
+ENTER, ESCAPE, SPACE, DOWN, TAB = "\ue007\ue00c \ue015\ue004"
 NAMED_ROLES = (
     *("button", "checkbox", "combobox", "image", "link", "listbox", "option", "searchbox"),
     *("slider", "spinbutton", "switch", "tab", "textbox"),
 )
 # Opaque colors suffice here: the page has no text on images or half-transparent boxes.
-FAINT = """
+CONTRAST = """
 const rgb = text => text.match(/[\\d.]+/g).map(Number);
 const light = color => color.slice(0, 3).map(v => v / 255)
   .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
@@ -32,17 +32,29 @@ const ground = element => {
   }
   return [255, 255, 255];
 };
+const contrast = (one, other) => {
+  const [a, b] = [light(one), light(other)];
+  return (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+};
+"""
+FAINT = """
 const faint = [];
-for (const element of document.querySelectorAll("main *, .gradio-container *")) {
+for (const element of document.querySelectorAll("body *")) {
   const own = [...element.childNodes].filter(node => node.nodeType === 3);
   const text = own.map(node => node.data.trim()).join("");
   if (!text || !element.checkVisibility({visibilityProperty: true})) continue;
   if (element.closest("script, style, svg")) continue;
-  const [a, b] = [light(rgb(getComputedStyle(element).color)), light(ground(element))];
-  const contrast = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-  if (contrast < 4.5) faint.push(text.slice(0, 40) + " " + contrast.toFixed(1));
+  const found = contrast(rgb(getComputedStyle(element).color), ground(element));
+  if (found < 4.5) faint.push(text.slice(0, 40) + " " + found.toFixed(1));
 }
 return faint;
+"""
+EDGES = """
+return [...document.querySelectorAll("button, input[type=text]")].filter(element =>
+  element.checkVisibility() && Math.max(
+    contrast(rgb(getComputedStyle(element).borderTopColor), ground(element.parentElement)),
+    contrast(ground(element), ground(element.parentElement))) < 3
+).map(element => element.outerHTML);
 """
 # Whatever the server tries to reach beyond this machine is an error that the log shows.
 GUARDED_SERVE = """
@@ -108,7 +120,7 @@ class Visitor:
         self.driver.get_log("performance")
         self.driver.get_log("browser")
         self.driver.get(url)
-        self.wait("return document.querySelector('#rank') !== null")
+        self.wait("return document.querySelector('#rank-0') !== null")
 
     def cdp(self, command: str, **parameters: Any) -> Any:
         return self.driver.execute_cdp_cmd(command, parameters)
@@ -135,50 +147,67 @@ class Visitor:
         """Keys to whatever has the focus; `\\ue007` is Enter (selenium's `Keys`)."""
         self.driver.switch_to.active_element.send_keys(text)
 
-    def pick(self, box: str, title: str) -> None:
+    def pick(self, title: str, person: int = 0) -> None:
         """Search for a title and click it."""
-        field = self.find(f"{box} input")
+        field = self.find(f"#search-{person}")
         field.click()
         field.send_keys(title)
-        option = "[...document.querySelectorAll('ul[role=listbox] [role=option]')]"
-        match = f"{option}.find(o => o.ariaLabel === arguments[0])"
+        option = f"[...document.querySelectorAll('#found-{person} [role=option]')]"
+        match = f"{option}.find(o => o.textContent === arguments[0])"
         self.wait(f"return Boolean({match})", title)
         self.js(f"return {match}", title).click()
         self.wait(
             "return document.querySelector(arguments[0]).textContent.includes(arguments[1])",
-            box,
+            f"#liked-{person}",
             title,
         )
-        field.send_keys(ESCAPE)
 
-    def status(self) -> str:
-        return str(self.js("return document.querySelector('#status').innerText"))
+    def status(self, person: int = 0) -> str:
+        return str(self.js(f"return document.querySelector('#status-{person}').innerText"))
 
-    def ranking(self) -> list[tuple[str, str]]:
-        """Title and probability of each place."""
+    def ranking(self, person: int = 0) -> list[tuple[str, str]]:
+        """Title and probability of each place, once all stages of the list are there."""
+        self.wait("return !document.querySelector('[aria-busy]')")
         script = (
-            "return [...document.querySelectorAll('.ccf-ranking li')].map(place => ["
-            "  place.querySelector('.ccf-title').innerText,"
+            f"return [...document.querySelectorAll('#results-{person} li')].map(place => ["
+            "  place.querySelector('.ccf-title').textContent,"
             "  place.querySelector('.ccf-probability').firstChild.textContent])"
         )
         return [(title, probability) for title, probability in self.js(script)]
 
-    def tab_to(self, part: str, kind: str = "") -> None:
-        """Press Tab until the focus is on the control `part`, of an input type if there are two."""
-        script = (
-            "const now = document.activeElement;"
-            "return now.closest('#' + arguments[0]) !== null"
-            "  && (!arguments[1] || now.type === arguments[1])"
-        )
-        for _ in range(20):
-            if self.js(script, part, kind):
+    def tab_to(self, part: str, most: int = 20) -> None:
+        """Press Tab until the focus is on the element of an id."""
+        for _ in range(most):
+            if self.js("return document.activeElement.id === arguments[0]", part):
                 return
             self.type(TAB)
         raise AssertionError(f"Tab never reached {part}")
 
-    def wait_for_status(self, text: str, limit: float = 60) -> None:
-        script = "return document.querySelector('#status').innerText.includes(arguments[0])"
+    def wait_for_status(self, text: str, person: int = 0, limit: float = 60) -> None:
+        """Wait until the list that the status speaks of is there, reasons included."""
+        script = (
+            f"return document.querySelector('#status-{person}').innerText.includes(arguments[0])"
+            "  && !document.querySelector('[aria-busy]')"
+        )
         self.wait(script, text, limit=limit)
+
+    def focused(self) -> str:
+        """Name, or else the text, of what has the focus; empty where it is the page's body."""
+        script = (
+            "const now = document.activeElement;"
+            "return now === document.body ? '' : now.ariaLabel || now.id || now.textContent"
+        )
+        return str(self.js(script))
+
+    def axe(self) -> list[str]:
+        """What axe-core holds against the page: rule and elements."""
+        import axe_core_python
+
+        source = Path(axe_core_python.__file__).with_name("axe.min.js")
+        self.js(source.read_text(encoding="utf-8"))
+        found = self.driver.execute_async_script("axe.run().then(arguments[0])")
+        assert found["passes"]
+        return [f"{one['id']}: {[n['html'] for n in one['nodes']]}" for one in found["violations"]]
 
     def overflow(self) -> int:
         """Pixels by which the page is wider than the window."""
@@ -212,7 +241,11 @@ class Visitor:
     def faint(self) -> list[str]:
         """Texts whose contrast with the background is below 4.5 to 1 (WCAG AA)."""
         self.wait("return document.getAnimations().length === 0")
-        return list(self.js(FAINT))
+        return list(self.js(CONTRAST + FAINT))
+
+    def dim_edges(self) -> list[str]:
+        """Controls that stand out from what is around them by less than 3 to 1."""
+        return list(self.js(CONTRAST + EDGES))
 
     def screenshot(self, path: Path) -> None:
         """The whole page, not only what the window shows."""
@@ -223,8 +256,10 @@ class Visitor:
 def missing() -> str:
     """Why no browser can be started, or an empty string."""
     try:
-        import gradio  # noqa: F401
+        import axe_core_python  # noqa: F401
+        import rapidfuzz  # noqa: F401
         import selenium  # noqa: F401
+        import starlette  # noqa: F401
     except ImportError as error:
         return f"{error.name} is not installed: pip install -e '.[dev,app]'"
     for programs in (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)):

@@ -1,16 +1,15 @@
 """Pictures of the Space's page for the docs, of a real checkpoint or the toy one.
 
-    python tests/hub/space_screenshots.py CHECKPOINT docs/images [--backbone FOLDER] [--like ...]
+    python tests/hub/space_screenshots.py CHECKPOINT docs/images [--like ...] [--other ...]
 
-Writes space-wide.png, space-dark.png, space-cold.png and space-narrow.png. Without --like, the
-first and the last listed title are picked.
+Writes space-wide.png, space-dark.png, space-two.png and space-narrow.png. Without --like and
+--other, the page's first and second example are ranked.
 """
 
 import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -21,13 +20,16 @@ from hub.space_browser import Visitor, missing, served, visitor
 PATIENCE = 300  # seconds for one ranking, on a machine that has other work
 
 
-def ask(page: Visitor, url: str, likes: list[str], **window: Any) -> None:
-    """Open the page, pick the titles and rank."""
-    page.open(url, **window)
-    for title in likes:
-        page.pick("#liked", title)
-    page.find("#rank").click()
-    page.wait_for_status(f"for {len(likes)} liked title", limit=PATIENCE)
+def ask(page: Visitor, likes: list[str], person: int = 0) -> None:
+    """Rank for the titles, or for an example."""
+    if likes:
+        for title in likes:
+            page.pick(title, person)
+        page.find(f"#rank-{person}").click()
+    else:
+        examples = page.driver.find_elements("css selector", f"#examples-{person} button")
+        examples[person].click()
+    page.wait_for_status("The best", person, limit=PATIENCE)
     settle(page)
 
 
@@ -38,17 +40,19 @@ def settle(page: Visitor) -> None:
     page.wait("return document.getAnimations().length === 0")
 
 
-def take(page: Visitor, url: str, likes: list[str], folder: Path) -> None:
+def take(page: Visitor, url: str, likes: list[str], others: list[str], folder: Path) -> None:
     """All four pictures."""
-    ask(page, url, likes)
+    page.open(url)
+    ask(page, likes)
     page.screenshot(folder / "space-wide.png")
-    page.find("#blank input").click()
-    page.wait_for_status("with a blank CF table", limit=PATIENCE)
-    settle(page)
-    page.screenshot(folder / "space-cold.png")
-    ask(page, url, likes, dark=True)
+    page.find("#compare").click()
+    ask(page, others, person=1)
+    page.screenshot(folder / "space-two.png")
+    page.open(url, dark=True)
+    ask(page, likes)
     page.screenshot(folder / "space-dark.png")
-    ask(page, url, likes, width=360)
+    page.open(url, width=360)
+    ask(page, likes)
     page.screenshot(folder / "space-narrow.png")
 
 
@@ -58,6 +62,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--backbone")
     parser.add_argument("--like", nargs="+", default=[])
+    parser.add_argument("--other", nargs="+", default=[], help="likes of the second person")
     arguments = parser.parse_args()
     if reason := missing():
         sys.exit(f"error: {reason}")
@@ -68,8 +73,7 @@ def main() -> None:
         served(arguments.checkpoint, Path(folder) / "log", *options) as url,
         visitor() as page,
     ):
-        page.open(url)
-        take(page, url, arguments.like or listed(page), arguments.out)
+        take(page, url, arguments.like, arguments.other, arguments.out)
     for path in sorted(arguments.out.glob("space-*.png")):
         shrink(path)
         print(path)
@@ -80,14 +84,6 @@ def shrink(path: Path) -> None:
     with Image.open(path) as image:
         few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
     few.save(path, optimize=True)
-
-
-def listed(page: Visitor) -> list[str]:
-    """The first and the last title that the page offers at once."""
-    page.find("#liked input").click()
-    script = "return [...document.querySelectorAll('[role=option]')].map(o => o.ariaLabel)"
-    titles = page.wait(script + ".slice()")
-    return [titles[0], titles[-1]]
 
 
 if __name__ == "__main__":

@@ -339,18 +339,21 @@ def test_asked_for_it_is_and_deletions_are_told_before(
     add_files(hub, **BERT)
     argv = ["push", str(save("slim")), "--repo", REPO, "--replace"]
     told = f"the commit deletes from {REPO}: model.safetensors"
+    over = f"the commit overwrites in {REPO}: README.md, config.json"
     assert cli.main([*argv, "--dry-run"]) == 0
-    assert told in capsys.readouterr().out.splitlines()
+    assert {told, over} <= set(capsys.readouterr().out.splitlines())
     assert "model.safetensors" in contents(hub)
     hub.inject(Fault("error", path="/commit/", times=None))
     assert cli.main(argv) == 2
-    assert told in capsys.readouterr().err.splitlines(), "told before the commit, which failed"
+    said = set(capsys.readouterr().err.splitlines())
+    assert {told, over} <= said, "told before the commit, which failed"
     hub.inject(None)
     assert cli.main([*argv, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["deleted"] == ["model.safetensors"]
     assert "model.safetensors" not in contents(hub)
     assert cli.main(argv[:-1]) == 0, "now it is ours"
-    assert "deletes" not in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "deletes" not in err and "overwrites" not in err
 
 
 def test_a_repository_with_a_card_alone_is_free(hub: LoopbackHub, slim: Staged) -> None:

@@ -19,12 +19,14 @@ from ccf_llm_hf.modeling.checkpoint_ccf_llm import FUSION_FILE
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, DEMO = "acme/ccf-llm-ml1m", "acme/ccf-llm-demo"
 FILES = {
-    *("README.md", "app.py", "checkpoint.json", "requirements.txt"),
+    *("Dockerfile", "README.md", "app.py", "checkpoint.json", "requirements.txt"),
     *(
         f"ccf_llm_space/{name}"
-        for name in ("__init__.py", "guard.py", "markup.py", "page.py", "recommender.py")
+        for name in (
+            *("__init__.py", "guard.py", "markup.py", "recommender.py", "search.py", "server.py"),
+            *("page.html", "page.js", "style.css"),
+        )
     ),
-    *("ccf_llm_space/names.js", "ccf_llm_space/style.css"),
 }
 
 
@@ -70,24 +72,25 @@ def test_the_folder_is_complete_and_names_its_model(tmp_path: Path) -> None:
     }
     card = SpaceCard.load(tmp_path / "README.md")
     assert card.data.models == [MODEL]
-    assert (card.data.sdk, card.data.app_file) == ("gradio", "app.py")
+    assert (card.data.sdk, card.data.app_port) == ("docker", 7860)
     assert card.content.count("---") >= 2
 
 
 def test_versions_are_those_of_the_package() -> None:
-    """The Space asks for what the package asks for, and for the Gradio that was tested."""
+    """The Space asks for what the package and its page ask for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    ours = set(project["dependencies"])
-    lines = (SPACE / "requirements.txt").read_text().split()
-    assert {Requirement(line).name for line in lines} == {"torch", "transformers", "safetensors"}
+    ours = {*project["dependencies"], *project["optional-dependencies"]["app"]}
+    lines = (SPACE / "requirements.txt").read_text().splitlines()
+    names = {Requirement(line).name for line in lines}
+    assert names == {"torch", "transformers", "safetensors", "starlette", "uvicorn", "rapidfuzz"}
     assert set(lines) <= ours
-    tested = dict(
-        line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line
-    )
-    version = SpaceCard.load(SPACE / "README.md").data.sdk_version
-    assert version == tested["gradio"]
-    (app,) = project["optional-dependencies"]["app"]
-    assert Requirement(app).specifier.contains(version)
+
+
+def test_the_image_runs_what_is_there() -> None:
+    lines = (SPACE / "Dockerfile").read_text().splitlines()
+    assert "USER user" in lines and 'CMD ["python", "app.py"]' in lines
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[2:-1]]
+    assert all((SPACE / name).exists() for name in copied)
 
 
 def test_one_command_publishes_it_in_one_commit(
@@ -232,6 +235,7 @@ def test_another_space_is_not_pushed_over(
         assert "holds something else than a CCF-LLM Space (app.py)" in line
     assert names_in(DEMO) == {"app.py"}
     push_space(MODEL, DEMO, replace=True)
+    assert f"the commit overwrites in {DEMO}: app.py\n" in capsys.readouterr().err
     assert names_in(DEMO) >= FILES
     push_space(MODEL, DEMO)
 

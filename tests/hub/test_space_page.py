@@ -105,12 +105,14 @@ def test_the_language_model_scores_the_candidates_that_ranking_takes(
     recommender: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CANDIDATES", 7)
+    recommender = Recommender(recommender.ranker)
     model, processor = recommender.model, recommender.processor
     taken = [
         processor.resolve_item(item)[1] for item in preselect(model, processor, None, HISTORY, 7)
     ]
     assert len(taken) == 7
-    assert {place.title for place in recommender.rank(HISTORY)} == {*taken}
+    for stage in ("first", "read"):
+        assert {place.title for place in recommender.rank(HISTORY, stage=stage)} == {*taken}
 
 
 def test_titles_stand_in_the_order_of_the_cf_models_biases(recommender: Recommender) -> None:
@@ -205,7 +207,7 @@ def test_a_text_only_model_has_no_slots_and_nothing_to_blank(text_only: Recommen
     pieces = text_only.prompt(HISTORY, "Jaws (1975)")
     assert {piece.kind for piece in pieces} == {"text"}
     html = results_html(places, pieces, text_only.model.config, uses_slots=False)
-    assert 'id="gate"' not in html
+    assert "The gate" not in html and "The prompt" in html
     assert "ccf-words" in html and "ccf-behavior" not in html
 
 
@@ -221,7 +223,13 @@ def test_a_row_tells_probability_parts_and_what_raised_it() -> None:
     )
     assert "63.1\u00a0% probability of a like" in page.text
     assert "words +0.20, behavior \u22120.30" in page.text
-    assert "words +1.00Raised by Alien (1979) (+0.42)" in page.text
+    assert "words +1.00LikeDislikeRaised by Alien (1979) (+0.42)" in page.text
+    buttons = [attributes for tag, attributes in page.tags if tag == "button"]
+    assert [(one["data-say"], one["data-title"]) for one in buttons][2:] == [
+        ("like", "Jaws (1975)"),
+        ("dislike", "Jaws (1975)"),
+    ]
+    assert buttons[3]["aria-label"] == "Dislike Jaws (1975)"
     styles = [attributes.get("style") for _, attributes in page.tags if "style" in attributes]
     assert styles == ["width:20.0%", "width:30.0%", "width:100.0%"]
     assert [tag for tag, _ in page.tags].count("li") == 2
@@ -229,7 +237,8 @@ def test_a_row_tells_probability_parts_and_what_raised_it() -> None:
 
 def test_the_key_names_what_occurs(recommender: Recommender) -> None:
     config = recommender.model.config
-    both = results_html([place(words=0.1), place(cf=-0.1, behavior=0.0)], [], config)
+    prompt = [Piece("text", "Liked:")]
+    both = results_html([place(words=0.1), place(cf=-0.1, behavior=0.0)], prompt, config)
     assert "the words of the title" in both
     assert "own estimate" in both
     assert "behavior of its users" not in both
@@ -267,6 +276,10 @@ def test_titles_are_told_apart_by_their_authors_and_lists_vary(checkpoint: Path)
     )
     recommender = Recommender(CTRRankingPipeline(model=model, processor=processor))
     assert {"Emma by Writer 0", "Emma by Another"} <= {*recommender.titles}
+    names = [example["name"] for example in recommender.examples]
+    assert names == ["Writer 1", "Writer 2", "Writer 3"]
+    assert recommender._item("sequel by writer 1") == {"title": "sequel", "author": "writer 1"}
+    assert recommender._item("sequel by nobody") == {"title": "sequel by nobody"}
     found = recommender.rank(["Emma by Writer 0"], ["Book 0"], top_k=99)
     names = [place.title for place in found]
     assert "Emma by Another" in names and "Emma by Writer 0" not in names
@@ -274,6 +287,71 @@ def test_titles_are_told_apart_by_their_authors_and_lists_vary(checkpoint: Path)
     varied = [place.title for place in recommender.rank(["Emma"], varied=True, top_k=99)]
     counts = [sum(name.endswith(f"Writer {writer}") for name in varied) for writer in range(10)]
     assert max(counts) == 3
+
+
+def test_the_first_list_is_there_before_a_word_is_read(
+    recommender: Recommender, text_only: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert recommender.ranks_at_once(HISTORY) and not recommender.ranks_at_once([])
+    assert not text_only.ranks_at_once(HISTORY)
+    read = recommender.rank(HISTORY, stage="read")
+    assert all(place.probability and not place.parts for place in read)
+    why = recommender.rank(HISTORY, stage="why")
+    assert [(place.title, place.probability) for place in why] == [
+        (place.title, place.probability) for place in read
+    ]
+    monkeypatch.setattr(recommender.model, "forward", None)
+    first = recommender.rank(HISTORY, stage="first")
+    assert len(first) == 10 and {place.probability for place in first} == {None}
+    assert "\u2026" in Page(results_html(first, [], recommender.model.config)).text
+
+
+def test_examples_are_alike_and_of_the_catalog(
+    recommender: Recommender, text_only: Recommender
+) -> None:
+    for one in (recommender, text_only):
+        assert len(one.examples) == 3
+        for example in one.examples:
+            assert len(example["titles"]) == 5 and {*example["titles"]} <= {*TITLES}
+    assert len({example["titles"][0] for example in recommender.examples}) == 3
+    assert recommender.examples[0]["name"] == f"Like {recommender.examples[0]['titles'][0]}"
+
+
+@pytest.mark.parametrize(
+    ("typed", "title"),
+    [
+        ("the godfather", "The Godfather (1972)"),
+        ("toy story 1995", "Toy Story (1995)"),
+        ("1995 story", "Toy Story (1995)"),
+        ("matrix", "The Matrix (1999)"),
+        ("godfahter", "The Godfather (1972)"),
+        ("termnator 2", "Terminator 2: Judgment Day (1991)"),
+        ("singin in", "Singin' in the Rain (1952)"),
+        ("AMELIE", "Amélie (2001)"),
+    ],
+)
+def test_titles_are_found_as_they_are_typed(
+    recommender: Recommender, typed: str, title: str
+) -> None:
+    assert recommender.search.find(typed) == [title]
+
+
+def test_what_is_no_title_is_not_found(recommender: Recommender) -> None:
+    search = recommender.search
+    assert search.find("zzzz") == search.find("  !") == []
+    assert search.same("the godfather") == "The Godfather (1972)"
+    assert search.same("godfather") is None
+    assert len(search.find("the", limit=4)) == 4
+
+
+def test_a_typed_title_is_the_catalogs(recommender: Recommender) -> None:
+    typed, own = (
+        recommender.rank([title], stage="read")
+        for title in ("the godfather", "The Godfather (1972)")
+    )
+    assert [(one.title, one.probability) for one in typed] == [
+        (one.title, one.probability) for one in own
+    ]
 
 
 def test_heat_map_sorts_dimensions_by_spread() -> None:
@@ -317,7 +395,7 @@ def test_titles_are_escaped_everywhere(recommender: Recommender) -> None:
     raised = Place("a", 0.5, torch.ones(4), True, {}, [(EVIL, 0.1)])
     page = Page(results_html([place(EVIL), raised], pieces, recommender.model.config))
     assert {tag for tag, _ in page.tags} <= {
-        *("section", "h2", "p", "span", "i", "ol", "li", "div", "svg", "rect")
+        *("details", "summary", "p", "span", "i", "ol", "li", "div", "svg", "rect", "button")
     }
     assert page.text.count(EVIL) == 6
     assert all("onerror" not in attributes for _, attributes in page.tags)
@@ -342,6 +420,10 @@ def test_status_says_what_was_ranked_for_whom() -> None:
         "The best 3 for 2 liked titles, with a blank CF table (cold start); 1 disliked left out."
     )
     assert "no liked title" in status_line(10, 0, 0, False)
+    assert status_line(10, 0, 1, False, read=True).endswith("; 1 disliked read.")
+    assert status_line(10, 2, 0, False, stage="first") == (
+        "10 candidates for 2 liked titles; the language model is reading."
+    )
     assert "Nothing is left" in status_line(0, 5, 55, False)
 
 

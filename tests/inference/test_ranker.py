@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -275,3 +276,45 @@ def test_unknown_users_and_items_are_counted(ranker, caplog):
     ranker.predict([("a", "1"), (None, "2")])
     ranker.rank(user="b")
     assert len(caplog.records) == told, "where all are known there is nothing to tell"
+
+
+def test_a_user_who_comes_back_pays_for_candidates_alone(ranker):
+    ranker.prefixes.clear()
+    read = []
+
+    def note(module, args, kwargs):
+        read.append(kwargs["inputs_embeds"].shape[1])
+
+    ask = {"user": "a", "history": ["2", "3"], "candidates": ["1", "4", "5"]}
+    handle = ranker.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    first, again, grown = (
+        ranker.rank(**ask | {"history": history})
+        for history in (ask["history"], ask["history"], ["2", "3", "6"])
+    )
+    handle.remove()
+    row = ranker.processor(**ask | {"history": ["2", "3", "6"]})
+    candidates, line = (row["block_ids"] > 0).sum(), (row["history_depths"][0] == 3).sum()
+    line -= candidates
+    assert read == [row["input_ids"].shape[1] - line, candidates, candidates + line]
+    assert [item.item_id for item in first] == [item.item_id for item in again]
+    none = CTRRanker(ranker.model, ranker.processor, prefix_bytes=0)
+    for item, expected in zip(grown, none.rank(**ask | {"history": ["2", "3", "6"]}), strict=True):
+        assert item.item_id == expected.item_id
+        assert item.logit == pytest.approx(expected.logit, abs=1e-4)
+    assert none.prefixes.used_bytes == 0 < ranker.prefixes.used_bytes
+
+
+def test_threads_share_a_ranker(checkpoint):
+    alone, shared = (CTRRanker.from_pretrained(str(checkpoint)) for _ in "12")
+    asked = [  # titles that nobody has read yet
+        {"user": "ab"[n % 2], "history": ["2", f"Film {n}"], "candidates": ["1", f"New {n}", "5"]}
+        for n in range(12)
+    ]
+    expected = [alone.rank(**one) for one in asked]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda one: shared.rank(**one), asked))
+    for one, other in zip(found, expected, strict=True):
+        assert [item.title for item in one] == [item.title for item in other]
+        np.testing.assert_allclose(
+            [item.logit for item in one], [item.logit for item in other], atol=1e-4
+        )

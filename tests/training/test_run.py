@@ -35,9 +35,11 @@ def write_recipe(settings: dict, output: Path, stages: list[dict]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(settings, tmp_path_factory) -> tuple[Path, dict]:
-    """A run of both stages and what it returned."""
+    """A run of both stages, of a temperature that is not 1, and what it returned."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    return output, run_recipe(write_recipe(settings, output, STAGES))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ccf_llm_hf.training.trainer.choose_temperature", lambda scores: 1.5)
+        return output, run_recipe(write_recipe(settings, output, STAGES))
 
 
 def trained_weights(slim: Path) -> dict[str, torch.Tensor]:
@@ -76,7 +78,7 @@ def test_both_forms_score_alike(finished):
     batch = processor(user="u1", history=["i1", "i2"], candidates=["i3", "i4", "i5"])
     with torch.no_grad():
         torch.testing.assert_close(full(**batch).logits, slim(**batch).logits)
-    assert full.config.logit_temperature == slim.config.logit_temperature
+    assert full.config.logit_temperature == slim.config.logit_temperature == 1.5
 
 
 def test_run_again_trains_nothing(finished, settings):

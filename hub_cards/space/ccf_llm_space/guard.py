@@ -1,4 +1,4 @@
-"""What the page's server lets in: what the page asks, of bounded size, by the server's own name."""
+"""What the page's server lets in: requests of bounded size, by the server's own name."""
 
 import ipaddress
 import os
@@ -9,12 +9,11 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 
-MAX_BODY = 1 << 20  # bytes: thousands of titles
-POSTS = ("/queue/join", "/cancel", "/reset")  # all that the page sends
+MAX_BODY = 1 << 18  # bytes: thousands of titles
 
 
 class Guard:
-    """ASGI middleware before Gradio's routes, of which some keep on disk whatever they are sent.
+    """ASGI middleware: by which names the server may be asked, and how long a body may be.
 
     Args:
         app: what to guard.
@@ -33,13 +32,9 @@ class Guard:
 
     def refuse(self, scope: Any) -> PlainTextResponse | None:
         """The answer to a request that is not let in; None for any other."""
-        headers, method = Headers(scope=scope), scope["method"]
+        headers = Headers(scope=scope)
         if not os.environ.get("SPACE_ID") and not self.is_own(headers.get("host", "")):
             return PlainTextResponse("This server is not of that name.", 421)
-        if method not in ("GET", "HEAD", "OPTIONS", "POST"):
-            return PlainTextResponse("The page does not ask so.", 405)
-        if method == "POST" and not scope["path"].rstrip("/").endswith(POSTS):
-            return PlainTextResponse("The page takes no files and has no other uses.", 403)
         if "transfer-encoding" in headers:
             return PlainTextResponse("Say the length of the body.", 411)
         if int(headers.get("content-length", 0)) > MAX_BODY:

@@ -40,34 +40,38 @@ NOTE = (
 )
 
 
-def status_line(ranked: int, history: int, disliked: int, blank: bool) -> str:
+def status_line(
+    ranked: int, history: int, disliked: int, blank: bool, read: bool = False, stage: str = "why"
+) -> str:
     """What the list below is, in one sentence (plain text)."""
     if not ranked:
         return "Nothing is left to rank: every title of the catalog is marked."
     likes = f"{history} liked title{'' if history == 1 else 's'}" if history else "no liked title"
     table = "a blank CF table (cold start)" if blank else "the CF table"
-    rest = f"; {disliked} disliked left out" if disliked else ""
+    rest = f"; {disliked} disliked {'read' if read else 'left out'}" if disliked else ""
+    if stage == "first":
+        return f"{ranked} candidates for {likes}{rest}; the language model is reading."
     return f"The best {ranked} for {likes}, with {table}{rest}."
 
 
 def results_html(
     places: Sequence[Place], prompt: Sequence[Piece], config: Any, uses_slots: bool = True
 ) -> str:
-    """Ranking, gate and prompt, each under its heading; `config` is the model's."""
+    """The list and, once there are reasons, the key to them, the gate and the prompt to open;
+    `config` is the model's."""
+    ranking = ranking_html(places)
+    if not prompt:
+        return ranking
     gate = ""
-    if (
-        config.fusion == "gate" and uses_slots
-    ):  # the others have one weight, or none, for all dimensions
+    if config.fusion == "gate" and uses_slots:  # others have one weight, or none, for all of them
         gate = (
-            '<section id="gate"><h2>The gate, dimension by dimension</h2>'
-            f"{gate_html(places)}</section>"
+            '<details class="ccf-more"><summary>The gate, dimension by dimension</summary>'
+            f"{gate_html(places)}</details>"
         )
     return (
-        '<section id="ranking"><h2>Ranking</h2>'
-        "<p>How probable it is that you like a title, and what raised its score:</p>"
-        f"{_key(places)}{ranking_html(places)}<p>{escape(NOTE)}</p></section>"
-        f'{gate}<section id="prompt"><h2>The prompt of the first title, as the model reads it</h2>'
-        f"{prompt_html(prompt)}</section>"
+        f'{_key(places)}{ranking}<p class="ccf-caption">{escape(NOTE)}</p>{gate}'
+        '<details class="ccf-more"><summary>The prompt of the first title, as the model reads it'
+        f"</summary>{prompt_html(prompt)}</details>"
     )
 
 
@@ -97,12 +101,27 @@ def _place_html(place: Place, widest: float) -> str:
     shares = ", ".join(f"{PARTS[part][2]} {signed(value)}" for part, value in found.items())
     raised = ", ".join(f"{escape(name)} ({signed(effect)})" for name, effect in place.raised)
     why = f'<span class="ccf-why">Raised by {raised}</span>' if raised else ""
+    probability = "\u2026"
+    if place.probability is not None:
+        probability = (
+            f'{percent(place.probability, 1)}<span class="ccf-hidden"> probability of a like</span>'
+        )
+    title = escape(place.title)
     return (
-        f'<li><span class="ccf-title">{escape(place.title)}</span>'
-        f'<span class="ccf-probability">{percent(place.probability, 1)}'
-        '<span class="ccf-hidden"> probability of a like,</span></span>'
+        f'<li><span class="ccf-title" data-title="{title}">{title}</span>'
+        f'<span class="ccf-probability">{probability}</span>'
         f'<span class="ccf-bar" aria-hidden="true">{bar}</span>'
-        f'<span class="ccf-shares">{shares}</span>{why}</li>'
+        f'<span class="ccf-shares">{shares}</span>'
+        f'<span class="ccf-say">{_say("like", place.title)}{_say("dislike", place.title)}</span>'
+        f"{why}</li>"
+    )
+
+
+def _say(what: str, title: str) -> str:
+    name = escape(f"{what.capitalize()} {title}")
+    return (
+        f'<button type="button" data-say="{what}" data-title="{escape(title)}" '
+        f'aria-label="{name}">{what.capitalize()}</button>'
     )
 
 

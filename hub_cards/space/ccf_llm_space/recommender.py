@@ -1,18 +1,29 @@
 """What the page shows of a model: ranked titles, why, their gates, and the prompt in pieces."""
 
 import copy
+from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Pipeline
 
-CANDIDATES = 100  # that the language model scores, picked as in `ccf-llm rank`
+from .search import TitleSearch
+
+# Candidates that the language model scores, chosen as in `ccf-llm rank`: a slot costs it two
+# tokens, a title some twenty.
+CANDIDATES, WRITTEN_CANDIDATES = 100, 40
 MAX_PER_TOPIC = 3  # titles of one author, say, in a list that varies
-EXPLAINED_LINES = 16  # of the history: each costs another scoring of the list
+EXPLAINED_LINES = 8  # of the history: each costs another scoring of the list
+EXAMPLES, EXAMPLE_TITLES = 3, 5
+WELL_KNOWN = 500  # titles that examples are made of where there are no topics
+KEPT_LISTS = 64  # whose reasons may be asked for
 LONGEST_TITLE = 200
+Stage = Literal["first", "read", "why"]  # of a list: see `Recommender.rank`
 
 
 @dataclass
@@ -26,7 +37,7 @@ class Place:
     """
 
     title: str
-    probability: float
+    probability: float | None  # None before the language model has read it
     gate: Tensor
     known: bool
     parts: dict[str, float] = field(default_factory=dict)
@@ -79,6 +90,9 @@ class Recommender:
         self._blank = type(ranker)(model=without_cf(self.model), processor=self.processor)
         self._rows = self._rows_by_text()
         self.titles = self._by_cf_preference()
+        self.search = TitleSearch(self.titles, self._names())
+        self.examples = self._choose_examples()
+        self._read = lru_cache(KEPT_LISTS)(self._read_list)
 
     @property
     def has_cf(self) -> bool:
@@ -100,18 +114,16 @@ class Recommender:
         """Whether candidates come from the CF model too, and not from liked topics alone."""
         return bool(self.model.cf.item_known.any())
 
-    @property
-    def longest_history(self) -> int:
-        """Most items that the model ever reads: window (H, S) holds H to H + S - 1."""
-        length, stride = self.processor.history_window
-        return length + stride - 1
-
     def _rows_by_text(self) -> dict[str, int]:
         rows: dict[str, int] = {}
         for row, title in enumerate(self.processor.item_titles):
             if title.strip():
                 rows.setdefault(self.processor.item_texts[row], row)
         return rows
+
+    def _names(self) -> list[str]:
+        """Titles without what the prompt writes beside them, such as the author."""
+        return [self.processor.item_titles[self._rows[title]] for title in self.titles]
 
     @torch.inference_mode()
     def _by_cf_preference(self) -> list[str]:
@@ -122,6 +134,56 @@ class Recommender:
         logits = self.model.cf.logits(new_user, rows)
         return [titles[place] for place in logits.argsort(descending=True, stable=True).tolist()]
 
+    def _choose_examples(self) -> list[dict[str, Any]]:
+        """Histories to begin with, `{"name", "titles"}`: of topics that many known titles share,
+        else of titles that are alike to the CF model, else of the catalog's first."""
+        groups = self._topic_groups() or self._cf_groups()
+        if not groups:
+            starts = range(0, EXAMPLES * EXAMPLE_TITLES, EXAMPLE_TITLES)
+            chunks = [self.titles[start : start + EXAMPLE_TITLES] for start in starts]
+            groups = [(", ".join(titles[:2]), titles) for titles in chunks if titles]
+        return [{"name": name, "titles": titles} for name, titles in groups]
+
+    def _topic_groups(self) -> list[tuple[str, list[str]]]:
+        known = self.model.cf.item_known.tolist()
+        names: dict[Any, str] = {}
+        titles: dict[Any, list[str]] = {}
+        for title in self.titles:
+            row = self._rows[title]
+            for topic in self.processor.topics({"id": self.processor.item_ids[row]}):
+                if known[row]:
+                    titles.setdefault(topic, []).append(title)
+                    names.setdefault(topic, self._spelled(row, *topic))
+        most = sorted(titles, key=lambda topic: (-len(titles[topic]), topic))
+        most = [topic for topic in most if len(titles[topic]) >= EXAMPLE_TITLES]
+        return [(names[topic], titles[topic][:EXAMPLE_TITLES]) for topic in most[:EXAMPLES]]
+
+    def _spelled(self, row: int, name: str, lowered: str) -> str:
+        """A value of a field as an item spells it."""
+        value = self.processor.item_fields[row][name]
+        values = value if isinstance(value, list | tuple) else [value]
+        return next((str(one) for one in values if str(one).lower() == lowered), lowered)
+
+    @torch.inference_mode()
+    def _cf_groups(self) -> list[tuple[str, list[str]]]:
+        known = self.model.cf.item_known.tolist()
+        titles = [title for title in self.titles if known[self._rows[title]]][:WELL_KNOWN]
+        if len(titles) < EXAMPLES * EXAMPLE_TITLES:
+            return []
+        rows = torch.tensor([self._rows[title] for title in titles], device=self.model.device)
+        vectors = F.normalize(self.model.cf.item_vectors[rows].float(), dim=-1)
+        alike = (vectors @ vectors.T).cpu()
+        groups, centers = [], [0]
+        for _ in range(EXAMPLES):
+            near = alike[centers[-1]].topk(EXAMPLE_TITLES).indices.tolist()
+            groups.append((f"Like {titles[centers[-1]]}", [titles[place] for place in near]))
+            centers.append(int(alike[centers].amax(dim=0).argmin()))
+        return groups
+
+    def ranks_at_once(self, history: Sequence[str]) -> bool:
+        """Whether there is something to show before the language model has read anything."""
+        return bool(history) and self.has_choice
+
     def rank(
         self,
         history: Sequence[str],
@@ -131,6 +193,7 @@ class Recommender:
         varied: bool = False,
         top_k: int = 10,
         disliked: Sequence[str] = (),
+        stage: Stage = "why",
     ) -> list[Place]:
         """The best `top_k` of the candidates, best first.
 
@@ -141,7 +204,41 @@ class Recommender:
             varied: at most `MAX_PER_TOPIC` titles of one author, say.
             top_k: length of the list; fewer when there are fewer candidates.
             disliked: titles that the model reads as such, if it `reads_dislikes`.
+            stage: `first` is the order in which candidates are chosen, without a word read; `read`
+                that of the language model; `why` has its reasons too.
         """
+        asked = (tuple(history), tuple(excluded), blank, varied, top_k, tuple(disliked))
+        if stage == "first":
+            limit = MAX_PER_TOPIC if varied and self.topics else None
+            left_out = [*history, *excluded, *disliked]
+            chosen = self._candidates(history, left_out, disliked, limit)
+            titles = self._vary(chosen, limit)[:top_k]
+            gates = self._gates(self.model, titles)
+            return [
+                Place(title, None, gate, True) for title, gate in zip(titles, gates, strict=True)
+            ]
+        places = self._read(*asked)
+        if stage == "read" or not places:
+            return places
+        ranker: Any = self._blank if blank else self.ranker
+        best = self._request(history, [place.title for place in places], disliked)
+        reasons = ranker.explain(best, max_lines=EXPLAINED_LINES)
+        found = []
+        for place, reason in zip(places, reasons, strict=True):
+            parts, raised = _why(reason)
+            found.append(replace(place, parts=parts, raised=raised))
+        return found
+
+    def _read_list(
+        self,
+        history: Sequence[str],
+        excluded: Sequence[str],
+        blank: bool,
+        varied: bool,
+        top_k: int,
+        disliked: Sequence[str],
+    ) -> list[Place]:
+        """The list of `rank`, without reasons."""
         limit = MAX_PER_TOPIC if varied and self.topics else None
         candidates = self._candidates(history, [*history, *excluded, *disliked], disliked, limit)
         if not candidates:
@@ -151,12 +248,20 @@ class Recommender:
         found = ranker(asked | {"top_k": top_k}, max_per_topic=limit)
         titles = [self.processor.item_text({"id": item["item_id"]})[1] for item in found]
         gates = self._gates(ranker.model, titles)
-        best = self._request(history, titles, disliked)
-        reasons = ranker.explain(best, max_lines=EXPLAINED_LINES)
         return [
-            Place(title, item["probability"], gate, item["known"], *_why(reason))
-            for title, item, gate, reason in zip(titles, found, gates, reasons, strict=True)
+            Place(title, item["probability"], gate, item["known"])
+            for title, item, gate in zip(titles, found, gates, strict=True)
         ]
+
+    def _vary(self, titles: Sequence[str], limit: int | None) -> list[str]:
+        taken: Counter[Any] = Counter()
+        kept = []
+        for title in titles:
+            topics = self.processor.topics(self._item(title)) if limit else ()
+            if all(taken[topic] < (limit or 1) for topic in topics):
+                taken.update(topics)
+                kept.append(title)
+        return kept
 
     def _candidates(
         self,
@@ -166,10 +271,11 @@ class Recommender:
         limit: int | None,
     ) -> list[str]:
         """Titles to score: the pipeline's own choice, or the catalog's first if it has none."""
+        most = CANDIDATES if self.processor.candidate_format == "slot" else WRITTEN_CANDIDATES
         asked = self._request(history, [], disliked) | {"candidates": None}
         ranker: Any = self.ranker
         try:
-            count = CANDIDATES + len(left_out)
+            count = most + len(left_out)
             request, _ = ranker.preprocess(asked, preselect=count, max_per_topic=limit)
         except ValueError:
             found = self.titles
@@ -177,7 +283,7 @@ class Recommender:
             found = [self.processor.item_text(item)[1] for item in request.candidates]
         named = {self._row(title) for title in left_out}
         found = [title for title in dict.fromkeys(found) if title in self._rows]
-        return [title for title in found if self._rows[title] not in named][:CANDIDATES]
+        return [title for title in found if self._rows[title] not in named][:most]
 
     @torch.inference_mode()
     def prompt(
@@ -227,11 +333,19 @@ class Recommender:
     def _item(self, title: str) -> dict[str, Any]:
         """As a dict, because a bare title that looks like an id would be taken for one."""
         row = self._row(title)
-        return {"title": title} if row is None else {"id": self.processor.item_ids[row]}
+        if row is not None:
+            return {"id": self.processor.item_ids[row]}
+        name, _, maker = title.rpartition(" by ")
+        for topic in self.topics if name else ():
+            if (topic, maker.lower()) in self.processor.topic_rows:
+                return {"title": name, topic: maker}
+        return {"title": title}
 
     def _row(self, title: str) -> int | None:
         """Catalog row of what a visitor picked, or typed, maybe without the author."""
         found: int | None = self._rows.get(title, self.processor.title_index.get(title))
+        if found is None and (same := self.search.same(title)) is not None:
+            found = self._rows[same]
         return found
 
     def _batch(

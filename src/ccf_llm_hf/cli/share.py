@@ -1,6 +1,7 @@
 """The commands that show and publish what was made: `serve`, `merge`, and the pushes."""
 
 import argparse
+import math
 from dataclasses import asdict
 
 from ccf_llm_hf.cli.command import (
@@ -9,6 +10,7 @@ from ccf_llm_hf.cli.command import (
     checkpoint_arguments,
     existing_folder,
 )
+from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.inference.checkpoint import check_checkpoint
 
 
@@ -18,18 +20,54 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)"
     )
     parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
+    parser.add_argument(
+        "--api",
+        action="store_true",
+        help="an API for programs instead of the page; asks for the bearer token in CCF_LLM_TOKEN, "
+        "where that is set",
+    )
+    parser.add_argument(
+        "--max-waiting",
+        type=int,
+        default=64,
+        metavar="N",
+        help="requests to the API that may wait; more are answered 429 (default: 64)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="in which the API answers, or answers 504 (default: 30)",
+    )
 
 
 def _serve(arguments: argparse.Namespace, _: list[str]) -> Output:
     check_checkpoint(arguments.checkpoint)
-    from ccf_llm_hf.hub.serve import check_can_serve, serve
+    from ccf_llm_hf.hub.serve import check_can_serve, read_token, serve, serve_api
 
-    check_can_serve(arguments.host, arguments.port)
-    from ccf_llm_hf.inference.checkpoint import load_checkpoint
+    if arguments.max_waiting < 1:
+        raise InputError(f"--max-waiting {arguments.max_waiting} lets none wait: give 1 or more")
+    if not 0 < arguments.timeout < math.inf:
+        raise InputError(f"--timeout {arguments.timeout:g} is no time: give seconds above 0")
+    check_can_serve(arguments.host, arguments.port, "serve" if arguments.api else "app")
+    where = {"host": arguments.host, "port": arguments.port}
+    if arguments.api:
+        token = read_token()
+        from ccf_llm_hf.inference.ranker import CTRRanker
 
-    model, processor = load_checkpoint(arguments.checkpoint, backbone=arguments.backbone)
-    serve(model, processor, host=arguments.host, port=arguments.port)
-    return Output("stopped", {"host": arguments.host, "port": arguments.port})
+        serve_api(
+            CTRRanker.from_pretrained(arguments.checkpoint, backbone=arguments.backbone),
+            **where,
+            token=token,
+            max_waiting=arguments.max_waiting,
+            timeout=arguments.timeout,
+        )
+    else:
+        from ccf_llm_hf.inference.checkpoint import load_checkpoint
+
+        serve(*load_checkpoint(arguments.checkpoint, backbone=arguments.backbone), **where)
+    return Output("stopped", where)
 
 
 def _replace_argument(parser: argparse.ArgumentParser, what: str) -> None:
@@ -140,7 +178,7 @@ def _push_dataset(arguments: argparse.Namespace, _: list[str]) -> Output:
 
 COMMANDS = {
     "serve": Command(
-        "a page to try a checkpoint on, in the browser",
+        "a page to try a checkpoint on, in the browser, or an API",
         "ccf-llm serve runs/demo/checkpoint-slim --port 7860",
         _serve_arguments,
         _serve,

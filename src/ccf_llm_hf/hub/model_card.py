@@ -31,7 +31,7 @@ from ccf_llm_hf.version import __version__
 TEMPLATE = "model_card.md.jinja"
 TRAINING_FILE = "training.json"
 # The oldest releases that the tests load and score checkpoints with.
-REQUIREMENTS = {"torch": "2.13", "transformers": "5.21", "safetensors": "0.8"}
+REQUIREMENTS = {"torch": "2.13", "transformers": "5.20", "safetensors": "0.8"}
 WELL_KNOWN = ("Toy Story (1995)", "Heat (1995)", "Jumanji (1995)", "GoldenEye (1995)")
 PLACEHOLDERS = ("a liked item", "another liked item", "an item", "another item")
 

@@ -19,7 +19,7 @@ from huggingface_hub import (
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.checkpoint_files import CARD_FILE, FACTS_FILE, is_weights
 from ccf_llm_hf.hub.example import record_example
-from ccf_llm_hf.hub.repository import ask_hub, explain, open_repo
+from ccf_llm_hf.hub.repository import ask_hub, explain, open_repo, tell_overwritten
 from ccf_llm_hf.hub.staging import Staged, check_repo_id, list_files, stage_checkpoint, stage_part
 from ccf_llm_hf.inference.ranker import CTRRanker
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
@@ -99,6 +99,8 @@ def push(
     print(f"checking what is to be sent to {repo_id}", file=sys.stderr)
     with _stage(thing, repo_id, form, backbone) as staged:
         staged.notes += unasked
+        if replace:
+            staged.notes += tell_overwritten(head, repo_id, _sent(staged, head))
         if dry_run:
             deleted = list_deletions(staged, head)
             return Published(repo_id, staged.files, staged.left, staged.notes, deleted)
@@ -235,11 +237,14 @@ def _list_operations(
     staged: Staged, head: Any, deleted: list[str]
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """The files to delete and to add."""
-    present = {sibling.rfilename for sibling in head.siblings or []}
-    names = set(staged.files)
-    if staged.generic_card and CARD_FILE in present:
-        names -= {CARD_FILE, FACTS_FILE}
     return [
         *(CommitOperationDelete(name) for name in deleted),
-        *(CommitOperationAdd(name, staged.folder / name) for name in sorted(names)),
+        *(CommitOperationAdd(name, staged.folder / name) for name in _sent(staged, head)),
     ]
+
+
+def _sent(staged: Staged, head: Any) -> list[str]:
+    """The files to add: a card for want of one replaces none in the repository."""
+    present = {sibling.rfilename for sibling in (head.siblings if head else None) or []}
+    kept = {CARD_FILE, FACTS_FILE} if staged.generic_card and CARD_FILE in present else set()
+    return sorted(staged.files.keys() - kept)

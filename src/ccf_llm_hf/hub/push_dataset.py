@@ -1,5 +1,6 @@
 """Publish a prepared folder as a data set of the Hub: one commit, whole or not at all."""
 
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ccf_llm_hf.data.prepared import (
 from ccf_llm_hf.data.protocol import SPLITS
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.checkpoint_files import CARD_FILE
-from ccf_llm_hf.hub.repository import ask_hub, explain, open_repo
+from ccf_llm_hf.hub.repository import ask_hub, explain, open_repo, tell_overwritten
 from ccf_llm_hf.hub.scan import scan_folder
 from ccf_llm_hf.hub.staging import check_repo_id
 from ccf_llm_hf.io import write_json, write_text
@@ -165,7 +166,7 @@ def push_dataset(
             raise InputError(f"{findings[0]} must not be published: prepare the data without it")
         api = HfApi(token=token, library_name="ccf-llm-hf")
         where: dict[str, Any] = {"kind": "dataset", "private": private, "replace": replace}
-        _, unasked = ask_hub(api, repo_id, dry_run=dry_run, **where)
+        head, unasked = ask_hub(api, repo_id, dry_run=dry_run, **where)
         files = {name: texts / name for name in (CARD_FILE, PROTOCOL_FILE)}
         files |= {name: folder / name for name in tables}
         result = PushedDataset(
@@ -174,7 +175,11 @@ def push_dataset(
             _write_notes(protocol, bool(reason)) + unasked,
             private,
         )
+        over = tell_overwritten(head, repo_id, files) if replace else []
+        result.notes += over
         if not dry_run:
+            for line in over:
+                print(line, file=sys.stderr)
             _send(result, files, api, where)
     if result.commit and not result.private and protocol.get("hub_id") != repo_id:
         write_json(folder / PROTOCOL_FILE, {**load_protocol(folder), "hub_id": repo_id})

@@ -2,7 +2,7 @@
 sentence what went wrong."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from huggingface_hub import HfApi, get_token, hf_hub_url
@@ -137,6 +137,14 @@ def find_foreign(api: HfApi, head: Any, kind: str) -> str:
     return files[0] if files else ""
 
 
+def tell_overwritten(head: Any, repo_id: str, names: Iterable[str]) -> list[str]:
+    """A line that names the files of a branch (`head`; None: it is not there) that an upload writes
+    over; none where it writes over none."""
+    present = {sibling.rfilename for sibling in (head.siblings if head else None) or []}
+    both = sorted(present.intersection(names))
+    return [f"the commit overwrites in {repo_id}: {', '.join(both)}"] if both else []
+
+
 def read_remote_json(api: HfApi, head: Any, kind: str, name: str) -> dict[str, Any]:
     """A JSON object of a repository at the commit of `head`; empty where the file holds none."""
     url = hf_hub_url(head.id, name, repo_type=kind, revision=head.sha, endpoint=api.endpoint)
@@ -189,7 +197,7 @@ def open_repo(
     options: Any = {"kind": kind, "private": private, "replace": replace}
     head = look(api, repo_id, revision=revision, **options)
     if head is None:
-        sdk = "gradio" if kind == "space" else None
+        sdk = "docker" if kind == "space" else None
         api.create_repo(repo_id, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk)
         head = look(api, repo_id, **options)
     if revision:

@@ -1,6 +1,7 @@
 """`ccf-llm push-space`: the Space's page over a published checkpoint, in one commit."""
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from ccf_llm_hf.hub.repository import (
     explain,
     open_repo,
     read_remote_json,
+    tell_overwritten,
     tell_reason,
 )
 from ccf_llm_hf.hub.staging import NEEDED, check_repo_id
@@ -102,8 +104,12 @@ def push_space(
         notes = tell_access(checkpoint, closed, private if head is None else head.private)
     with tempfile.TemporaryDirectory() as folder:
         files = write_space(Path(folder), checkpoint, commit)
+        over = tell_overwritten(head, repo, files) if replace else []
+        notes += over
         if dry_run:
             return SpacePush(repo, checkpoint, commit, files, None, notes)
+        for line in over:
+            print(line, file=sys.stderr)
         try:
             open_repo(api, repo, **where)
             api.upload_folder(  # one commit: the files are small texts, which all travel in it

@@ -1,6 +1,7 @@
 """`CTRRanker`: probabilities, ranked lists and explanations from a checkpoint."""
 
 import logging
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,9 @@ from ccf_llm_hf.modeling.processing_ccf_llm import (
     read_items,
 )
 from ccf_llm_hf.modeling.ranking_ccf_llm import (
+    PREFIX_BYTES,
     TOKENS_PER_BATCH,
+    PrefixCache,
     RankedItem,
     cf_logits,
     check_counts,
@@ -46,13 +49,15 @@ class CTRRanker:
     with them (`{"title": ..., "author": ...}`) and the CF model knows them. A user the model has
     not seen is a new user, scored by the history. Histories hold liked items, oldest first; a model
     trained on signed ones takes disliked items too, as `{"id": ..., "liked": False}`, or with a
-    `rating`.
+    `rating`. Threads may share a ranker; one of them at a time goes through the model.
 
     Args:
         model: a `CCFLLMForCTR`.
         processor: its `CCFLLMProcessor`.
         tokens_per_batch: tokens of one forward pass. Users share a pass as long as they fit;
             a longer candidate list is scored in parts on the history's cached keys and values.
+        prefix_bytes: of memory for the keys and values of histories, which `rank` keeps for the
+            users' next requests; 0: none are kept.
     """
 
     def __init__(
@@ -61,10 +66,15 @@ class CTRRanker:
         processor: CCFLLMProcessor,
         *,
         tokens_per_batch: int = TOKENS_PER_BATCH,
+        prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
         self.model = model.eval()
         self.processor = processor
         self.tokens_per_batch = tokens_per_batch
+        self.prefixes = PrefixCache(prefix_bytes)
+        # What reads the words of items outside the catalog hangs on the backbone meanwhile, where
+        # another thread's prompt would run into it.
+        self._turn = threading.RLock()
 
     @classmethod
     def from_pretrained(
@@ -259,7 +269,7 @@ class CTRRanker:
                 chosen = _given(items)
             requests.append(Request(user, past, chosen))
         self._tell_unknown([one.user for one in requests], [])
-        with refusing():
+        with refusing(), self._turn:
             return rank(
                 self.model,
                 self.processor,
@@ -267,6 +277,7 @@ class CTRRanker:
                 top_k,
                 max_per_topic=max_per_topic,
                 tokens_per_batch=self.tokens_per_batch,
+                prefixes=self.prefixes,
             )
 
     def explain(
@@ -293,7 +304,7 @@ class CTRRanker:
             with refusing():
                 check_counts(0, max_lines=max_lines)
         request = Request(user, _items(history, "history"), _items([item], "item"))
-        with refusing():
+        with refusing(), self._turn:
             (reasons,) = explain(
                 self.model,
                 self.processor,
@@ -319,7 +330,7 @@ class CTRRanker:
 
     def _score(self, requests: Sequence[Request], progress: bool) -> list[torch.Tensor]:
         """Logits per request, in the order of its candidates."""
-        with refusing():
+        with refusing(), self._turn:
             return score(
                 self.model,
                 self.processor,
