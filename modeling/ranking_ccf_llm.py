@@ -525,10 +525,7 @@ def _by_topic(
     A topic counts how much more often it was liked than disliked, and gets places in proportion,
     its items in the order of their CF logits. Topics that were disliked as often get none.
     """
-    counts: Counter[tuple[str, str]] = Counter()
-    for item in history:
-        for topic in processor.topics(item):
-            counts[topic] += 1 if processor.likes(item) else -1
+    counts = _count_topics(processor, history)
     places: dict[int, float] = {}
     for topic, count in counts.items():
         rows = [row for row in processor.topic_rows.get(topic, ()) if row not in seen]
@@ -536,6 +533,61 @@ def _by_topic(
         for place, row in enumerate(rows, start=1):
             places[row] = min(place / count, places.get(row, place / count))
     return sorted(places, key=lambda row: places[row])
+
+
+def _count_topics(processor: CCFLLMProcessor, history: Sequence[Any]) -> Counter[tuple[str, str]]:
+    """How much more often each topic of a history was liked than disliked."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for item in history:
+        for topic in processor.topics(item):
+            counts[topic] += 1 if processor.likes(item) else -1
+    return counts
+
+
+def shortlist(
+    model: CCFLLMForCTR,
+    processor: CCFLLMProcessor,
+    request: Request,
+    count: int,
+    max_per_topic: int | None = None,
+) -> list[Any]:
+    """The `count` candidates of a request, of a whole history, that may well be the best, found
+    without the language model; best first (our choice).
+
+    Of a model with a CF logit those of the highest, which is the part of the score that is known
+    beforehand. Of another in turn, as in [`preselect`], by the CF model, by values of
+    `evidence_fields` that were liked more often than disliked, and by contextual text vectors.
+    With `max_per_topic` of the list, see `rank`, a topic has `SPARE` times as many places at most.
+    """
+    candidates, history = request.candidates, request.history
+    rows, new = number_items(processor, candidates, model.device)
+    logits = cf_logits(model, processor, request.user, history, rows, new)
+    by_cf = logits.argsort(descending=True, stable=True).tolist()
+    sources = [by_cf]
+    if not model.config.cf_logit:
+        counts = _count_topics(processor, history)
+        gains = [
+            max((counts[topic] for topic in processor.topics(item)), default=0)
+            for item in candidates
+        ]
+        sharing = [place for place in by_cf if gains[place] > 0]
+        told_apart = bool(len(rows)) and bool(logits.max() > logits.min())
+        sources = [by_cf] if told_apart else []
+        sources.append(sorted(sharing, key=lambda place: -gains[place]))
+        places = [place for place, row in enumerate(rows.tolist()) if row < len(processor.item_ids)]
+        if model.config.item_text == "contextual":
+            liked = [processor.resolve_item(item)[0] for item in history if processor.likes(item)]
+            known = [row for row in liked if row is not None]
+            vectors = model.text_vectors(torch.cat([rows[places], rows.new_tensor(known)]))
+            last = range(len(places), len(vectors))
+            nearest = _by_text(vectors, last, len(vectors))
+            sources.append([places[place] for place in nearest if place < len(places)])
+        sources.append(by_cf)  # what no other brings
+    chosen = _take_turns(sources, len(candidates) if max_per_topic else count)
+    if max_per_topic:
+        topics = [processor.topics(candidates[place]) for place in chosen]
+        chosen = [chosen[place] for place in _varied(topics, SPARE * max_per_topic)][:count]
+    return [candidates[place] for place in chosen]
 
 
 def _by_text(vectors: Tensor, liked: Sequence[int], count: int) -> list[int]:
@@ -626,10 +678,13 @@ def rank(
     top_k: int = 10,
     *,
     max_per_topic: int | None = None,
+    shortlisted: int | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     prefixes: PrefixCache | None = None,
 ) -> list[list[RankedItem]]:
     """Each request's `top_k` candidates of the highest logits, best first; ties keep order.
+
+    With `shortlisted`, only so many go through the language model, see [`shortlist`].
 
     With `max_per_topic`, an item is passed over whose author, say, has that many places already:
     whose value of one of the processor's `evidence_fields`. A list is then shorter where the
@@ -643,6 +698,11 @@ def rank(
             f"max_per_topic={max_per_topic} counts by evidence_fields, and this model's processor "
             "names none: leave it out."
         )
+    if shortlisted is not None:
+        requests = [
+            replace(one, candidates=shortlist(model, processor, one, shortlisted, max_per_topic))
+            for one in requests
+        ]
     scores = score(model, processor, requests, tokens_per_batch=tokens_per_batch, prefixes=prefixes)
     return [
         rank_scored(model, processor, request.candidates, logits, top_k, max_per_topic)
@@ -904,4 +964,5 @@ __all__ = [
     "rank",
     "score",
     "score_cf_logit",
+    "shortlist",
 ]

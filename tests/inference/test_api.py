@@ -26,6 +26,7 @@ from ccf_llm_hf.inference.api import build_api
 from ccf_llm_hf.inference.guard import MAX_BODY
 
 JSON = {"content-type": "application/json"}
+DOCUMENT = Path(__file__).parents[2] / "docs" / "serving.md"
 Start = Callable[..., TestClient]
 
 
@@ -311,6 +312,31 @@ def test_the_examples_of_the_schema_pass(
                 assert answer.status_code == 200, answer.text
                 sent.append(route)
     assert sent == ["/rank", "/rank", "/predict", "/explain", "/health", "/metrics"]
+
+
+def test_what_the_document_says_is_so(start: Start, ranker: CTRRanker) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    client = start(ranker, token="sesame")
+    client.headers["authorization"] = "Bearer sesame"
+    asked = re.findall(r"curl http://127.0.0.1:7860(/\w+) .*\n +-d '(.+)'\n", text)
+    for route, body in asked:
+        answer = client.post(route, content=body, headers=JSON)
+        assert answer.status_code == 200, answer.text
+        named = re.search(rf"`{route}`\s+answers\s+`(\{{.*?\}})`", text)
+        if named is not None:
+            assert set(answer.json()) <= set(re.findall(r'"(\w+)"', named[1]))
+    assert {route for route, _ in asked} == {"/rank", "/predict", "/explain"}
+    assert len(re.findall("curl", text)) == len(asked)
+
+    schema = client.get("/openapi.json").json()
+    answers = set(schema["paths"]["/rank"]["post"]["responses"]) - {"200"}
+    assert set(re.findall(r"^\| (\d+) \|", text, re.MULTILINE)) == answers
+    metrics = client.get("/metrics").text
+    named = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert len(named) == 6
+    assert all(re.search(rf"^# TYPE {name} ", metrics, re.MULTILINE) for name in named)
+    line = re.search(r"stderr, `(\{.*?\})`", text)
+    assert line is not None and re.findall(r'"(\w+)"', line[1]) == list(client.lines[0])
 
 
 def test_a_failure_is_logged_without_its_words(start: Start, ranker: CTRRanker) -> None:

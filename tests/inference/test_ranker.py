@@ -318,3 +318,13 @@ def test_threads_share_a_ranker(checkpoint):
         np.testing.assert_allclose(
             [item.logit for item in one], [item.logit for item in other], atol=1e-4
         )
+
+
+def test_a_shortlist_is_no_shorter_than_the_list(ranker):
+    candidates = ["1", "3", "4", "5"]
+    short = ranker.rank("a", ["2"], candidates, top_k=2, shortlist=2)
+    assert len(short) == 2 and len(ranker.rank("a", ["2"], top_k=1, shortlist=1)) == 1
+    with pytest.raises(InputError, match="top_k=10 of shortlist=2 items: raise the shortlist"):
+        ranker.rank("a", ["2"], candidates, shortlist=2)
+    with pytest.raises(InputError, match="shortlist=0 must be at least 1"):
+        ranker.rank("a", ["2"], candidates, shortlist=0)

@@ -18,6 +18,7 @@ from ccf_llm_hf.modeling.ranking_ccf_llm import (
     preselect,
     rank,
     score,
+    shortlist,
 )
 
 SIGNED = {"histories": "signed", "history_window": (3, 2), "fold_in_items": 2}
@@ -292,3 +293,51 @@ def test_likes_alone_are_a_signed_history(build: BuildModel, wording: str) -> No
     )
     assert bare == said
     assert chosen(model, processor, None, LIKES, 5)
+
+
+EVERY: list[Any] = [f"i{row}" for row in (3, 7, 5, 0, 2, 4)]
+
+
+@pytest.mark.parametrize("wording", ["shared_prefix", "answered"])
+def test_a_shortlist_by_the_cf_logit_is_the_list_where_words_say_nothing(
+    build: BuildModel, wording: str
+) -> None:
+    model, processor = build("gate", wording, prompt=SIGNED, **FOLDED)
+    new = {"title": "Unheard of"}
+    request = Request("u0", MIXED, [new, *EVERY])
+    model.answer_scale.data.zero_()
+    (whole,) = rank(model, processor, [request], 7)
+    (short,) = rank(model, processor, [request], 7, shortlisted=3)
+    assert [item.item_id for item in short] == [item.item_id for item in whole[:3]]
+    for item, other in zip(short, whole, strict=False):
+        assert item.logit == pytest.approx(other.logit, abs=1e-4)
+    assert new in shortlist(model, processor, request, 7)
+
+
+@pytest.mark.parametrize("arm", ["gate", "text_only"])
+def test_places_of_a_list_that_goes_through_the_model_in_part_are_those_of_the_whole(
+    build: BuildModel, arm: str
+) -> None:
+    model, processor = build(arm, "answered", prompt=SIGNED | BY_AUTHOR)
+    request = Request(None, MIXED, [*EVERY, "Unheard of"])
+    (whole,) = rank(model, processor, [request], 9)
+    for count in range(1, 8):
+        (short,) = rank(model, processor, [request], 9, shortlisted=count)
+        left = {item.title for item in short}
+        assert len(left) == count
+        expected = [item for item in whole if item.title in left]
+        assert [item.title for item in short] == [item.title for item in expected]
+        for item, other in zip(short, expected, strict=True):
+            assert item.logit == pytest.approx(other.logit, abs=1e-4)
+
+
+def test_a_shortlist_without_a_cf_logit_takes_turns(build: BuildModel) -> None:
+    model, processor = build(prompt=SIGNED | BY_AUTHOR, item_text="static")
+    request = Request(None, ["i0", disliked("i1")], EVERY)
+    logits = model.cf.logits(torch.full((6,), 5), torch.tensor([3, 7, 5, 0, 2, 4])).tolist()
+    by_cf = [item for _, item in sorted(zip(logits, EVERY, strict=True), reverse=True)]
+    king = [item for item in by_cf if item in ("i0", "i2", "i3", "i7")]
+    found = shortlist(model, processor, request, 2)
+    assert found == [by_cf[0], next(item for item in king if item != by_cf[0])]
+    assert sorted(shortlist(model, processor, request, 9)) == sorted(EVERY)
+    assert len(set(shortlist(model, processor, request, 3, 1)) & set(king)) <= 3

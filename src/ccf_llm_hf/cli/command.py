@@ -9,10 +9,11 @@ from ccf_llm_hf.errors import InputError
 
 
 class Output(NamedTuple):
-    """What a command prints: `text` for people, `data` with --json."""
+    """What a command prints, `text` for people, `data` with --json, and its exit code."""
 
     text: str
     data: Any
+    code: int = 0
 
 
 class Command(NamedTuple):

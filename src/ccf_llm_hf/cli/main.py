@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from ccf_llm_hf.cli import data, share, train, use
+from ccf_llm_hf.cli import data, doctor, share, train, use
 from ccf_llm_hf.cli.arguments import CommandParser, add_json_argument
 from ccf_llm_hf.cli.command import Command
 from ccf_llm_hf.errors import InputError
@@ -18,7 +18,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_WORDS = re.compile(r"No space left|os error (28|122)|quota exceeded|file write failed", re.I)
 INTERRUPTED = 130  # as a shell reports it
 # In the order of the overview.
-COMMANDS = {**data.COMMANDS, **train.COMMANDS, **use.COMMANDS, **share.COMMANDS}
+COMMANDS = {**data.COMMANDS, **train.COMMANDS, **use.COMMANDS, **share.COMMANDS, **doctor.COMMANDS}
 
 
 def _overview() -> CommandParser:
@@ -67,7 +67,7 @@ def describe_failed_write(error: BaseException) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 2 after `error: ...` for bad input or a disk that
-    cannot be written to, 130 after Ctrl-C."""
+    cannot be written to, 130 after Ctrl-C; of `doctor` 2 too where something is to be mended."""
     try:
         command, arguments, rest = parse(list(sys.argv[1:] if argv is None else argv))
         # Libraries print to stdout at will; there it would break --json.
@@ -86,4 +86,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {sentence}", file=sys.stderr)
         return 2
     print(format_json(output.data) if arguments.json else output.text)
-    return 0
+    return output.code

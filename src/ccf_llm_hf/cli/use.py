@@ -19,7 +19,9 @@ from ccf_llm_hf.io import check_writable, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
+    from datasets import Dataset
 
+    from ccf_llm_hf.data.rows import Rows
     from ccf_llm_hf.inference.ranker import CTRRanker
 
 SPLITS = ("train", "validation", "test")
@@ -87,9 +89,9 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     )
 
     prepared = load_prepared(data)
-    split = prepared.splits[arguments.split]
+    split: Dataset | Rows = prepared.rows(arguments.split)
     if arguments.sample_rows:
-        split = sample_users(split, arguments.sample_rows)
+        split = sample_users(prepared.splits[arguments.split], arguments.sample_rows)
     compare = {name: _load_scores(path, data, arguments.split) for name, path in paths.items()}
     model, processor = load_checkpoint(arguments.checkpoint, backbone=arguments.backbone)
     scores = score_table(
@@ -236,6 +238,13 @@ def _rank_arguments(parser: argparse.ArgumentParser) -> None:
         help="most items that may share an author, say: a value of one of the model's "
         "evidence_fields (default: no limit)",
     )
+    parser.add_argument(
+        "--shortlist",
+        type=int,
+        metavar="N",
+        help="only so many go through the language model, those that promise most by CF, fields "
+        "and text vectors; faster, and the list may lack an item (default: all)",
+    )
 
 
 def _rank(arguments: argparse.Namespace, _: list[str]) -> Output:
@@ -247,6 +256,7 @@ def _rank(arguments: argparse.Namespace, _: list[str]) -> Output:
         top_k=arguments.top_k,
         preselect=arguments.preselect,
         max_per_topic=arguments.max_per_topic,
+        shortlist=arguments.shortlist,
     )
     has_cf = bool(ranker.model.cf.item_known.any())
     lines = [f"{'':>4}  prob   item"]

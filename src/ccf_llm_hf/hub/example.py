@@ -115,6 +115,15 @@ def check_in_clean_process(folder: Path, backbone: str | None, offline: bool) ->
     return measure_difference(scores, expected)
 
 
+def measure_recorded(folder: Path, model: CCFLLMForCTR, processor: CCFLLMProcessor) -> float | None:
+    """As `check_in_clean_process`, of a folder's model and processor that are loaded already; None
+    where no calls are recorded."""
+    calls = read_calls(folder)
+    if not calls:
+        return None
+    return measure_difference([_score(model, processor, call["inputs"]) for call in calls], calls)
+
+
 def find_last_error(stderr: str) -> str:
     """The message that a traceback ends with, in one line."""
     lines = stderr.strip().splitlines()
@@ -135,7 +144,7 @@ def measure_difference(scores: list[Any], expected: list[dict[str, Any]]) -> flo
         difference = float((recorded - logits).abs().max()) if same_shape else float("inf")
         if not difference <= TOLERANCE:  # not a number is a difference too
             raise InputError(
-                f"in a clean process the example {json.dumps(call['inputs'], ensure_ascii=False)} "
+                f"the example {json.dumps(call['inputs'], ensure_ascii=False)} "
                 f"scores {logits.tolist()}, but {EXAMPLE_FILE} records {recorded.tolist()} "
                 f"(difference {difference:.1e}, limit {TOLERANCE:.0e}): publish the weights that "
                 f"were trained, or delete {EXAMPLE_FILE} to have it recorded anew"

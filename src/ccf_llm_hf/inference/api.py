@@ -50,7 +50,10 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     504: {"model": Problem, "description": "There was no answer in time."},
 }
 NO_TOKEN: dict[int | str, dict[str, Any]] = {
-    401: {"model": Problem, "description": "The token is missing or wrong."}
+    401: {
+        "description": "The token is missing or wrong.",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
 }
 
 

@@ -42,7 +42,7 @@ class PairScorer:
 
     ranker: CTRRanker
     identity: str
-    histories: Mapping[str, list[str]] = field(default_factory=dict)
+    histories: Mapping[str, list[Any]] = field(default_factory=dict)
     shard_rows: int = 20_000
 
     def run(self, pairs: Path, out: Path) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class PairScorer:
         manifest = {
             "pairs": source.fingerprint(),
             "checkpoint": self.identity,
-            "histories": _digest(json.dumps(sorted(self.histories.items())).encode()),
+            "histories": _digest(self.histories),
             "shard_rows": self.shard_rows,
         }
         if any(place.is_file() for place in (out, *out.parents)):
@@ -111,8 +111,9 @@ class PairScorer:
         users, items = (_read_ids(shard, name, first) for name in KEYS)
         has_history = "history" in shard.column_names
         given = shard["history"].to_pylist() if has_history else [None] * len(users)
+        of_users = {user: self.histories.get(user, []) for user in dict.fromkeys(users)}
         histories = [
-            self.histories.get(user, []) if history is None else history
+            of_users[user] if history is None else history
             for user, history in zip(users, given, strict=True)
         ]
         pairs = [
@@ -268,5 +269,10 @@ def _claim(out: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _digest(histories: Mapping[str, list[Any]]) -> str:
+    """Of the sorted (user, history) pairs as JSON."""
+    digest = hashlib.sha256(b"[")
+    for place, user in enumerate(sorted(histories)):
+        digest.update((", " * (place > 0) + json.dumps([user, histories[user]])).encode())
+    digest.update(b"]")
+    return digest.hexdigest()

@@ -226,8 +226,8 @@ class StageRun:
             return CTRTrainer(
                 model,
                 self.training_arguments(),
-                self.inputs.data.splits["train"],
-                self.inputs.data.splits["validation"],
+                self.inputs.data.rows("train"),
+                self.inputs.data.rows("validation"),
                 processor,
                 peft_config=lora,
                 cf=self.inputs.cf,
@@ -390,7 +390,7 @@ def summarize_training(trainer: CTRTrainer, history: list[dict[str, float]]) -> 
         "best_step": int(best["step"]),
         "steps": trainer.state.global_step,
         "train_labels": sum(trainer.batch_sampler.labels),
-        "validation_labels": sum(len(group.rows) for group in trainer.eval_groups),
+        "validation_labels": int(trainer._groups_of(None).sizes.sum()),
         "trainable_parameters": sum(
             p.numel() for p in trainer.model.parameters() if p.requires_grad
         ),
