@@ -319,8 +319,8 @@ def packed_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    # By what it holds, not by its class: the package, and the code of a checkpoint loaded beside it,
-    # share a name in transformers' registry, and have classes of their own.
+    # By what it holds, not by its class: the package and the code of a checkpoint that was loaded
+    # in the same process share one name in transformers' registry, and have classes of their own.
     rows: Any = packed
     if hasattr(rows, "batches"):
         return tiled_attention(query, key, value, rows, dropout, scaling, sliding_window), None
