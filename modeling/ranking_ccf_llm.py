@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from .adapter_ccf_llm import is_injected
 from .attention_ccf_llm import GROUP, SHARED
-from .modeling_ccf_llm import CF_INPUTS, CCFLLMForCTR, NewFields
+from .modeling_ccf_llm import CF_INPUTS, CCFLLMForCTR, FoldedUsers, NewFields
 from .processing_ccf_llm import CCFLLMProcessor, Request, Values, pad_values
 
 TOKENS_PER_BATCH = 2048  # of one forward pass
@@ -513,12 +513,12 @@ def _retrieval_logits(
     """CF logits `(n,)` that choose candidates: those of a user that the CF model was fitted on are
     its own, unless the score takes folded-in ones; a new user is folded in from all of the history.
     """
-    users = torch.full_like(rows, processor.resolve_user(user))
-    fitted = bool(len(rows)) and bool(model.cf.lookup("user", users[:1])[1])
+    row = rows.new_tensor([processor.resolve_user(user)])
+    vectors, fitted = model.cf.lookup("user", row)
     can_fold_in = bool(history) and model.config.cf_user_precision is not None
-    if can_fold_in and (model.config.cf_fold_in or not fitted):
+    if can_fold_in and (model.config.cf_fold_in or not bool(fitted)):
         return _folded_logits(model, processor, history, rows)
-    return model.cf.logits(users, rows)
+    return model.cf.folded_logits(FoldedUsers(vectors), rows[None])[0]
 
 
 def _by_topic(
