@@ -64,7 +64,7 @@ def start() -> Iterator[Start]:
 
     yield begin
     for client in begun:
-        client.__exit__()
+        client.__exit__()  # a second time does nothing
 
 
 class Slow:
@@ -118,11 +118,12 @@ def test_answers_are_those_of_the_ranker(start: Start, ranker: CTRRanker) -> Non
     items = client.post("/rank", json=asked).json()["items"]
     expected = ranker.rank(**asked)
     assert [item["item_id"] for item in items] == [item.item_id for item in expected]
-    assert [item["logit"] for item in items] == pytest.approx([item.logit for item in expected])
+    logits = [item.logit for item in expected]
+    assert [item["logit"] for item in items] == pytest.approx(logits, abs=1e-5)
 
     pairs = [{"user": 42, "history": history, "item": "Ubik"}, {"user": "who", "item": "New"}]
     answer = client.post("/predict", json={"pairs": pairs}).json()
-    assert answer["probabilities"] == pytest.approx(ranker.predict(pairs).tolist())
+    assert answer["probabilities"] == pytest.approx(ranker.predict(pairs).tolist(), abs=1e-5)
     assert answer["unknown_users"] == ["who"] and answer["unknown_items"] == ["New"]
 
     told = client.post("/explain", json={"history": history, "item": "Misery"}).json()
@@ -337,6 +338,18 @@ def test_what_the_document_says_is_so(start: Start, ranker: CTRRanker) -> None:
     assert all(re.search(rf"^# TYPE {name} ", metrics, re.MULTILINE) for name in named)
     line = re.search(r"stderr, `(\{.*?\})`", text)
     assert line is not None and re.findall(r'"(\w+)"', line[1]) == list(client.lines[0])
+
+
+def test_the_package_is_silent_while_it_serves(
+    start: Start, ranker: CTRRanker, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = start(ranker)
+    answer = client.post("/predict", json=pair("Unheard of", user="nobody")).json()
+    assert answer["unknown_users"] == ["nobody"] and answer["unknown_items"] == ["Unheard of"]
+    assert caplog.records == []
+    client.__exit__()
+    ranker.predict([("nobody", "Unheard of")])
+    assert "nobody" in caplog.text
 
 
 def test_a_failure_is_logged_without_its_words(start: Start, ranker: CTRRanker) -> None:
