@@ -64,7 +64,7 @@ def start() -> Iterator[Start]:
 
     yield begin
     for client in begun:
-        client.__exit__()
+        client.__exit__()  # a second time does nothing
 
 
 class Slow:
@@ -337,6 +337,18 @@ def test_what_the_document_says_is_so(start: Start, ranker: CTRRanker) -> None:
     assert all(re.search(rf"^# TYPE {name} ", metrics, re.MULTILINE) for name in named)
     line = re.search(r"stderr, `(\{.*?\})`", text)
     assert line is not None and re.findall(r'"(\w+)"', line[1]) == list(client.lines[0])
+
+
+def test_the_package_is_silent_while_it_serves(
+    start: Start, ranker: CTRRanker, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = start(ranker)
+    answer = client.post("/predict", json=pair("Unheard of", user="nobody")).json()
+    assert answer["unknown_users"] == ["nobody"] and answer["unknown_items"] == ["Unheard of"]
+    assert caplog.records == []
+    client.__exit__()
+    ranker.predict([("nobody", "Unheard of")])
+    assert "nobody" in caplog.text
 
 
 def test_a_failure_is_logged_without_its_words(start: Start, ranker: CTRRanker) -> None:

@@ -269,7 +269,11 @@ def test_a_history_in_a_csv_is_refused_not_ignored(ranker, tmp_path):
         ),
         ('user_id,item_id\na,1\nb,"2\nc,3\n', ["line 3 opens a quote"]),
         ('user_id,item_id\na,1\nb,"2' + "\nc,3" * 40_000, ["line 3 opens a quote"]),
-        ("user_id,item_id\na,\udcff\n", ["line 2 is not UTF-8"]),
+        ("user_id,item_id\na,\udcff\n", ["line 2 is not UTF-8: save it as UTF-8"]),
+        (
+            "user_id,item_id\na,1\n".encode("utf-16").decode("utf-8", "surrogateescape"),
+            ["line 1 is not UTF-8: save it as UTF-8"],
+        ),
         ("", ["Empty CSV file"]),
         # Past the first block, which is read when the file is opened.
         ("user_id,item_id\n" + "a,1\n" * 300_000 + "b\n", ["line 300002 has 1 value where"]),

@@ -191,9 +191,11 @@ class _Source:
 
     def _malformed(self, error: Exception | None = None) -> InputError:
         where = malformed_line(self.path, self.delimiter) or " ".join(str(error).split())
+        mend = "mend it (a value that holds the delimiter or a quote is written in quotes)"
+        if where.endswith("not UTF-8"):
+            mend = "save it as UTF-8, if it is UTF-16 or Latin-1 (as Windows and Excel write it)"
         return InputError(
-            f"{self.path} is not a well-formed CSV file: {where}: mend it (a value that holds the "
-            "delimiter or a quote is written in quotes), or give parquet"
+            f"{self.path} is not a well-formed CSV file: {where}: {mend}, or give parquet"
         )
 
     def fingerprint(self) -> str:
