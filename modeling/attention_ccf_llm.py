@@ -319,7 +319,7 @@ def packed_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    # By what it holds, not by its class: the package, and the code of a checkpoint loaded beside it,
+    # By what it holds, not by its class: the package and the code of a checkpoint loaded beside it
     # share a name in transformers' registry, and have classes of their own.
     rows: Any = packed
     if hasattr(rows, "batches"):
