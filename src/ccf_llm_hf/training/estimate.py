@@ -85,7 +85,7 @@ def _estimate_stage(run: StageRun, stage: Stage) -> StageEstimate:
     if steps <= 0:
         steps = math.ceil(sampler.steps_per_epoch * args.num_train_epochs)
     validations = math.ceil(args.num_train_epochs)
-    if args.eval_strategy == "steps":
+    if args.eval_strategy == "steps" and args.eval_steps:
         validations = steps // int(args.eval_steps)
     seconds = _time_steps(trainer)
     labels, tokens = sum(sampler.labels), sum(sampler.lengths)
