@@ -336,7 +336,7 @@ def packed_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    if isinstance(packed, Tiles):
+    if hasattr(packed, "batches"):  # tiles; of another checkpoint's copy of this file, too
         return tiled_attention(query, key, value, packed, dropout, scaling, sliding_window), None
     flex = flex_attention if query.device.type == "cpu" else compiled_flex()
     attended = flex(
