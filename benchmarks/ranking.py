@@ -22,6 +22,7 @@ from workload import (
     Workload,
     alternate,
     arguments,
+    gemm_gflops,
     limit,
     line,
     spread,
@@ -31,9 +32,11 @@ from workload import (
 )
 
 from ccf_llm_hf.data.grouping import Group, group_rows
+from ccf_llm_hf.data.prepared import load_prepared
 from ccf_llm_hf.evaluation.metrics import auc
 from ccf_llm_hf.inference.ranker import CTRRanker
 from ccf_llm_hf.inference.score_table import score_table
+from ccf_llm_hf.modeling.ranking_ccf_llm import preselect
 
 PEERS = {
     "wording": "question_last",
@@ -166,6 +169,69 @@ def int8(work: Workload, checkpoint: str, rows: int) -> dict[str, Any]:
     return report
 
 
+def in_words(run: str, users: int) -> tuple[dict[str, Any], list[dict]]:
+    """Seconds to rank 100 books in words for readers who are new and who come back, all of them and
+    a shortlist of 20, how many of the ten best the shortlist keeps, and what share of the machine's
+    rate of matrix products the passes reach.
+
+    Args:
+        run: folder of a demo run, with `data` and `checkpoint-slim`.
+        users: readers with histories of 48 lines or more.
+    """
+    data = load_prepared(f"{run}/data")
+    ranker = CTRRanker.from_pretrained(f"{run}/checkpoint-slim")
+    model, processor = ranker.model, ranker.processor
+    long = [(user, past) for user, past in (data.lines() or {}).items() if len(past) >= 48]
+    order = np.random.default_rng(0).permutation(len(long))[:users]
+    seconds: dict[str, list[float]] = {}
+    kept: list[float] = []
+    for user, past in (long[place] for place in order):
+        candidates = preselect(model, processor, user, past, 100)
+        best: dict[str, list[Any]] = {}
+        for name, shortlist in (("all", None), ("shortlist", 20)):
+            asked = {"candidates": candidates, "top_k": 10, "shortlist": shortlist}
+            ranker.prefixes.clear()
+            for state in ("new", "cached"):
+                started = time.perf_counter()
+                best[name] = ranker.rank(user, past, **asked)
+                taken = time.perf_counter() - started
+                seconds.setdefault(f"{state}, {name}", []).append(taken)
+        ids = [{item.item_id for item in items} for items in best.values()]
+        kept.append(len(ids[0] & ids[1]) / len(ids[0]))
+    results = {name: spread(taken) for name, taken in seconds.items()}
+    summary = [
+        limit(
+            "rank 100 candidates in words, new reader, p50", 1.5, results["new, all"]["median"], "s"
+        ),
+        limit(
+            "rank 100 candidates in words, cached reader, p50",
+            0.5,
+            results["cached, all"]["median"],
+            "s",
+        ),
+        limit(
+            "rank 100 candidates, shortlist of 20 in words, cached reader, p50",
+            0.5,
+            results["cached, shortlist"]["median"],
+            "s",
+        ),
+        target("ten best, kept by a shortlist of 20", 0.9, float(np.mean(kept)), "of ten"),
+    ]
+    return results | {"gemm_gflops": gemm_gflops()}, summary
+
+
+def retrieval(items: int, dim: int) -> tuple[dict[str, Any], list[dict]]:
+    """Seconds to find the 100 best of many items for a user by an exact product, by precision."""
+    vectors, user = torch.randn(items, dim), torch.randn(dim)
+    results: dict[str, Any] = {"items": items, "dim": dim}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        table, one = vectors.to(dtype), user.to(dtype)
+        taken = [timed(lambda t=table, u=one: (t @ u).float().topk(100)) for _ in range(15)]
+        results[str(dtype).removeprefix("torch.")] = spread(taken)
+    p50 = 1000 * results["float32"]["median"]
+    return results, [limit(f"100 best of {items:,} items, exact product, p50", 50, p50, "ms")]
+
+
 def plot(points: dict[str, dict[int, float]], path: str) -> None:
     """Latency against the number of candidates."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -192,7 +258,10 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=150, help="test rows the baseline scores")
     parser.add_argument("--repeats", type=int, default=1, help="turns over the test split")
     parser.add_argument("--calls", type=int, default=15, help="rank calls of each kind")
+    parser.add_argument("--books", default="", help="folder of a demo run, to rank books in words")
     options = parser.parse_args()
+    found, summary_of_items = retrieval(1_000_000, 16)
+    books, summary_of_books = in_words(options.books, 15) if options.books else ({}, [])
     work = Workload.load(options.data, options.cf)
     split, summary = split_speed(work, options.sample, options.repeats)
     ranking, more = latency(work, options.calls)
@@ -203,7 +272,9 @@ def main() -> None:
         "test_split": split,
         "ranking": ranking,
         "backbone_precision": precision,
-        "summary": summary + more,
+        "retrieval": found,
+        "in_words": books,
+        "summary": summary + more + summary_of_items + summary_of_books,
     }
     write_results(options.out, results)
 

@@ -133,9 +133,9 @@ def run(*command: str) -> dict[str, float]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(command)} failed: run it by hand to see why")
-    print(f"  {' '.join(command)[:60]}: {usage.ru_utime:.0f} s", file=sys.stderr)
-    seconds = usage.ru_utime + usage.ru_stime
-    return {"seconds": round(seconds, 2), "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 3)}
+    seconds, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
+    print(f"  {' '.join(command)[:60]}: {seconds:.1f} s, {peak:.2f} GB", flush=True)
+    return {"seconds": round(seconds, 2), "peak_gb": round(peak, 3)}
 
 
 def cli(*words: str) -> dict[str, float]:

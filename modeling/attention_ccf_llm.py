@@ -5,7 +5,8 @@ then each user's sequence: prefix and history once, and one short block per cand
 integers per token describe the row:
 
 - `sequence_ids`: which sequence the token belongs to; `SHARED` is the instruction;
-- `block_ids`: 0 for prefix and history, k >= 1 for the k-th candidate block of the sequence;
+- `block_ids`: 0 for prefix and history, k >= 1 for the k-th candidate block of the sequence; where
+  blocks begin alike, `g * GROUP` is what group g shares, and `g * GROUP + k` the rest of block k;
 - `history_depths`: 0 in the prefix, i in the i-th history item; in a candidate block the number of
   history items that precede its interaction in time. So it is in the lines of a stream, where only
   the answer counts its own line.
@@ -40,6 +41,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 SHARED = -1
+GROUP = 2**20  # more than a sequence has candidates
 # Names of attention, as transformers chooses them: ours takes one of the other two.
 PACKED_ATTENTION = "ccf_llm"
 TILED_ATTENTION = "ccf_llm_tiles"
@@ -77,9 +79,9 @@ def visible(
 ) -> Tensor:
     """Who may attend to whom.
 
-    A token sees the instruction, earlier tokens of its own block, and those prefix and history
-    tokens of its sequence that are no deeper in history than itself; never another candidate, never
-    a later history item, never another sequence.
+    A token sees the instruction, earlier tokens of its own block, what its block shares with those
+    of its group, and those prefix and history tokens of its sequence that are no deeper in history
+    than itself; never another candidate, never a later history item, never another sequence.
 
     Args:
         query, key: layouts of tokens, of shapes that broadcast: `(queries, 1)` and `(keys,)` give
@@ -90,9 +92,13 @@ def visible(
     Returns:
         Bool. Every token sees itself, so no softmax runs over nothing.
     """
+    block = query.block_ids
     own = (query.sequence_ids == key.sequence_ids) & (
-        (query.block_ids == key.block_ids)
-        | ((key.block_ids == 0) & (key.history_depths <= query.history_depths))
+        (key.block_ids == block)
+        | (
+            ((key.block_ids == 0) | (key.block_ids == block - block % GROUP))
+            & (key.history_depths <= query.history_depths)
+        )
     )
     seen = (own | (key.sequence_ids == SHARED)) & (key_columns <= query_columns)
     if window is not None:
@@ -202,13 +208,24 @@ def _cut(layout: Layout, cached: int) -> list[Tile]:
         context: list[int] = []
         queries: list[int] = []
         keys: list[int] = []
+        starts: dict[int, list[int]] = {}  # of the groups
+        held: set[int] = set()  # groups whose start is among the keys
         for _, block, columns in runs:
+            group, rest = divmod(block, GROUP)
             if block == 0:
                 context += columns
             elif queries and len(queries) + len(columns) > TILE_QUERIES:
                 tiles.append((queries, [*shared, *context, *keys]))
                 queries, keys = [], []
-            if block:
+                held = set()
+            if block and not rest:
+                starts[group] = columns
+                if columns[0] < cached:
+                    continue
+            if group and group not in held:
+                held.add(group)
+                keys += starts[group]
+            if rest:
                 keys += columns
             queries += [column for column in columns if column >= cached]
         if queries:
@@ -319,8 +336,8 @@ def packed_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    # By what it holds, not by its class: the package and the code of a checkpoint loaded beside it
-    # share a name in transformers' registry, and have classes of their own.
+    # By what it holds, not by its class: the package and the code of a checkpoint that was loaded
+    # in the same process share one name in transformers' registry, and have classes of their own.
     rows: Any = packed
     if hasattr(rows, "batches"):
         return tiled_attention(query, key, value, rows, dropout, scaling, sliding_window), None

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
-from .attention_ccf_llm import SHARED
+from .attention_ccf_llm import GROUP, SHARED
 from .checkpoint_ccf_llm import (
     CATALOG_FILE,
     FIELDS_FILE,
@@ -84,6 +84,7 @@ TOKEN_FIELDS = (
 
 User = str | int | None
 Item = str | int | dict[str, Any]
+Block = tuple[int, Span, Span]  # of a candidate: slot row, evidence, and its own words and slot
 Values = tuple[tuple[int, float], ...]  # rows of the CF table's field values, and their weights
 Count = TypeVar("Count")  # an int, or a NumPy array of them
 
@@ -210,21 +211,33 @@ class PackedRow:
         self,
         prefix: Span,
         history: list[Span],
-        blocks: list[tuple[int, Span]],
+        blocks: list[Block],
         lengths: list[int],
     ) -> None:
-        """Prefix and history once, then a block per candidate, which sees `lengths` items."""
+        """Prefix and history once, then a block per candidate, which sees `lengths` items. What
+        several blocks begin with, the same evidence, stands once too."""
         sequence = len(self.answers)
         self._extend(prefix, sequence, start=self.num_shared, block=0, depth=0)
         ends = [self.num_shared + len(prefix.ids)]  # ends[i]: position after i history items
         for depth, span in enumerate(history, start=1):
             self._extend(span, sequence, start=ends[-1], block=0, depth=depth)
             ends.append(ends[-1] + len(span.ids))
-        answers = []
-        for block, ((item, span), length) in enumerate(zip(blocks, lengths, strict=True), start=1):
-            self._extend(span, sequence, start=ends[length], block=block, depth=length)
-            answers.append((len(self.tokens["input_ids"]) - 1, item))
-        self.answers.append(answers)
+        answers: dict[int, tuple[int, int]] = {}
+        group = 0
+        for (length, *_), places in group_blocks(blocks, lengths).items():
+            start, shared = ends[length], 0
+            if len(places) > 1:
+                group += 1
+                shared = group * GROUP
+                evidence = blocks[places[0]][1]
+                self._extend(evidence, sequence, start, block=shared, depth=length)
+                start += len(evidence.ids)
+            for place in places:
+                item, evidence, span = blocks[place]
+                rest = span if shared else Span().append(evidence).append(span)
+                self._extend(rest, sequence, start, block=shared + place + 1, depth=length)
+                answers[place] = (len(self.tokens["input_ids"]) - 1, item)
+        self.answers.append([answers[place] for place in range(len(blocks))])
 
     def add_stream(self, prefix: Span, lines: list[tuple[int, Span, Span | None]]) -> None:
         """Prefix, then lines of (item, words up to the answer, answer), each scored where its words
@@ -297,6 +310,18 @@ class PackedRow:
             pair = pad_values([values for _, values in self.new_items])
             batch["new_field_values"], batch["new_field_weights"] = pair
         return batch
+
+
+def group_blocks(
+    blocks: Sequence[Block], lengths: Sequence[int]
+) -> dict[tuple[Any, ...], list[int]]:
+    """Places of blocks of the same evidence after the same history, by what they share, whose first
+    entry is the history's length; a block without evidence is alone."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for place, ((_, evidence, _), length) in enumerate(zip(blocks, lengths, strict=True)):
+        told = (*evidence.ids, NO_SLOT, *evidence.items) if evidence.ids else (NO_SLOT, place)
+        groups.setdefault((length, *told), []).append(place)
+    return groups
 
 
 def pad_values(values: Sequence[Values]) -> tuple[Tensor, Tensor]:
@@ -707,28 +732,29 @@ class CCFLLMProcessor(ProcessorMixin):
         row, request = PackedRow([], len(self.item_ids)), self.cut(request)
         spans = [self.prompt.prefix(0)]
         spans += [self._history_item(item, row) for item in request.history]
-        spans += [span for _, span in self._blocks(request, row)]
+        blocks = self._blocks(request, row)
+        spans += [span for _, _, span in blocks]
+        for places in group_blocks(blocks, request.history_lengths or []).values():
+            spans.append(blocks[places[0]][1])
         return sum(len(span.ids) for span in spans)
 
     def _history_item(self, item: Item, packed: PackedRow) -> Span:
         kind = "history" if self.likes(item) else "disliked"
         return self.prompt.item(kind, *self._slot(item, packed))
 
-    def _blocks(self, request: Request, packed: PackedRow) -> list[tuple[int, Span]]:
+    def _blocks(self, request: Request, packed: PackedRow) -> list[Block]:
         evidence = request.evidence or [[]] * len(request.candidates)
         return [
             self._block(item, packed, lines)
             for item, lines in zip(request.candidates, evidence, strict=True)
         ]
 
-    def _block(
-        self, item: Item, packed: PackedRow, evidence: Sequence[Item] = ()
-    ) -> tuple[int, Span]:
-        block = Span()
+    def _block(self, item: Item, packed: PackedRow, evidence: Sequence[Item]) -> Block:
+        lines = Span()
         for line in evidence:
-            block.append(self._history_item(line, packed))
+            lines.append(self._history_item(line, packed))
         slot = self._slot(item, packed)
-        return slot[0], block.append(self.prompt.item("candidate", *slot))
+        return slot[0], lines, self.prompt.item("candidate", *slot)
 
     def _slot(self, item: Item, packed: PackedRow) -> tuple[int, str]:
         row, text = self.item_text(item)
@@ -854,7 +880,7 @@ class CCFLLMProcessor(ProcessorMixin):
             packed.add_stream(
                 prefix,
                 [
-                    (*self._block(item, packed), None if hide else answer)
+                    (*self._block(item, packed, ())[::2], None if hide else answer)
                     for item, answer, hide in zip(history, answers, hidden, strict=True)
                 ],
             )

@@ -23,8 +23,8 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from .adapter_ccf_llm import is_injected
-from .attention_ccf_llm import SHARED
-from .modeling_ccf_llm import CF_INPUTS, CCFLLMForCTR, NewFields
+from .attention_ccf_llm import GROUP, SHARED
+from .modeling_ccf_llm import CF_INPUTS, CCFLLMForCTR, FoldedUsers, NewFields
 from .processing_ccf_llm import CCFLLMProcessor, Request, Values, pad_values
 
 TOKENS_PER_BATCH = 2048  # of one forward pass
@@ -304,8 +304,9 @@ def _score_after(
     """Logits `(batch, num_candidates)` of a batch whose contexts may have been read before.
 
     The row is put in another order: what `prefixes` has of the contexts, which does not go through
-    the backbone again, the rest of them, and the candidates. Of one user, at most
-    `tokens_per_batch` tokens go through at a time, the first part with the context.
+    the backbone again, the rest of them, what groups of blocks begin with, and the candidates. Of
+    one user, at most `tokens_per_batch` tokens go through at a time, the first part with the
+    context.
     """
     found = [prefixes.find(context.names) if prefixes else ([], 0) for context in contexts]
     cache = DynamicCache()
@@ -315,15 +316,22 @@ def _score_after(
     pairs = list(zip(contexts, found, strict=True))
     order = [context.columns[:tokens] for context, (_, tokens) in pairs]
     order += [context.columns[tokens:] for context, (_, tokens) in pairs]
+    blocks = batch["block_ids"][0].cpu()
+    order += [((blocks > 0) & (blocks % GROUP == 0)).nonzero()[:, 0]]
     start = sum(tokens for _, tokens in found)
     read = sum(map(len, order))
     device = batch["block_ids"].device
-    columns = torch.cat([*order, batch["block_ids"][0].cpu().nonzero()[:, 0]]).to(device)
+    columns = torch.cat([*order, (blocks % GROUP).nonzero()[:, 0]]).to(device)
     place = torch.empty_like(columns).scatter_(
         0, columns, torch.arange(len(columns), device=device)
     )
     row = {name: batch[name][:, columns] for name in CONTENT + LAYOUT}
     answers = place[batch["answer_positions"]]
+    turns = torch.arange(answers.shape[1], device=device)
+    if len(answers) == 1:
+        turns = answers[0].argsort()  # groups bring candidates out of their order
+    answers = answers[:, turns]
+    candidates = {name: batch[name][:, turns] for name in ("candidate_items", "candidate_mask")}
     given = {name: batch[name] for name in NEW_ITEMS + HISTORIES if name in batch}
     logits = []
     first, known = 0, start
@@ -339,8 +347,7 @@ def _score_after(
             **{n: torch.cat([row[n][:, :known], row[n][:, start:end]], 1) for n in LAYOUT},
             **given,
             answer_positions=(answers[:, some] - start).clamp(min=0),  # padding's are anywhere
-            candidate_items=batch["candidate_items"][:, some],
-            candidate_mask=batch["candidate_mask"][:, some],
+            **{name: value[:, some] for name, value in candidates.items()},
             candidate_users=batch["candidate_users"],
             cache=cache,
         )
@@ -349,7 +356,7 @@ def _score_after(
             _keep(prefixes, cache, contexts, found, place)
         cache.crop(read - known - (end - start))
         first, start, known = last, end, read
-    return torch.cat(logits, dim=1)
+    return torch.cat(logits, dim=1)[:, turns.argsort()]
 
 
 def _keep(
@@ -506,12 +513,12 @@ def _retrieval_logits(
     """CF logits `(n,)` that choose candidates: those of a user that the CF model was fitted on are
     its own, unless the score takes folded-in ones; a new user is folded in from all of the history.
     """
-    users = torch.full_like(rows, processor.resolve_user(user))
-    fitted = bool(len(rows)) and bool(model.cf.lookup("user", users[:1])[1])
+    row = rows.new_tensor([processor.resolve_user(user)])
+    vectors, fitted = model.cf.lookup("user", row)
     can_fold_in = bool(history) and model.config.cf_user_precision is not None
-    if can_fold_in and (model.config.cf_fold_in or not fitted):
+    if can_fold_in and (model.config.cf_fold_in or not bool(fitted)):
         return _folded_logits(model, processor, history, rows)
-    return model.cf.logits(users, rows)
+    return model.cf.folded_logits(FoldedUsers(vectors), rows[None])[0]
 
 
 def _by_topic(

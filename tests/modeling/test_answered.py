@@ -14,7 +14,7 @@ from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.assets import get_asset
 from ccf_llm_hf.modeling.processing_ccf_llm import Request
 from ccf_llm_hf.modeling.prompt_ccf_llm import ITEM_FORMATS, HybridPrompt
-from ccf_llm_hf.modeling.ranking_ccf_llm import cf_logits, score
+from ccf_llm_hf.modeling.ranking_ccf_llm import PrefixCache, cf_logits, score
 
 SIGNED = {"histories": "signed", "history_window": (3, 2), "fold_in_items": 9}
 FOLDED = {"cf_logit": True, "cf_fold_in": True}
@@ -114,16 +114,49 @@ def test_evidence_in_a_block_reads_as_the_last_lines_before_it(
     build: BuildModel, arm: str, backbone: str, attn: str
 ) -> None:
     model, processor = build(arm, "answered", backbone, attn=attn, prompt=SIGNED)
-    evidence: list[list] = [LINES[4:], [], LINES[1:2]]
-    request = Request("u0", LINES[:4], ["i2", "i6", "i1"], [4] * 3, evidence=evidence)
+    # Several candidates share their lines, which stand once, unless they see other histories.
+    evidence: list[list] = [LINES[4:], [], LINES[1:2], LINES[4:], [], LINES[4:], LINES[1:2]]
+    candidates = ["i2", "i6", "i1", "i4", "i2", "i6", "i3"]
+    lengths = [4, 4, 4, 4, 4, 2, 4]
+    request = Request("u0", LINES[:4], candidates, lengths, evidence=evidence)
     expected = [
-        logits(model, processor, Request("u0", [*LINES[:4], *lines], [item], [4 + len(lines)]))[0]
-        for item, lines in zip(request.candidates, evidence, strict=True)
+        logits(
+            model,
+            processor,
+            Request("u0", [*LINES[:length], *lines], [item], [length + len(lines)]),
+        )[0]
+        for item, lines, length in zip(candidates, evidence, lengths, strict=True)
     ]
     (packed,) = logits(model, processor, request)
     torch.testing.assert_close(packed, torch.cat(expected), atol=1e-4, rtol=0)
-    (parts,) = score(model, processor, [request], tokens_per_batch=3)
-    torch.testing.assert_close(parts, packed, atol=1e-4, rtol=0)
+    model.config.cf_logit = model.config.cf_fold_in = True  # which tells whose a logit is
+    (packed,) = logits(model, processor, request)
+    prefixes = PrefixCache(2**24)
+    for tokens in (3, 30, 2048):
+        (parts,) = score(model, processor, [request], tokens_per_batch=tokens)
+        torch.testing.assert_close(parts, packed, atol=1e-4, rtol=0)
+        (again,) = score(model, processor, [request], tokens_per_batch=tokens, prefixes=prefixes)
+        torch.testing.assert_close(again, packed, atol=1e-4, rtol=0)
+    other = replace(OTHER, stream=False, candidates=["i1"])
+    found, _ = score(model, processor, [request, other], prefixes=prefixes)
+    torch.testing.assert_close(found, packed, atol=1e-4, rtol=0)
+
+
+def test_evidence_that_candidates_share_stands_once(build: BuildModel) -> None:
+    _, processor = build("concat", "answered", prompt=SIGNED)
+
+    def count(candidates: list, evidence: list) -> int:
+        lengths = [4] * len(candidates)
+        request = Request("u0", LINES[:4], candidates, lengths, evidence=evidence)
+        tokens = processor.count_tokens(request)
+        packed = processor.pack([request])["input_ids"].shape[1] if candidates else tokens
+        assert packed in (tokens, tokens + len(processor.prompt.instruction()))
+        return tokens
+
+    lines = LINES[4:]
+    both, first = count(["i2", "i6"], [lines, lines]), count(["i2"], [lines])
+    assert both == first + count(["i6"], [[]]) - count([], [])
+    assert count(["i2", "i6"], [lines, lines[:1]]) > both
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

@@ -288,6 +288,12 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-rows", type=int, default=20_000, help="rows of a shard (default: 20000)"
     )
+    parser.add_argument(
+        "--engine",
+        choices=["local", "ray"],
+        default="local",
+        help="score here, or on the machines of a Ray cluster (extra: ray)",
+    )
 
 
 def _score(arguments: argparse.Namespace, _: list[str]) -> Output:
@@ -299,12 +305,14 @@ def _score(arguments: argparse.Namespace, _: list[str]) -> Output:
 
     histories = stored_histories(arguments.data) if arguments.data else {}
     ranker = CTRRanker.from_pretrained(arguments.checkpoint, backbone=arguments.backbone)
-    scorer = PairScorer(
-        ranker,
-        checkpoint_identity(arguments.checkpoint, ranker.model),
-        histories,
-        arguments.shard_rows,
-    )
+    identity = checkpoint_identity(arguments.checkpoint, ranker.model)
+    settings = (ranker, identity, histories, arguments.shard_rows)
+    if arguments.engine == "ray":
+        from ccf_llm_hf.inference.ray_engine import RayPairScorer
+
+        scorer = RayPairScorer(*settings, arguments.checkpoint, arguments.backbone)
+    else:
+        scorer = PairScorer(*settings)
     manifest = scorer.run(Path(arguments.pairs), Path(arguments.out))
     rows, new_rows = manifest["rows"], manifest["new_rows"]
     text = f"scored {new_rows:,} pairs into {arguments.out}"
