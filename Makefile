@@ -33,7 +33,7 @@ bench: $(INSTALLED)
 	test -d runs/bench/cf || $(BIN)/ccf-llm fit-cf mf --data runs/bench/data --out runs/bench/cf
 	test -d runs/bench/data-signed || $(BIN)/ccf-llm prepare ml-1m --histories signed --out runs/bench/data-signed
 	$(BIN)/ccf-llm train benchmarks/workload.yaml
-	for part in packing training ranking same_labels around scaling; do \
+	for part in packing training ranking same_labels around scale; do \
 		PATH="$(BIN):$$PATH" $(BIN)/python benchmarks/$$part.py || exit 1; done
 	PATH="$(BIN):$$PATH" $(BIN)/python benchmarks/same_labels.py --cf-logit
 	$(BIN)/python benchmarks/tokens.py --data runs/bench/data-signed

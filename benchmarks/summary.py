@@ -13,7 +13,6 @@ FILES = (
     "same_labels_cf_logit",
     "ranking",
     "around",
-    "scaling",
     "packing",
     "tokens",
 )

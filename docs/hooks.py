@@ -1,18 +1,22 @@
-"""What the site adds to the pages: the help of every command, as the parsers have it."""
+"""What the site makes of the pages: the help of every command is added, as the parsers have it, and
+links to files of the repository outside of docs/ are text."""
 
 import contextlib
 import io
 import os
+import re
 from typing import Any
 
 from ccf_llm_hf.cf.config import CF_CONFIGS
 from ccf_llm_hf.cli.main import COMMANDS, parse
 
 PLACE = "<!-- help -->"
+OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./[^)]*\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """A page with the help of all commands in place of its comment."""
+    """A page as the site has it."""
+    markdown = OUTSIDE.sub(r"\1", markdown)
     if PLACE not in markdown:
         return markdown
     models = [f"fit-cf {model}" for model in CF_CONFIGS]

@@ -12,7 +12,7 @@ recipe (docs/recipe.md) is run instead, stage by stage; run it again to resume:
 
 Two GPUs, or two CPU processes; either works with and without a recipe:
 
-    accelerate launch --config_file examples/accelerate_configs/two_gpus.yaml examples/train.py ...
+    accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/train.py ...
     torchrun --nproc_per_node 2 examples/train.py ...
 """
 
@@ -55,6 +55,7 @@ def train(inputs: Inputs, args: CTRTrainingArguments) -> dict[str, float]:
         cf.item_titles,
         cf.user_ids,
         histories=histories,
+        rating_scale=data.rating_scale(cf.rating_scale),
         field_values=cf.field_values,
     )
     set_seed(args.seed)

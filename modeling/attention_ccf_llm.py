@@ -336,12 +336,15 @@ def packed_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    if hasattr(packed, "batches"):  # tiles; of another checkpoint's copy of this file, too
-        return tiled_attention(query, key, value, packed, dropout, scaling, sliding_window), None
+    # By what it holds, not by its class: the package and the code of a checkpoint that was loaded
+    # in the same process share one name in transformers' registry, and have classes of their own.
+    rows: Any = packed
+    if hasattr(rows, "batches"):
+        return tiled_attention(query, key, value, rows, dropout, scaling, sliding_window), None
     flex = flex_attention if query.device.type == "cpu" else compiled_flex()
     attended = flex(
         *(query, key, value),
-        block_mask=packed.mask(sliding_window),
+        block_mask=rows.mask(sliding_window),
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -550,7 +551,7 @@ class CheckpointMixin(PreTrainedModel):
                 (folder / ADAPTER_FOLDER).mkdir(parents=True, exist_ok=True)
                 write_tensors(folder / ADAPTER_FOLDER / ADAPTER_FILE, tensors, {"format": "pt"})
                 write_json(folder / ADAPTER_FOLDER / ADAPTER_CONFIG, settings)
-            config.architectures = [type(self).__name__]
+            config.architectures = [type(self).__name__.removeprefix("FSDP")]
             config.dtype = str(self.answer_weight.dtype).removeprefix("torch.")
             config.save_pretrained(folder)
         finally:
@@ -1014,7 +1015,10 @@ def note_weight(weight: Tensor) -> tuple[torch.dtype, torch.Size, int, Tensor]:
 
 
 def is_noted(weight: Tensor, note: tuple[torch.dtype, torch.Size, int, Tensor]) -> bool:
-    """Whether a weight is the one noted, or that one cast to another precision."""
+    """Whether a weight is the one noted, or that one cast to another precision. One that is shared
+    out over processes is frozen, and taken for it."""
+    if isinstance(weight, DTensor):
+        return True
     now = note_weight(weight)
     cast = weight.dtype != note[0]
     alike = now[1] == note[1] if cast else now[:3] == note[:3]

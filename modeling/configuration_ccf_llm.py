@@ -12,12 +12,13 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 from uuid import UUID
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.pipelines import PIPELINE_REGISTRY
 
 FUSIONS = ("gate", "scalar_gate", "sum", "cf_only")
 ITEM_TEXTS = ("contextual", "static")
 CHECKPOINT_FORMS = ("full", "slim")
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 TASK = "ctr-ranking"
 CONVERT = "convert it by `python examples/convert_checkpoint.py OLD NEW` of ccf-llm-hf"
 IGNORED_LABEL = -100  # of padded candidates, as everywhere in transformers
@@ -117,6 +118,21 @@ def check_release(settings: dict[str, Any]) -> None:
     """Raise a `ValueError` that says how to convert a checkpoint of release 0.1."""
     if "cf_residual" in settings or "layout" in settings:
         raise ValueError(f"This checkpoint was written by ccf-llm-hf 0.1: {CONVERT}.")
+
+
+def wrong_size(backbone: dict[str, Any]) -> str | None:
+    """The first size that a backbone's configuration lacks, or that is none; None where all are
+    there. transformers would put that of some large model in its place."""
+    kind = backbone["model_type"]
+    if not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        return None
+    default = AutoConfig.for_model(kind)
+    for name in SIZES:
+        own = default.attribute_map.get(name, name)
+        value = backbone.get(own, backbone.get(name))
+        if hasattr(default, own) and not (isinstance(value, int) and value > 0):
+            return own
+    return None
 
 
 class CCFLLMConfig(PreTrainedConfig):
@@ -227,7 +243,13 @@ class CCFLLMConfig(PreTrainedConfig):
             raise ValueError(f"logit_temperature={logit_temperature} must be above 0.")
         if not isinstance(text_config, PreTrainedConfig):
             values = dict(text_config or {})
-            text_config = AutoConfig.for_model(values.pop("model_type", "llama"), **values)
+            kind = values.pop("model_type", "llama")
+            if not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+                raise ValueError(
+                    f"text_config names a model_type {kind!r}, which this transformers has not: "
+                    "install a newer one, or restore the file."
+                )
+            text_config = AutoConfig.for_model(kind, **values)
         self.text_config = text_config
         self.fusion = fusion
         self.cf_logit = cf_logit
@@ -269,18 +291,24 @@ class CCFLLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', but what names no backbone is refused: it would be a Llama of 26 GB.
+        """As transformers', but what names no backbone and its sizes is refused: it would be one of
+        26 GB.
 
         Raises:
             OSError: config.json is missing, or that of another model.
-            ValueError: a value of it is of a type that it cannot be.
+            ValueError: a value of it is missing, or of a type that it cannot be.
         """
         backbone = config_dict.get("text_config")
+        place = kwargs.get("name_or_path", "this folder")
         if not backbone or (isinstance(backbone, dict) and "model_type" not in backbone):
-            place = kwargs.get("name_or_path", "this folder")
             raise OSError(
                 f"{place} has no config.json of a CCF-LLM checkpoint, whose text_config names a "
                 "model_type: name the folder that one was saved to."
+            )
+        if isinstance(backbone, dict) and (wrong := wrong_size(backbone)):
+            raise ValueError(
+                f"{place}/config.json gives no {wrong} of its {backbone['model_type']} backbone in "
+                "text_config: restore the file."
             )
         check_kinds(cls.__init__, config_dict)
         return super().from_dict(config_dict, **kwargs)

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     # and pipeline are saved with a model that was loaded alone.
     from .pipeline_ccf_llm import CTRRankingPipeline  # noqa: F401
 
+# Of text, in what a fusion without a gate puts into a slot.
+SHARES = {"sum": 0.5, "cf_only": 0.0}
 LEAST_EVIDENCE = 0.01  # of an item that CF does not know: all but 1 % of its slot starts as text
 FOLD_IN_STEPS = 8  # of Newton's method; a test holds their result against the optimum
 # Of a batch, what `CCFLLMForCTR.cf_logits` takes.
@@ -613,7 +615,7 @@ class CCFLLMModel(CCFLLMPreTrainedModel):
         self._new_states: dict[tuple[int, ...], Tensor] = {}
         self._read_by = (0, 0)
         self._sentence_encoder: list[Any] = []  # in a list, where no state dict finds it
-        self.gate = FusionGate(config) if config.fusion in ("gate", "scalar_gate") else None
+        self.gate = None if config.fusion in SHARES else FusionGate(config)
         self.cold_item = nn.Parameter(torch.zeros(width))
         self.cold_user = nn.Parameter(torch.zeros(width))
         self.post_init()
@@ -998,8 +1000,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
     ) -> Tensor:
         """Share taken from text per dimension, `(n,)` -> `(n, hidden_size)`.
 
-        It depends on the item alone. Fusions without a gate give their constant: 0 CF only, 0.5
-        sum.
+        It depends on the item alone. Fusions without a gate give their constant, see `SHARES`.
 
         Args:
             items: catalog rows; rows past the catalog count on through `new_titles`.
@@ -1010,7 +1011,7 @@ class CCFLLMForCTR(CheckpointMixin, CCFLLMPreTrainedModel):
         """
         width = self.config.text_config.hidden_size
         if self.model.gate is None:
-            share = 0.5 if self.config.fusion == "sum" else 0.0
+            share = SHARES[self.config.fusion]
             return torch.full((len(items), width), share, device=items.device)
         text = self.model.item_words(items, new_titles)
         gate = self.model.gate(text, *self.model.aligned_items(items, new_fields))

@@ -164,7 +164,7 @@ def test_train_passes_overrides_on_and_keeps_stdout_clean(capsys, monkeypatch, t
 
 
 @pytest.mark.parametrize("main_process", [True, False])
-def test_train_writes_card_then_example_of_each_checkpoint(monkeypatch, tmp_path, main_process):
+def test_train_writes_example_then_card_of_each_checkpoint(monkeypatch, tmp_path, main_process):
     steps = []
     outcome = {"checkpoint": "full", "checkpoint_slim": "slim", "minutes": 1}
     recipe = SimpleNamespace(data_dir="prepared", backbone=str(tmp_path), offline=True)
@@ -184,10 +184,10 @@ def test_train_writes_card_then_example_of_each_checkpoint(monkeypatch, tmp_path
     assert train_and_describe(["--config", "recipe.yaml"]) == outcome
     described = [
         ("load", "slim", {"backbone": str(tmp_path)}),
-        ("describe", "full", "prepared", {}),
         ("record", "full", "model", "processor", {}),
-        ("describe", "slim", "prepared", {}),
+        ("describe", "full", "prepared", {}),
         ("record", "slim", "model", "processor", {}),
+        ("describe", "slim", "prepared", {}),
     ]
     assert steps == [("train", ["--config", "recipe.yaml"], {})] + described * main_process
 

@@ -12,6 +12,7 @@ from ccf_llm_hf.errors import FolderInUse, InputError
 from ccf_llm_hf.io import (
     check_writable,
     lock_folder,
+    lock_output,
     sha256_of,
     write_file,
     write_files,
@@ -126,3 +127,14 @@ def test_a_lock_is_one_processs_and_takes_away_what_a_killed_one_left(tmp_path: 
             pass
     with lock_folder(tmp_path):
         pass
+
+
+def test_an_output_has_one_writer_and_no_lock_is_left(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with lock_output(out):
+        with pytest.raises(FolderInUse, match=f"another process works in {out}"), lock_output(out):
+            pass
+        write_folder(out, lambda new: (new / "a").write_text("a"))
+    with lock_output(out):
+        pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

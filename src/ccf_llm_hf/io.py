@@ -165,17 +165,7 @@ def lock_folder(folder: str | Path, name: str = "folder") -> Iterator[None]:
     """
     folder = Path(folder)
     lock = FileLock(folder / ".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise FolderInUse(
-            f"another process works in {folder} now: wait until it ends, or name another folder"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"{name} {folder} cannot be written to ({error.strerror}): name another folder"
-        ) from error
+    _acquire(lock, folder, name)
     try:
         check_writable(folder)
         for partial in list(folder.rglob(".partial-*")):
@@ -186,6 +176,34 @@ def lock_folder(folder: str | Path, name: str = "folder") -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def lock_output(folder: str | Path) -> Iterator[None]:
+    """As `lock_folder`, for a folder that is put in its place whole: the lock lies beside it, and
+    is taken away at the end."""
+    folder = Path(folder).resolve()
+    lock = FileLock(folder.with_name(f".lock-{folder.name}"))
+    _acquire(lock, folder, "--out")
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path, name: str) -> None:
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FolderInUse(
+            f"another process works in {folder} now: wait until it ends, or name another folder"
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{name} {folder} cannot be written to ({error.strerror}): name another folder"
+        ) from error
 
 
 def sha256_of(files: Iterable[str | Path]) -> str:

@@ -1,12 +1,15 @@
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from raw_data import small_raw, write_raw
 
 from ccf_llm_hf.cf import LightGCNConfig, MFConfig, SASRecConfig, fit_cf
 from ccf_llm_hf.cf.training_data import load_training_data
 from ccf_llm_hf.data import PrepareConfig, interactions, prepare
-from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.errors import FolderInUse, InputError
+from ccf_llm_hf.io import lock_output
 
 FIXED = {"l2_factors": 1.0, "l2_user_bias": 1.0, "l2_item_bias": 1.0}
 
@@ -50,3 +53,47 @@ def test_earlier_rows_of_data_without_times_are_those_of_train(without_times: Pa
     assert len(earlier.train) == len(train.train)
     assert sorted(earlier.users) == sorted(train.users)
     assert not train.has_times
+
+
+def test_two_processes_do_not_write_one_output(without_times: Path, tmp_path: Path) -> None:
+    given = write_raw(small_raw(20, 24), "csv", tmp_path)
+    options = PrepareConfig(**given, split="random", out=str(tmp_path / "out"))
+    with lock_output(tmp_path / "out"):
+        for work in (
+            lambda: prepare(options),
+            lambda: fit_cf("mf", without_times, tmp_path / "out"),
+        ):
+            with pytest.raises(FolderInUse, match="another process works in"):
+                work()
+
+
+@pytest.mark.parametrize("which", ["train", "earlier"])
+def test_rows_of_one_second_keep_their_order(tmp_path: Path, which: str) -> None:
+    """By their milliseconds, then as they stand in the file."""
+    draw = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {
+            "user_id": draw.permutation(np.repeat(["a", "b", "c"], 40)),
+            "item_id": np.concatenate([draw.permutation(40) for _ in range(3)]),
+            "title": "A film",
+            "rating": draw.integers(1, 6, 120),
+            "timestamp": 1_600_000_000_000
+            + 500 * (np.arange(120) // 15)
+            + draw.integers(0, 2, 120),
+        }
+    ).drop_duplicates(["user_id", "item_id"])
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    options = {"rating_column": "rating", "time_unit": "ms", "ratios": [0.6, 0.2, 0.2]}
+    given = {"source": "table", "interactions": str(tmp_path / "rows.csv")}
+    out = prepare(PrepareConfig(**given, **options, out=str(tmp_path / "out")), summary=False)
+    data = load_training_data(out, which)
+    ordered = table.sort_values("timestamp", kind="stable")
+    found = pd.DataFrame(
+        {
+            "user": data.users.to_numpy()[data.train.users],
+            "item": data.items["item_id"].to_numpy()[data.train.items],
+        }
+    )
+    for user, rows in found.groupby("user"):
+        wanted = ordered[ordered["user_id"] == user]["item_id"].astype(str)
+        assert rows["item"].tolist() == wanted.tolist()[: len(rows)]

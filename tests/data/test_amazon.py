@@ -102,6 +102,15 @@ def test_the_protocol(prepared: Callable) -> None:
     assert "Justifying Recommendations" in card
 
 
+def test_every_review_is_accounted_for(prepared: Callable) -> None:
+    rows = [*many(), ("U1", "B1", 5.0, second(2016, 5, 2)), ("U2", "B2", 1.0, second(2018, 5, 2))]
+    protocol = load_prepared(prepared(rows)).protocol
+    found = {"read": len(rows), "accepted": len(rows) - 2, "rejected": 2}
+    assert protocol["tables"] == {"Books.json": found}
+    assert protocol["rejected"]["other_time"]["count"] == 2
+    assert protocol["rejected"]["other_time"]["examples"] == ["Books.json:442", "Books.json:443"]
+
+
 @pytest.mark.parametrize("edition", [2018, 2023])
 def test_boundary_seconds(edition: int, tmp_path: Path) -> None:
     edges = [second(2017, 1, 1), second(2017, 12, 1), second(2018, 1, 1)]

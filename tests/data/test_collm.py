@@ -54,6 +54,9 @@ def config(folder: Path) -> PrepareConfig:
 
 def test_rows_are_kept_as_published(tmp_path: Path) -> None:
     data = load_prepared(prepare(config(write(tmp_path)), summary=False))
+    counts = {f"{name[:5]}_ood2.pkl": len(rows) for name, rows in ROWS.items()}
+    assert {f: n["accepted"] for f, n in data.protocol["tables"].items()} == counts
+    assert all(n["read"] == n["accepted"] for n in data.protocol["tables"].values())
     for name, rows in ROWS.items():
         found = [
             (

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,18 @@ def test_load_dataset_round_trip(kind: str, prepared_config: Make, tmp_path: Pat
     assert items.to_list() == data.items.to_list()
     log = load_dataset(str(out), "interactions", cache_dir=cache)["train"]
     assert log["timestamp"][:] == interactions(out)["timestamp"].tolist()
+
+
+def test_the_code_of_the_card_prints_what_stands_below_it(
+    prepared_config: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = prepare(prepared_config(), summary=False)
+    card = (out / "README.md").read_text()
+    (code,), (printed,) = (
+        re.findall(rf"```{name}\n(.*?)```", card, re.DOTALL) for name in ("python", "text")
+    )
+    exec(code.replace("path/to/this/folder", str(out)), {})
+    assert capsys.readouterr().out == printed
 
 
 def test_card_states_protocol_and_rejected_rows(prepared_config: Make) -> None:

@@ -1,6 +1,5 @@
 """A tiny stand-in for what the pages have trained or fetched."""
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -46,13 +45,3 @@ def trained(build: BuildModel, place: Path) -> Path:
         model.save_pretrained(folder, form=form)
         processor.save_pretrained(folder)
     return place
-
-
-@pytest.fixture
-def ratings(place: Path) -> Path:
-    """`ratings.csv` of invented readers and books."""
-    spec = importlib.util.spec_from_file_location("own_table", ROOT / "examples" / "own_table.py")
-    assert spec and spec.loader
-    own_table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(own_table)
-    return Path(own_table.invent_table(place / "ratings.csv"))

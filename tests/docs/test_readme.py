@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from docs.pages import ROOT, blocks, commands, run_command, run_python
+import pytest
+from docs.pages import ROOT, blocks, commands, run_command
 from transformers import PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMProcessor
@@ -85,9 +86,11 @@ def test_the_commands_are_those_of_the_tutorial_which_are_run() -> None:
     assert commands("docs/own-table.md")[:4] == [prepare, fit, train, rank]
 
 
-def test_the_python_prints_three_places_a_probability_and_why(trained: Path) -> None:
-    printed = run_python(blocks("README.md", "python"), trained)
-    first, second, third, probability, *explanation = printed.splitlines()
+def test_the_python_prints_three_places_a_probability_and_why(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec("\n".join(blocks("README.md", "python")), {})
+    first, second, third, probability, *explanation = capsys.readouterr().out.splitlines()
     assert all(re.fullmatch(SCORED, line) for line in (first, second, third))
     assert re.fullmatch(r"\[0\.\d+\]", probability)
     assert re.match(r"probability 0\.\d{3}", explanation[0])

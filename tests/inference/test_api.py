@@ -26,6 +26,7 @@ from ccf_llm_hf.inference.api import build_api
 from ccf_llm_hf.inference.guard import MAX_BODY
 
 JSON = {"content-type": "application/json"}
+DOCUMENT = Path(__file__).parents[2] / "docs" / "serving.md"
 Start = Callable[..., TestClient]
 
 
@@ -63,7 +64,7 @@ def start() -> Iterator[Start]:
 
     yield begin
     for client in begun:
-        client.__exit__()
+        client.__exit__()  # a second time does nothing
 
 
 class Slow:
@@ -117,11 +118,12 @@ def test_answers_are_those_of_the_ranker(start: Start, ranker: CTRRanker) -> Non
     items = client.post("/rank", json=asked).json()["items"]
     expected = ranker.rank(**asked)
     assert [item["item_id"] for item in items] == [item.item_id for item in expected]
-    assert [item["logit"] for item in items] == pytest.approx([item.logit for item in expected])
+    logits = [item.logit for item in expected]
+    assert [item["logit"] for item in items] == pytest.approx(logits, abs=1e-5)
 
     pairs = [{"user": 42, "history": history, "item": "Ubik"}, {"user": "who", "item": "New"}]
     answer = client.post("/predict", json={"pairs": pairs}).json()
-    assert answer["probabilities"] == pytest.approx(ranker.predict(pairs).tolist())
+    assert answer["probabilities"] == pytest.approx(ranker.predict(pairs).tolist(), abs=1e-5)
     assert answer["unknown_users"] == ["who"] and answer["unknown_items"] == ["New"]
 
     told = client.post("/explain", json={"history": history, "item": "Misery"}).json()
@@ -311,6 +313,43 @@ def test_the_examples_of_the_schema_pass(
                 assert answer.status_code == 200, answer.text
                 sent.append(route)
     assert sent == ["/rank", "/rank", "/predict", "/explain", "/health", "/metrics"]
+
+
+def test_what_the_document_says_is_so(start: Start, ranker: CTRRanker) -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    client = start(ranker, token="sesame")
+    client.headers["authorization"] = "Bearer sesame"
+    asked = re.findall(r"curl http://127.0.0.1:7860(/\w+) .*\n +-d '(.+)'\n", text)
+    for route, body in asked:
+        answer = client.post(route, content=body, headers=JSON)
+        assert answer.status_code == 200, answer.text
+        named = re.search(rf"`{route}`\s+answers\s+`(\{{.*?\}})`", text)
+        if named is not None:
+            assert set(answer.json()) <= set(re.findall(r'"(\w+)"', named[1]))
+    assert {route for route, _ in asked} == {"/rank", "/predict", "/explain"}
+    assert len(re.findall("curl", text)) == len(asked)
+
+    schema = client.get("/openapi.json").json()
+    answers = set(schema["paths"]["/rank"]["post"]["responses"]) - {"200"}
+    assert set(re.findall(r"^\| (\d+) \|", text, re.MULTILINE)) == answers
+    metrics = client.get("/metrics").text
+    named = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
+    assert len(named) == 6
+    assert all(re.search(rf"^# TYPE {name} ", metrics, re.MULTILINE) for name in named)
+    line = re.search(r"stderr, `(\{.*?\})`", text)
+    assert line is not None and re.findall(r'"(\w+)"', line[1]) == list(client.lines[0])
+
+
+def test_the_package_is_silent_while_it_serves(
+    start: Start, ranker: CTRRanker, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = start(ranker)
+    answer = client.post("/predict", json=pair("Unheard of", user="nobody")).json()
+    assert answer["unknown_users"] == ["nobody"] and answer["unknown_items"] == ["Unheard of"]
+    assert caplog.records == []
+    client.__exit__()
+    ranker.predict([("nobody", "Unheard of")])
+    assert "nobody" in caplog.text
 
 
 def test_a_failure_is_logged_without_its_words(start: Start, ranker: CTRRanker) -> None:

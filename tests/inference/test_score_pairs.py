@@ -54,22 +54,22 @@ def test_shards_hold_what_predict_says_in_the_inputs_order(ranker, tmp_path, row
 def test_a_run_cut_off_goes_on_and_ends_the_same(ranker, tmp_path, monkeypatch):
     pairs = write(tmp_path / "p.parquet")
     PairScorer(ranker, "x", shard_rows=2).run(pairs, tmp_path / "whole")
-    scored, original = [], PairScorer._score
+    scored, original = [], PairScorer.score
 
-    def stop_at_third(self, shard, first):
+    def stop_at_third(self, shard):
         if len(scored) == 2:
             raise KeyboardInterrupt
-        scored.append(first)
-        return original(self, shard, first)
+        scored.append(shard.first)
+        return original(self, shard)
 
-    monkeypatch.setattr(PairScorer, "_score", stop_at_third)
+    monkeypatch.setattr(PairScorer, "score", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         PairScorer(ranker, "x", shard_rows=2).run(pairs, tmp_path / "broken")
     assert not json.loads((tmp_path / "broken" / "_manifest.json").read_text())["finished"]
     monkeypatch.setattr(
         PairScorer,
-        "_score",
-        lambda self, shard, first: (scored.append(first), original(self, shard, first))[1],
+        "score",
+        lambda self, shard: (scored.append(shard.first), original(self, shard))[1],
     )
     manifest = PairScorer(ranker, "x", shard_rows=2).run(pairs, tmp_path / "broken")
     assert scored == [0, 2, 4, 6], "no shard is scored twice"
@@ -165,15 +165,15 @@ def test_memory_does_not_grow_with_the_input(ranker, tmp_path, monkeypatch):
         tracemalloc.start()
         before = pa.total_allocated_bytes()
         most = [0]
-        score = PairScorer._score
+        score = PairScorer.score
 
-        def watched(self, shard, first):
+        def watched(self, shard):
             most[0] = max(most[0], pa.total_allocated_bytes() - before)
-            return score(self, shard, first)
+            return score(self, shard)
 
-        monkeypatch.setattr(PairScorer, "_score", watched)
+        monkeypatch.setattr(PairScorer, "score", watched)
         PairScorer(ranker, "x", shard_rows=1000).run(pairs, tmp_path / f"out{rows}")
-        monkeypatch.setattr(PairScorer, "_score", score)
+        monkeypatch.setattr(PairScorer, "score", score)
         traced = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return traced + most[0]
@@ -269,7 +269,11 @@ def test_a_history_in_a_csv_is_refused_not_ignored(ranker, tmp_path):
         ),
         ('user_id,item_id\na,1\nb,"2\nc,3\n', ["line 3 opens a quote"]),
         ('user_id,item_id\na,1\nb,"2' + "\nc,3" * 40_000, ["line 3 opens a quote"]),
-        ("user_id,item_id\na,\udcff\n", ["line 2 is not UTF-8"]),
+        ("user_id,item_id\na,\udcff\n", ["line 2 is not UTF-8: save it as UTF-8"]),
+        (
+            "user_id,item_id\na,1\n".encode("utf-16").decode("utf-8", "surrogateescape"),
+            ["line 1 is not UTF-8: save it as UTF-8"],
+        ),
         ("", ["Empty CSV file"]),
         # Past the first block, which is read when the file is opened.
         ("user_id,item_id\n" + "a,1\n" * 300_000 + "b\n", ["line 300002 has 1 value where"]),

@@ -1,7 +1,9 @@
-"""A raw id is the same text by whatever door it comes in."""
+"""A raw id is the same text by whatever door it comes in; no backbone is made up."""
 
 import decimal
+import json
 import uuid
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+from ccf_llm_hf import CCFLLMForCTR
 from ccf_llm_hf.modeling.configuration_ccf_llm import read_id
 
 
@@ -62,3 +65,22 @@ def test_what_is_no_single_id_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match="is no id") as caught:
         read_id(value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "named"),
+    [
+        ({"model_type": "llama"}, "vocab_size of its llama"),
+        ({"model_type": "gpt2", "vocab_size": 9}, "n_embd of its gpt2"),
+        ({"model_type": "qwen2", "vocab_size": 9, "hidden_size": -8}, "hidden_size of its qwen2"),
+        ({"model_type": "qwen2", "vocab_size": 9, "hidden_size": "8"}, "hidden_size of its qwen2"),
+    ],
+)
+def test_a_backbone_without_sizes_is_not_built_of_default_ones(
+    tmp_path: Path, backbone: dict[str, Any], named: str
+) -> None:
+    settings = {"model_type": "ccf_llm", "text_config": backbone}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"config\.json gives no {named} backbone") as caught:
+        CCFLLMForCTR.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ccf_llm_hf import CCFLLMConfig, CCFLLMForCTR, CCFLLMProcessor
 from ccf_llm_hf.cf.vectors import CFVectors
+from ccf_llm_hf.modeling.configuration_ccf_llm import FUSIONS
+from ccf_llm_hf.modeling.modeling_ccf_llm import SHARES
 
 HISTORY = ["i1", "i2", "i7", "i0", "i6"]
 CANDIDATES = ["i0", "i3", "i7", "i4", "A new film (2024)", "i5"]
@@ -171,9 +173,13 @@ def test_gate_lies_in_the_unit_interval_and_ablations_are_constant(build: BuildM
     assert gate.shape == (8, 32) and ((gate > 0) & (gate < 1)).all() and gate.std(1).min() > 0
     scalar = build("scalar_gate")[0].item_gates(items)
     assert scalar.std(1).max() < 1e-6
-    constants = {"sum": 0.5, "cf_only": 0.0}
-    for fusion, value in constants.items():
-        assert (build(fusion)[0].item_gates(items) == value).all()
+    assert SHARES.keys() < set(FUSIONS)
+    for fusion, share in SHARES.items():
+        assert (build(fusion)[0].item_gates(items) == share).all()
+
+
+def test_every_fusion_is_an_arm_of_the_tests() -> None:
+    assert {fusion for fusion, _ in ARMS.values()} == set(FUSIONS)
 
 
 @pytest.mark.parametrize("fusion", ["gate", "scalar_gate"])

@@ -10,6 +10,7 @@ from tiny import TITLES, BuildModel
 
 from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.grouping import Group
+from ccf_llm_hf.data.rows import Rows
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CF_TENSORS
 from ccf_llm_hf.training.arguments import CTRTrainingArguments
@@ -208,9 +209,9 @@ def test_vectors_of_another_catalog_are_refused(build: BuildModel, cf: CFVectors
         install_cross_fit(model, other)
 
 
-def rows_of(users: list[str], items: list[str]) -> Dataset:
-    pairs = [(user, item) for user in users for item in items]
-    return Dataset.from_list([{"user_id": user, "item_id": item} for user, item in pairs])
+def rows_of(users: list[str], items: list[str]) -> Rows:
+    pairs = [{"user_id": user, "item_id": item} for user in users for item in items]
+    return Rows.of(Dataset.from_list([pair | {"label": 1, "history": []} for pair in pairs]))
 
 
 def test_vectors_of_other_spellings_are_refused_and_cold_ones_counted(

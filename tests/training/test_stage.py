@@ -108,10 +108,10 @@ def test_samples_of_training_and_validation(stage_run):
     run = stage_run(training={"max_train_labels": 60, "max_eval_labels": 20})
     trainer = run.build_trainer()
     assert 60 <= sum(len(group.labels) for group in trainer.train_groups) < 60 + 32
-    assert trainer.train_groups == run.build_trainer().train_groups
+    assert list(trainer.train_groups) == list(run.build_trainer().train_groups)
     split = run.inputs.data.splits["validation"]
     everything = group_split(split, trainer.processing_class, 64)
-    sample = trainer.eval_groups
+    sample = list(trainer.eval_groups)
     users = {group.user for group in sample}
     assert sample == [group for group in everything if group.user in users]
     assert 20 <= sum(len(group.labels) for group in sample) < len(everything) * 32

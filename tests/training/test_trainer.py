@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 from concurrent.futures import Future
 from dataclasses import replace
@@ -307,10 +308,9 @@ def direct(run: StageRun, **options: Any) -> CTRTrainer:
     processor = run.build_processor()
     splits = run.inputs.data.splits
     given = {"cf": run.inputs.cf, "peft_config": None, "args": run.training_arguments()}
+    given |= {"train_dataset": splits["train"], "eval_dataset": splits["validation"]}
     return CTRTrainer(
         run.build_model(processor),
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
         processing_class=processor,
         **given | options,
     )
@@ -424,6 +424,42 @@ def test_a_folder_that_is_no_trainer_checkpoint_is_named(stage_run, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path))
 
 
+def damages(file: Path) -> list[bytes | None]:
+    """A file cut in half, one of something else, and none."""
+    other = file.with_name("other")
+    torch.save({"another": torch.ones(2)}, other)
+    return [file.read_bytes()[: file.stat().st_size // 2], other.read_bytes(), None]
+
+
+def test_a_damaged_file_of_a_trainer_checkpoint_is_named(stage_run, tmp_path, caplog):
+    run = joint(stage_run)
+    broken = make_trainer(run)
+    broken.add_callback(InterruptAt(3))
+    with pytest.raises(Interruption):
+        broken.train()
+    whole = last_checkpoint(Path(broken.args.output_dir))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        for content in damages(whole / name):
+            checkpoint = shutil.copytree(whole, tmp_path / "copy" / whole.name)
+            if content is None:
+                (checkpoint / name).unlink()
+            else:
+                (checkpoint / name).write_bytes(content)
+            either = "optimizer.pt or scheduler.pt" if name.endswith(".pt") else name
+            with pytest.raises(InputError) as raised:
+                make_trainer(run).train(resume_from_checkpoint=str(checkpoint))
+            assert re.fullmatch(
+                rf"{checkpoint}/({name}|{either}) cannot be read \(.+\): restore it, or delete the "
+                rf"folder {checkpoint} to go on from the checkpoint before it",
+                str(raised.value),
+            )
+            shutil.rmtree(checkpoint)
+    shutil.copytree(whole, whole.with_name("checkpoint-9"))
+    (whole.with_name("checkpoint-9") / "trainer_state.json").write_text("{")
+    assert last_checkpoint(whole.parent) == whole
+    assert "checkpoint-9/trainer_state.json was not written to its end" in caplog.text
+
+
 def test_a_pattern_that_names_no_parameter_is_pointed_out(stage_run):
     trainer = make_trainer(joint(stage_run, learning_rate_mapping={"zzz": 1e-3}))
     with pytest.warns(UserWarning, match="'zzz' is found in no parameter"):
@@ -431,14 +467,13 @@ def test_a_pattern_that_names_no_parameter_is_pointed_out(stage_run):
 
 
 def test_validation_rows_that_measure_nothing_are_refused_before_training(stage_run, inputs):
-    splits = {**inputs.data.splits}
-    likes = np.flatnonzero(splits["validation"]["label"])
-    one = replace(inputs.data, splits=splits | {"validation": splits["validation"].select(likes)})
+    validation = inputs.data.splits["validation"]
+    likes = validation.select(np.flatnonzero(validation["label"]))
     with pytest.raises(InputError, match="hold no label but 1, so that no AUC can choose"):
-        replace(stage_run(), inputs=replace(inputs, data=one)).build_trainer()
+        direct(stage_run(), eval_dataset=likes)
 
 
-def test_a_uauc_that_is_undefined_is_left_out_of_the_logs(stage_run):
+def test_a_uauc_that_is_undefined_is_left_out_of_the_logs(stage_run, monkeypatch):
     trainer = make_trainer(stage_run())
     by_class = {0: "x", 1: "y"}
     scores = trainer.score(trainer.eval_groups)
@@ -447,8 +482,9 @@ def test_a_uauc_that_is_undefined_is_left_out_of_the_logs(stage_run):
     metrics = trainer.evaluate()
     assert "eval_uauc" not in metrics and 0 <= metrics["eval_auc"] <= 1
     check_classes(trainer.eval_groups, "eval_uauc")
-    for group in trainer.eval_groups:
-        group.labels = [int(group.user < "u3")] * len(group.labels)
+    split = trainer.eval_groups.split
+    by_user = (split.user_names[split.users] < "u3").astype(np.int8)
+    monkeypatch.setattr(split, "labels", by_user)
     with pytest.raises(InputError, match="no user of the validation rows has both classes"):
         check_classes(trainer.eval_groups, "eval_uauc")
     trainer.log({"grad_norm": math.nan, "loss": 1.0})

@@ -11,6 +11,7 @@ from ccf_llm_hf.cf.sasrec import fit_sasrec, score_sasrec
 from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.prepared import read_rows
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.io import lock_output
 
 
 def fit_cf(
@@ -36,16 +37,17 @@ def fit_cf(
         raise InputError(
             f"{type(config).__name__} does not configure {kind}: give {CF_CONFIGS[kind].__name__}"
         )
-    if isinstance(config, MFConfig):
-        vectors = fit_mf(data_dir, config)
-        vectors.save(out)
-    elif isinstance(config, LightGCNConfig):
-        vectors = fit_lightgcn(data_dir, config)
-        vectors.save(out)
-    else:
-        fit = fit_sasrec(data_dir, config)
-        fit.save(out)
-        vectors = fit.vectors
+    with lock_output(out):
+        if isinstance(config, MFConfig):
+            vectors = fit_mf(data_dir, config)
+            vectors.save(out)
+        elif isinstance(config, LightGCNConfig):
+            vectors = fit_lightgcn(data_dir, config)
+            vectors.save(out)
+        else:
+            fit = fit_sasrec(data_dir, config)
+            fit.save(out)
+            vectors = fit.vectors
     facts = {key: value for key, value in vectors.metadata.items() if key != "user_precision"}
     print("\n".join(f"{key}: {value}" for key, value in facts.items()))
     return vectors

@@ -34,6 +34,7 @@ from ccf_llm_hf.modeling.configuration_ccf_llm import ids_fingerprint
 
 # Keeps the gathered vectors below 100 MB when millions of pairs are scored.
 PAIRS_AT_ONCE = 1 << 18
+NUMBERS_AT_ONCE = 1 << 24
 
 
 @dataclass
@@ -107,7 +108,8 @@ class CFVectors:
         finite = ("user_vectors", "item_vectors", "default_user", "default_item", "offset")
         for name in (*finite, "field_vectors", "field_tastes"):
             tensor = getattr(self, name)
-            if tensor is not None and not torch.isfinite(tensor).all():
+            parts = () if tensor is None else tensor.flatten().split(NUMBERS_AT_ONCE)
+            if not all(torch.isfinite(part).all() for part in parts):
                 raise InputError(f"CF vectors: {name} holds NaN or infinity; refit or clean it")
         self._check_cross_fit()
 

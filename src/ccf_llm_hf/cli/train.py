@@ -40,9 +40,9 @@ def train_and_describe(argv: Sequence[str]) -> dict[str, Any]:
     model, processor = load_checkpoint(outcome["checkpoint_slim"], backbone=backbone)
     for form in ("checkpoint", "checkpoint_slim"):
         if form in outcome:
-            # The card first: one of the recorded calls is the one that it shows.
-            describe_run(outcome[form], recipe.data_dir)
+            # The record first: the card shows what it says of one of the calls.
             record_example(outcome[form], model, processor)
+            describe_run(outcome[form], recipe.data_dir)
     return outcome
 
 

@@ -19,7 +19,9 @@ from ccf_llm_hf.io import check_writable, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
+    from datasets import Dataset
 
+    from ccf_llm_hf.data.rows import Rows
     from ccf_llm_hf.inference.ranker import CTRRanker
 
 SPLITS = ("train", "validation", "test")
@@ -87,9 +89,9 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> Output:
     )
 
     prepared = load_prepared(data)
-    split = prepared.splits[arguments.split]
+    split: Dataset | Rows = prepared.rows(arguments.split)
     if arguments.sample_rows:
-        split = sample_users(split, arguments.sample_rows)
+        split = sample_users(prepared.splits[arguments.split], arguments.sample_rows)
     compare = {name: _load_scores(path, data, arguments.split) for name, path in paths.items()}
     model, processor = load_checkpoint(arguments.checkpoint, backbone=arguments.backbone)
     scores = score_table(
@@ -286,6 +288,12 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard-rows", type=int, default=20_000, help="rows of a shard (default: 20000)"
     )
+    parser.add_argument(
+        "--engine",
+        choices=["local", "ray"],
+        default="local",
+        help="score here, or on the machines of a Ray cluster (extra: ray)",
+    )
 
 
 def _score(arguments: argparse.Namespace, _: list[str]) -> Output:
@@ -297,12 +305,14 @@ def _score(arguments: argparse.Namespace, _: list[str]) -> Output:
 
     histories = stored_histories(arguments.data) if arguments.data else {}
     ranker = CTRRanker.from_pretrained(arguments.checkpoint, backbone=arguments.backbone)
-    scorer = PairScorer(
-        ranker,
-        checkpoint_identity(arguments.checkpoint, ranker.model),
-        histories,
-        arguments.shard_rows,
-    )
+    identity = checkpoint_identity(arguments.checkpoint, ranker.model)
+    settings = (ranker, identity, histories, arguments.shard_rows)
+    if arguments.engine == "ray":
+        from ccf_llm_hf.inference.ray_engine import RayPairScorer
+
+        scorer = RayPairScorer(*settings, arguments.checkpoint, arguments.backbone)
+    else:
+        scorer = PairScorer(*settings)
     manifest = scorer.run(Path(arguments.pairs), Path(arguments.out))
     rows, new_rows = manifest["rows"], manifest["new_rows"]
     text = f"scored {new_rows:,} pairs into {arguments.out}"

@@ -25,6 +25,7 @@ from ccf_llm_hf.errors import InputError
 
 START, DECEMBER, END = 1_483_228_800, 1_512_086_400, 1_514_764_800  # 2017-01-01, -12-01, 2018-01-01
 MORE_THAN = 20
+MAX_EXAMPLES = 5
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 LICENSE = (
     "none assigned by the authors of the data set, who publish it for research and ask to be cited "
@@ -70,6 +71,9 @@ class _Ratings:
     rating: array = field(default_factory=lambda: array("d"))
     time: array = field(default_factory=lambda: array("q"))
     line: array = field(default_factory=lambda: array("q"))
+    read: int = 0
+    outside: int = 0
+    first_outside: list[int] = field(default_factory=list)
 
 
 def read_amazon_books(folder: Path) -> tuple[RawTables, int]:
@@ -112,7 +116,14 @@ def read_amazon_books(folder: Path) -> tuple[RawTables, int]:
     )
     items = pd.DataFrame({"item_id": list(titles), "title": list(titles.values()), "_line": lines})
     return RawTables(
-        interactions, items, reviews.name, metadata.name, untitled_items=untitled
+        interactions,
+        items,
+        reviews.name,
+        metadata.name,
+        untitled_items=untitled,
+        outside=ratings.outside,
+        first_outside=ratings.first_outside,
+        interactions_read=ratings.read,
     ), edition
 
 
@@ -176,6 +187,7 @@ def _read_reviews(path: Path) -> tuple[_Ratings, int]:
     kept = _Ratings()
     fields = None
     for line, review in _records(path):
+        kept.read += 1
         if fields is None:
             fields = next((names for names in EDITIONS if names.user in review), None)
             if fields is None:
@@ -185,6 +197,8 @@ def _read_reviews(path: Path) -> tuple[_Ratings, int]:
                 )
         user, item, rating, time = _review(review, fields, path.name, line)
         if not START <= time < END:
+            kept.outside += 1
+            kept.first_outside += [line] * (len(kept.first_outside) < MAX_EXAMPLES)
             continue
         kept.user.append(kept.users.setdefault(user, len(kept.users)))
         kept.item.append(kept.items.setdefault(item, len(kept.items)))

@@ -32,7 +32,7 @@ RULES = {
 }
 
 
-def read_collm(folder: Path) -> tuple[Samples, pd.DataFrame, pd.DataFrame]:
+def read_collm(folder: Path) -> tuple[Samples, pd.DataFrame, pd.DataFrame, dict[str, int]]:
     """The published rows, in their order.
 
     `not_cold` is taken over where it is published and computed where it is not; items are those of
@@ -40,7 +40,8 @@ def read_collm(folder: Path) -> tuple[Samples, pd.DataFrame, pd.DataFrame]:
 
     Returns:
         Samples; the log with user_id, item_id, rating (NaN), label, timestamp and split (int8); the
-        items with item_id and title. Ids are the published numbers as text.
+        items with item_id and title; how many rows each file holds. Ids are the published numbers
+        as text.
 
     Raises:
         InputError: a file or a column is missing, a pickle asks for more than tables, or a cell is
@@ -83,7 +84,8 @@ def read_collm(folder: Path) -> tuple[Samples, pd.DataFrame, pd.DataFrame]:
     )
     titles = _titles(table)
     catalog = [titles.get(item) or item for item in item_names]
-    return samples, rows, pd.DataFrame({"item_id": item_names, "title": catalog})
+    read = {file: len(frame) for file, frame in zip(FILES.values(), frames, strict=True)}
+    return samples, rows, pd.DataFrame({"item_id": item_names, "title": catalog}), read
 
 
 def is_movielens(items: pd.DataFrame) -> bool:

@@ -39,6 +39,12 @@ Built by `ccf-llm prepare` (package `ccf-llm-hf`).
 > **Do not upload this folder.** The license of the ratings does not allow redistribution; anyone
 > can build the same folder with `ccf-llm prepare`.
 {% endif %}
+## Limits
+
+- A label says that a user liked an item that they had chosen to rate. It is no click and no sale.
+- Items that many rate are over-represented, and so is the taste of those who rate much.
+- Ids of users are those of the source, and what they rated may tell who they are.
+
 | split | rows | users | items | positive rate | rows of users unseen in train | of items unseen |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: |
 {% for name, s in protocol.splits.items() -%}
@@ -49,6 +55,10 @@ Built by `ccf-llm prepare` (package `ccf-llm-hf`).
 {% endfor %}
 ## Use
 
+```bash
+pip install "datasets>=4"
+```
+
 ```python
 from datasets import load_dataset
 
@@ -56,6 +66,13 @@ path = "{{ repo_id or "path/to/this/folder" }}"
 rows = load_dataset(path)                      # train, validation, test
 items = load_dataset(path, "items")["train"]   # the catalog
 log = load_dataset(path, "interactions")["train"]
+print({name: len(part) for name, part in rows.items()}, len(items), len(log))
+```
+
+```text
+{ {%- for name, s in protocol.splits.items() -%}
+'{{ name }}': {{ s.rows }}{{ ", " if not loop.last }}{%- endfor -%}
+} {{ protocol.catalog_items }} {{ protocol.accepted_rows }}
 ```
 
 ## Columns

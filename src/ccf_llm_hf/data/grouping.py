@@ -1,19 +1,26 @@
 """Groups of samples that share one packed sequence: one user, one CF fit, and one window start
-or one stream of answered lines."""
+or one stream of answered lines.
+
+Groups are index ranges over a split's arrays; each becomes a `Group` when it is asked for, so that
+millions of rows are no objects, and a dataloader's workers share them.
+"""
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Self, overload
 
 import datasets
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 
+from ccf_llm_hf.data.rows import Histories, Rows, Runs, spread
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor, Request, window_start
+
+PART_GROUPS = 1 << 14  # their histories as objects take some 100 MB
 
 
 @dataclass
@@ -30,7 +37,139 @@ class Group(Request):
     fit: int = -1
 
 
-def check_histories(split: datasets.Dataset, wanted: str) -> None:
+@dataclass
+class Groups(Sequence[Group]):
+    """Groups of a split's rows, each made when it is asked for.
+
+    Attributes:
+        split: the rows.
+        rows: row numbers, group after group.
+        offsets: `(groups + 1,)`, where each group begins in `rows`, and the end.
+        fits: CF fit of each group.
+        chosen: numbers of the groups that these are, in their order.
+    """
+
+    split: Rows
+    rows: np.ndarray
+    offsets: np.ndarray
+    fits: np.ndarray
+    chosen: np.ndarray
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """`(len,)` samples of each group."""
+        return np.diff(self.offsets)[self.chosen]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels of all samples, group after group."""
+        sizes = self.sizes
+        return self.split.labels[self.rows[spread(self.offsets[self.chosen], sizes)]]
+
+    @property
+    def users(self) -> np.ndarray:
+        """`(len,)` user of each group, as a code of the split's."""
+        return self.split.users[self.rows[self.offsets[self.chosen]]]
+
+    def take(self, places: Sequence[int] | np.ndarray) -> Self:
+        """Some of the groups, in the order of `places`."""
+        return replace(self, chosen=self.chosen[np.asarray(places, dtype=np.int64)])
+
+    def parts(self, size: int = PART_GROUPS) -> Iterator[list[Group]]:
+        """The groups as lists of `size`, the last one shorter."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @overload
+    def __getitem__(self, place: int) -> Group: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Group]: ...
+    def __getitem__(self, place: int | slice) -> Group | list[Group]:
+        if isinstance(place, slice):
+            return [self._make(number) for number in self.chosen[place].tolist()]
+        return self._make(int(self.chosen[place]))
+
+    @abstractmethod
+    def _make(self, number: int) -> Group:
+        """The group of this number."""
+
+
+@dataclass
+class CandidateGroups(Groups):
+    """Groups whose samples are candidates after a shared history.
+
+    Attributes:
+        histories: of each group, the items that are folded in only and those that are shown.
+        unshown: how many of these are folded in only.
+        lengths: how many items of the shown each sample sees, in the order of `rows`.
+        evidence: of the candidates of a group; None: there is none.
+    """
+
+    histories: Runs
+    unshown: np.ndarray
+    lengths: np.ndarray
+    evidence: Callable[[Group], list[list[Any]]] | None = None
+
+    def _make(self, number: int) -> Group:
+        part = slice(self.offsets[number], self.offsets[number + 1])
+        rows, split = self.rows[part], self.split
+        history, unshown = self.histories[number], int(self.unshown[number])
+        group = Group(
+            user=split.user_names[split.users[rows[0]]],
+            history=history[unshown:],
+            candidates=split.item_names[split.items[rows]].tolist(),
+            history_lengths=self.lengths[part].tolist(),
+            labels=split.labels[rows].tolist(),
+            rows=rows.tolist(),
+            fit=int(self.fits[number]),
+            earlier=history[:unshown],
+        )
+        if self.evidence is not None:
+            group.evidence = self.evidence(group)
+        return group
+
+
+@dataclass
+class Streams(Groups):
+    """Groups whose samples are the lines of a stream.
+
+    Attributes:
+        earlier: of each stream, the items before its first line that are folded in.
+        ratings: of each line, in the order of `rows`, NaN where later rows know the label alone;
+            None where there are no ratings.
+        hidden: `(streams,)` bool, whose dislikes are hidden; None: nobody's.
+    """
+
+    earlier: Runs
+    ratings: np.ndarray | None = None
+    hidden: np.ndarray | None = None
+
+    def _make(self, number: int) -> Group:
+        part = slice(self.offsets[number], self.offsets[number + 1])
+        rows, split = self.rows[part], self.split
+        labels = split.labels[rows].tolist()
+        items = split.item_names[split.items[rows]].tolist()
+        lines = [{"id": i, "liked": label} for i, label in zip(items, labels, strict=True)]
+        if self.ratings is not None:
+            ratings = self.ratings[part]
+            for place in np.flatnonzero(~np.isnan(ratings)).tolist():
+                lines[place] = {"id": items[place], "rating": float(ratings[place])}
+        hides = self.hidden is not None and self.hidden[number]
+        return Group(
+            user=split.user_names[split.users[rows[0]]],
+            history=lines,
+            labels=labels,
+            rows=rows.tolist(),
+            fit=int(self.fits[number]),
+            earlier=self.earlier[number],
+            stream=True,
+            hidden=[not label for label in labels] if hides else None,
+        )
+
+
+def check_histories(split: datasets.Dataset | Rows, wanted: str) -> None:
     """Refuse a split whose histories hold likes where a model reads signed ones, or vice versa."""
     stored = "signed" if "history_labels" in split.column_names else "likes"
     if wanted != stored:
@@ -41,12 +180,12 @@ def check_histories(split: datasets.Dataset, wanted: str) -> None:
 
 
 def group_split(
-    split: datasets.Dataset,
+    split: datasets.Dataset | Rows,
     processor: CCFLLMProcessor,
     max_candidates: int = 64,
-    cf_fits: Sequence[int] | None = None,
+    cf_fits: Sequence[int] | np.ndarray | None = None,
     lines: Mapping[str, list[Any]] | None = None,
-) -> list[Group]:
+) -> Groups:
     """A split's rows as groups of the processor's window, each candidate with its evidence.
 
     Args:
@@ -67,35 +206,43 @@ def group_split(
         max_candidates=max_candidates,
         fold_in_items=processor.fold_in_items,
     )
-    for group in groups if processor.evidence_fields else []:
-        before = group.earlier
-        if lines is not None:
-            of_user = lines.get(str(group.user), [])
-            before = of_user[: len(of_user) - len(group.history)]
-        group.evidence = processor.evidence(before, group.candidates)
+    if processor.evidence_fields:
+        groups.evidence = partial(_find_evidence, processor, lines)
     return groups
 
 
-def frozen_lines(train: datasets.Dataset) -> dict[str, list[dict[str, Any]]]:
+def _find_evidence(
+    processor: CCFLLMProcessor, lines: Mapping[str, list[Any]] | None, group: Group
+) -> list[list[Any]]:
+    before = group.earlier
+    if lines is not None:
+        of_user = lines.get(str(group.user), [])
+        before = of_user[: len(of_user) - len(group.history)]
+    return processor.evidence(before, group.candidates)
+
+
+def frozen_lines(train: datasets.Dataset | Rows) -> Histories:
     """Every user's training rows as items of a history, in their order: what rows of validation and
     test may see where histories are frozen."""
-    table = _read(train)
-    stored, dropped = _lengths(table)
-    frame = table.select(["user_id", "item_id", "label"]).to_pandas()
-    frame = frame.iloc[np.lexsort((stored + dropped, frame["user_id"]))]
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for user, item, label in frame.itertuples(index=False):
-        lines.setdefault(user, []).append({"id": item, "liked": label})
-    return lines
+    rows = Rows.of(train)
+    order = np.argsort(rows.order, kind="stable")
+    return Histories(
+        rows.users[order],
+        rows.user_names,
+        rows.items[order],
+        rows.item_names,
+        "liked",
+        rows.labels[order],
+    )
 
 
 def group_rows(
-    split: datasets.Dataset,
+    split: datasets.Dataset | Rows,
     history_window: tuple[int, int],
-    cf_fits: Sequence[int] | None = None,
+    cf_fits: Sequence[int] | np.ndarray | None = None,
     max_candidates: int = 64,
     fold_in_items: int = 0,
-) -> list[Group]:
+) -> CandidateGroups:
     """Cut a split into groups; every row is in exactly one.
 
     Args:
@@ -111,39 +258,32 @@ def group_rows(
     Raises:
         InputError: the split stores histories that are too short for the window.
     """
-    table = _read(split)
-    earlier, starts, stored = _windows(table, history_window)
-    fits = np.full(len(table), -1) if cf_fits is None else np.asarray(cf_fits)
-    users, user_names = _coded(table["user_id"])
-    items, item_names = _coded(table["item_id"])
-    parts = _parts([users, starts, fits], earlier, max_candidates)
-    last = np.array([part[-1] for part in parts], dtype=np.int64)
-    shown = (starts - stored)[last]
+    split = Rows.of(split)
+    starts = _find_windows(split, history_window)
+    fits = _read_fits(cf_fits, len(split))
+    rows, offsets = _cut([split.users, starts, fits], split.order, max_candidates)
+    last = rows[offsets[1:] - 1]
+    shown = (starts - split.dropped)[last]
     unshown = np.minimum(shown, fold_in_items)
-    histories = _histories(table, last, shown - unshown)
-    labels = table["label"].to_numpy()
-    return [
-        Group(
-            user=user_names[users[part[0]]],
-            history=history[before:],
-            candidates=item_names[items[part]].tolist(),
-            history_lengths=(earlier[part] - starts[part]).tolist(),
-            labels=labels[part].tolist(),
-            rows=part.tolist(),
-            fit=int(fits[part[0]]),
-            earlier=history[:before],
-        )
-        for part, history, before in zip(parts, histories, unshown.tolist(), strict=True)
-    ]
+    return CandidateGroups(
+        split,
+        rows,
+        offsets,
+        fits=fits[rows[offsets[:-1]]],
+        chosen=np.arange(len(last)),
+        histories=split.histories(last, shown - unshown),
+        unshown=unshown,
+        lengths=(split.order - starts)[rows].astype(np.int32),
+    )
 
 
 def group_streams(
-    split: datasets.Dataset,
+    split: datasets.Dataset | Rows,
     lines: int = 48,
-    cf_fits: Sequence[int] | None = None,
+    cf_fits: Sequence[int] | np.ndarray | None = None,
     fold_in_items: int = 0,
     topics: Sequence[Any] | None = None,
-) -> list[Group]:
+) -> Streams:
     """Cut a split into streams of answered lines; every row is a line, and a label, of exactly one.
 
     A user's rows stand in the order of the data, rows equal in time one after the other; with
@@ -161,185 +301,115 @@ def group_streams(
     Returns:
         Groups in order of their first row.
     """
-    table = _read(split)
-    stored, dropped = _lengths(table)
-    order = stored + dropped
+    split = Rows.of(split)
+    order = split.order
     if topics is not None:
-        order = _order_by_topic(table["user_id"], topics, order)
-    fits = np.full(len(table), -1) if cf_fits is None else np.asarray(cf_fits)
-    users, user_names = _coded(table["user_id"])
-    items = table["item_id"].to_numpy()
-    labels = table["label"].to_numpy()
-
-    def labeled(runs: list[np.ndarray]) -> list[list[Any]]:
-        values = [labels[run].tolist() for run in runs]
-        return _with_values([items[run].tolist() for run in runs], "liked", values)
-
-    parts = _parts([users], order, lines)
-    histories = labeled(parts)
-    first, last = (np.array([part[end] for part in parts], dtype=np.int64) for end in (0, -1))
+        order = _order_by_topic(split.users, topics, order)
+    rows, offsets = _cut([split.users], order, lines)
+    first, ratings = rows[offsets[:-1]], None
     if topics is None:
-        unshown = np.minimum(stored[first], fold_in_items)
-        earlier = _histories(table, first, stored[first] - unshown)
-        # A row's own rating stands in the histories of later rows alone.
-        counts = [int((order[part] < order[part[-1]]).sum()) for part in parts]
-        rated = _histories(table, last, np.maximum(stored[last] - counts, 0))
-        histories = [_with_ratings(*known) for known in zip(histories, rated, counts, strict=True)]
+        unshown = np.minimum(split.stored[first], fold_in_items)
+        earlier = split.histories(first, split.stored[first] - unshown)
+        if split.key == "rating":
+            ratings = _find_ratings(split, rows, offsets)
     else:
-        in_order = np.lexsort((order, users))
-        ends = np.searchsorted(users[in_order], users[first]) + order[first]
-        starts = ends - np.minimum(order[first], fold_in_items)
-        earlier = labeled([in_order[a:b] for a, b in zip(starts, ends, strict=True)])
-    shared = [fits[part[0]] if len(set(fits[part])) == 1 else None for part in parts]
-    if None in shared:
+        in_order = np.lexsort((order, split.users))
+        ends = np.searchsorted(split.users[in_order], split.users[first]) + order[first]
+        lengths = np.minimum(order[first], fold_in_items)
+        before = in_order[spread(ends - lengths, lengths)]
+        earlier = Runs(
+            np.concatenate([[0], np.cumsum(lengths)]),
+            split.items[before],
+            split.item_names,
+            "liked",
+            split.labels[before],
+        )
+    return Streams(
+        split,
+        rows,
+        offsets,
+        fits=_share_fits(_read_fits(cf_fits, len(split))[rows], offsets),
+        chosen=np.arange(len(first)),
+        earlier=earlier,
+        ratings=ratings,
+    )
+
+
+def _find_ratings(split: Rows, rows: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Ratings of the lines of streams, as far as the last line's history stores them; else NaN."""
+    last, sizes = rows[offsets[1:] - 1], np.diff(offsets)
+    # A row's own rating stands in the histories of later rows alone.
+    is_before = split.order[rows] < np.repeat(split.order[last], sizes)
+    counts = np.add.reduceat(is_before, offsets[:-1], dtype=np.int64) if len(last) else sizes
+    stored = np.minimum(counts, split.stored[last])
+    known = split.histories(last, split.stored[last] - stored)
+    ratings = np.full(len(rows), np.nan, dtype=np.float32)
+    lines = spread(offsets[:-1] + counts - stored, stored)
+    same = known.items == split.items[rows[lines]]
+    assert known.values is not None
+    ratings[lines[same]] = known.values[same]
+    return ratings
+
+
+def _share_fits(fits: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """One fit for each stream: that of its rows, or the last, -1, where they differ."""
+    first = fits[offsets[:-1]]
+    if not len(first):
+        return first
+    differs = np.logical_or.reduceat(fits != np.repeat(first, np.diff(offsets)), offsets[:-1])
+    if differs.any():
         warnings.warn(
-            f"{shared.count(None)} of {len(parts)} streams have rows of several CF fits: they see "
+            f"{differs.sum()} of {len(first)} streams have rows of several CF fits: they see "
             "the last fit, which knows their labels; fit with cross_fit=users",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return [
-        Group(
-            user=user_names[users[part[0]]],
-            history=history,
-            labels=labels[part].tolist(),
-            rows=part.tolist(),
-            fit=-1 if fit is None else int(fit),
-            earlier=before,
-            stream=True,
-        )
-        for part, history, fit, before in zip(parts, histories, shared, earlier, strict=True)
-    ]
+    return np.where(differs, -1, first)
 
 
-def _order_by_topic(users: pa.ChunkedArray, topics: Sequence[Any], order: np.ndarray) -> np.ndarray:
+def _read_fits(fits: Sequence[int] | np.ndarray | None, count: int) -> np.ndarray:
+    return np.full(count, -1) if fits is None else np.asarray(fits)
+
+
+def _order_by_topic(users: np.ndarray, topics: Sequence[Any], order: np.ndarray) -> np.ndarray:
     """An order of each user's rows in which a topic's rows follow its first one."""
-    frame = pd.DataFrame({"user": users.to_pandas(), "topic": list(topics)})
+    frame = pd.DataFrame({"user": users, "topic": pd.factorize(np.asarray(topics, object))[0]})
     frame["place"] = np.argsort(np.argsort(order, kind="stable"))
     frame["first"] = frame.groupby(["user", "topic"])["place"].transform("min")
     ranked = frame.sort_values(["first", "place"])
     return ranked.groupby("user").cumcount().sort_index().to_numpy()
 
 
-def _with_ratings(history: list[Any], rated: list[Any], count: int) -> list[Any]:
-    """Lines of a stream, the first `count` as later rows know them, as far as these store them."""
-    start = count - len(rated)
-    pairs = zip(history[start:count], rated, strict=True)
-    known = [later if later["id"] == line["id"] else line for line, later in pairs]
-    return [*history[:start], *known, *history[count:]]
-
-
-def _read(split: datasets.Dataset) -> pa.Table:
-    names = ["user_id", "item_id", "label", "history"]
-    optional = ("history_dropped", "history_labels", "history_ratings")
-    names += [name for name in optional if name in split.column_names]
-    return split.select_columns(names).with_format("arrow")[:]
-
-
-def _histories(table: pa.Table, rows: np.ndarray, skip: np.ndarray) -> list[list[Any]]:
-    """As `history_tails`, of the histories' items, with their ratings or labels if there are."""
-    histories = history_tails(table["history"], rows, skip)
-    for column, key in (("history_ratings", "rating"), ("history_labels", "liked")):
-        if column in table.column_names:
-            return _with_values(histories, key, history_tails(table[column], rows, skip))
-    return histories
-
-
-def _with_values(histories: list[list[Any]], key: str, values: list[list[Any]]) -> list[list[Any]]:
-    """Items as dicts with a value each; equal ones share a dict, since they occur in many rows."""
-    shared: dict[tuple[str, float], dict[str, Any]] = {}
-    return [
-        [
-            shared.setdefault((item, value), {"id": item, key: value})
-            for item, value in zip(items, of_items, strict=True)
-        ]
-        for items, of_items in zip(histories, values, strict=True)
-    ]
-
-
-def _windows(
-    table: pa.Table, history_window: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Per row: how many items are earlier, the first one that the window shows, and the first one
-    that is stored."""
-    lengths, stored = _lengths(table)
-    earlier = lengths + stored
-    starts = window_start(earlier, history_window)
-    if (starts < stored).any():
+def _find_windows(split: Rows, history_window: tuple[int, int]) -> np.ndarray:
+    """Per row the first earlier item that the window shows."""
+    starts = window_start(split.order, history_window)
+    if (starts < split.dropped).any():
         raise InputError(
-            f"the data stores the {lengths.max()} latest items of a history, but the window "
+            f"the data stores the {split.stored.max()} latest items of a history, but the window "
             f"{history_window} shows up to {sum(history_window) - 1}: prepare it again with a "
             "larger --max-history"
         )
-    return earlier, starts, stored
+    return starts
 
 
-def _lengths(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Per row: how many items its history stores, and how many it leaves out before them."""
-    lengths = pc.list_value_length(table["history"]).to_numpy().astype(np.int64)
-    if "history_dropped" in table.column_names:
-        return lengths, table["history_dropped"].to_numpy()
-    return lengths, np.zeros_like(lengths)
-
-
-def _coded(column: pa.ChunkedArray | pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Ids as codes `(n,)`, and the ids behind them as one string object each, to be shared."""
-    codes, names = pd.factorize(column.to_pandas())
-    return codes, np.asarray(names, dtype=object)
-
-
-def _parts(keys: list[np.ndarray], order_by: np.ndarray, most: int) -> list[np.ndarray]:
+def _cut(keys: list[np.ndarray], order_by: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows cut into parts of equal keys and at most `most` rows, each sorted by `order_by`; the
-    parts in order of their first row."""
+    parts, in order of their first row, one after the other, and where each begins."""
     order = np.lexsort((order_by, *keys))
-    if not len(order):
-        return []
     new = np.ones(len(order), dtype=bool)
     new[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
     place = np.arange(len(order))
     within = place - np.maximum.accumulate(np.where(new, place, 0))
     starts = np.flatnonzero(within % most == 0)
-    ends = np.append(starts[1:], len(order))
+    lengths = np.diff(starts, append=len(order))
     by_row = np.argsort(order[starts])
-    return [order[a:b] for a, b in zip(starts[by_row], ends[by_row], strict=True)]
+    lengths = lengths[by_row]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return order[spread(starts[by_row], lengths)], offsets
 
 
-def history_tails(column: pa.ChunkedArray, rows: np.ndarray, skip: np.ndarray) -> list[list[Any]]:
-    """The history of each of `rows` without its first `skip` items.
-
-    Args:
-        column: lists of item ids, or of labels, none of them null.
-        rows: `(n,)`, which.
-        skip: `(n,)`, items to leave out at the beginning.
-    """
-    # Chunk by chunk: all histories together may be longer than one array can be.
-    found: list[list[Any]] = [[] for _ in rows]
-    order = np.argsort(rows)
-    first = 0
-    for chunk in column.chunks:
-        inside = np.searchsorted(rows[order], [first, first + len(chunk)])
-        which = order[slice(*inside)]
-        offsets = chunk.offsets.to_numpy()
-        starts = offsets[rows[which] - first] + skip[which]
-        lengths = offsets[rows[which] - first + 1] - starts
-        ends = np.cumsum(lengths)
-        if len(ends) and ends[-1]:
-            flat = np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1])
-            codes, names = _coded(chunk.values.take(pa.array(flat)))
-            items = names[codes].tolist()
-            for place, end, length in zip(which, ends.tolist(), lengths.tolist(), strict=True):
-                found[place] = items[end - length : end]
-        first += len(chunk)
-    return found
-
-
-def sample_group(groups: list[Group], max_labels: int, order: Sequence[int]) -> list[Group]:
+def sample_group(groups: Groups, max_labels: int, order: Sequence[int] | np.ndarray) -> Groups:
     """Whole groups in `order` until `max_labels` labels are reached; 0 keeps all."""
     if not max_labels:
         return groups
-    chosen, labels = [], 0
-    for index in order:
-        if labels >= max_labels:
-            break
-        chosen.append(groups[index])
-        labels += len(groups[index].rows)
-    return chosen
+    labels = np.cumsum(groups.sizes[order])
+    return groups.take(order[: int(np.searchsorted(labels, max_labels)) + 1])

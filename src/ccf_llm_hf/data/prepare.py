@@ -40,6 +40,7 @@ from ccf_llm_hf.data.validation import (
     parse_times,
 )
 from ccf_llm_hf.errors import InputError
+from ccf_llm_hf.io import lock_output
 
 MOVIELENS = {
     "ml-1m": read_movielens_1m,
@@ -78,10 +79,21 @@ def prepare(config: PrepareConfig, *, summary: bool = True) -> Path:
     _check_options(config)
     out = Path(config.out).expanduser()
     check_output(out)
+    with lock_output(out):
+        protocol = _prepare(config, out)
+    if summary:
+        print(format_summary(protocol, out))
+    return out
+
+
+def _prepare(config: PrepareConfig, out: Path) -> dict:
+    """Read, check, split and write; the folder's protocol."""
     with tqdm(total=4, desc=f"prepare {config.source}: read", unit="step") as bar:
         report = RejectionReport()
         if config.source == "collm":
-            samples, rows, items = collm.read_collm(_input_folder(config))
+            samples, rows, items, counts = collm.read_collm(_input_folder(config))
+            for place, (file, count) in enumerate(counts.items()):
+                report.account(file, count, int((rows["split"] == place).sum()), ())
             protocol = _protocol(config) | _published_protocol(collm.is_movielens(items))
             fields: list[str] = []
             bar.update(2)
@@ -113,9 +125,7 @@ def prepare(config: PrepareConfig, *, summary: bool = True) -> Path:
         _advance(bar, config, "write")
         write_prepared(out, samples, rows, items, protocol)
         bar.update()
-    if summary:
-        print(format_summary(protocol, out))
-    return out
+    return protocol
 
 
 def _advance(bar: tqdm, config: PrepareConfig, step: str) -> None:

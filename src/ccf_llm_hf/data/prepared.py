@@ -1,8 +1,10 @@
 """Read a prepared folder. Everything downstream of `prepare` gets its data through here."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -12,18 +14,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ccf_llm_hf.data.protocol import SPLITS
+from ccf_llm_hf.data.protocol import CHUNK_ROWS, SPLITS
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.configuration_ccf_llm import check_kinds
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
+
+    from ccf_llm_hf.data.rows import Histories, Rows
 
 PROTOCOL_FILE = "protocol.json"
 ITEMS_FILE = "items/items.parquet"
 INTERACTIONS_FILE = "interactions/interactions.parquet"
 FORMAT = "ccf-llm-prepared-2"
 HISTORIES = ("likes", "signed")
+STEEP = 1e3  # turns ratings into plain likes and dislikes
 ROW_COLUMNS = ("user_id", "item_id", "label", "timestamp", "not_cold")
 # What the columns of a prepared folder hold, those that are there.
 KINDS = {
@@ -33,8 +38,15 @@ KINDS = {
     "not_cold": "booleans",
     "rating": "numbers",
 }
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether an Arrow column holds text."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
 IS_KIND = {
-    "text": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+    "text": lambda kind: is_text(getattr(kind, "value_type", kind)),
     "integers": pa.types.is_integer,
     "lists": lambda kind: pa.types.is_list(kind) or pa.types.is_large_list(kind),
     "booleans": pa.types.is_boolean,
@@ -54,9 +66,32 @@ class Protocol(TypedDict, total=False):
     histories: str
 
 
+class Splits(Mapping[str, "Dataset"]):
+    """The splits of a prepared folder, each read, with all its histories, when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read: dict[str, Dataset] = {}
+
+    def __getitem__(self, name: str) -> "Dataset":
+        from datasets import Dataset
+
+        if name not in SPLITS:
+            raise KeyError(name)
+        if name not in self._read:
+            self._read[name] = Dataset(_read(self._folder, split_file(name)))
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(SPLITS)
+
+    def __len__(self) -> int:
+        return len(SPLITS)
+
+
 @dataclass
 class PreparedData:
-    """A prepared folder in memory.
+    """A prepared folder.
 
     `splits` has train, validation and test with columns user_id, item_id (str), label (int64),
     timestamp (int64, Unix seconds, but see `has_times`), history (list of item ids, oldest first),
@@ -67,17 +102,43 @@ class PreparedData:
     """
 
     path: Path
-    splits: "DatasetDict"
+    splits: "Mapping[str, Dataset]"
     items: "Dataset"
     protocol: dict
+    _rows: "dict[str, Rows]" = field(default_factory=dict, repr=False)
 
-    def lines(self) -> "dict[str, list[dict[str, Any]]] | None":
+    def rows(self, split: str) -> "Rows":
+        """A split as arrays, which take a tenth of the memory: its histories stay in the file."""
+        from ccf_llm_hf.data.rows import Rows
+
+        if split not in self._rows:
+            file = self.path / split_file(split)
+            names = pq.read_schema(file).names
+            self._rows[split] = Rows(names, partial(_batches, file))
+        return self._rows[split]
+
+    def lines(self) -> "Histories | None":
         """The users' whole histories as rows of validation and test may see them, if these are
         frozen; else None, since each row then has a history of its own."""
         from ccf_llm_hf.data.grouping import frozen_lines
 
-        frozen = self.protocol.get("frozen_histories")
-        return frozen_lines(self.splits["train"]) if frozen else None
+        return frozen_lines(self.rows("train")) if self.protocol.get("frozen_histories") else None
+
+    def rating_scale(self, fitted: tuple[float, float] | None = None) -> tuple[float, float] | None:
+        """How a processor reads the ratings of the histories; None where they have none.
+
+        Args:
+            fitted: `CFVectors.rating_scale`, which holds where the CF model has one.
+
+        Returns:
+            `(midpoint, slope)`; by default each rating is plainly a like or a dislike.
+
+        Raises:
+            InputError: the ratings do not decide the labels.
+        """
+        if self.rows("train").key != "rating":
+            return None
+        return fitted or (rating_midpoint(read_ratings(self.path)), STEEP)
 
 
 def split_file(split: str) -> str:
@@ -93,32 +154,40 @@ def load_prepared(data_dir: str | Path) -> PreparedData:
     """
     # Imported here: it takes half a second, and most of what reads a prepared folder needs no more
     # than pandas.
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
     folder = Path(data_dir)
     protocol = load_protocol(folder)
-    tables = {name: _read(folder, split_file(name)) for name in SPLITS}
-    for name, table in tables.items():
-        optional = KINDS.keys() & set(table.schema.names)
-        _check_columns(folder / split_file(name), table, (*ROW_COLUMNS, "history", *optional))
+    for name in SPLITS:
+        _check_split(folder / split_file(name))
     items, columns = _read(folder, ITEMS_FILE), ("item_id", "title")
     _check_columns(folder / ITEMS_FILE, items, (*columns, *protocol.get("item_fields", [])))
-    splits = DatasetDict({name: Dataset(table) for name, table in tables.items()})
-    return PreparedData(folder, splits, Dataset(items), protocol)
+    return PreparedData(folder, Splits(folder), Dataset(items), protocol)
 
 
-def interactions(data_dir: str | Path) -> pd.DataFrame:
+def interactions(
+    data_dir: str | Path, *, user: str | None = None, categories: bool = False
+) -> pd.DataFrame:
     """Every accepted interaction of a prepared folder, in order of time.
 
-    Columns: user_id, item_id, rating (float64, NaN if the data has labels only), label (int64),
-    timestamp (int64, see `has_times`), split (train, validation, test, or "" when in none).
+    Args:
+        data_dir: folder written by `ccf-llm prepare`.
+        user: raw id of one whose rows to read; default those of all.
+        categories: ids and splits as pandas categories, which take a fourth of the memory.
+
+    Returns:
+        Columns user_id, item_id, rating (float64, NaN if the data has labels only), label (int64),
+        timestamp (int64, see `has_times`), split (train, validation, test, or "" when in none).
 
     Raises:
         InputError: the folder or its interactions file is missing or cannot be read.
     """
     load_protocol(Path(data_dir))
     names = ("user_id", "item_id", "rating", "label", "timestamp", "split")
-    return _read(Path(data_dir), INTERACTIONS_FILE, names).to_pandas()
+    options: dict[str, Any] = {} if user is None else {"filters": [("user_id", "=", user)]}
+    if categories:
+        options["read_dictionary"] = ["user_id", "item_id", "split"]
+    return _read(Path(data_dir), INTERACTIONS_FILE, names, **options).to_pandas()
 
 
 def has_times(data_dir: str | Path) -> bool:
@@ -193,6 +262,15 @@ def read_item_fields(data_dir: str | Path, names: Sequence[str]) -> list[dict[st
     return _read(Path(data_dir), ITEMS_FILE, tuple(names)).to_pylist()
 
 
+def read_ratings(data_dir: str | Path) -> pd.DataFrame:
+    """Rating (float64, NaN where there is none) and label (int64) of every interaction.
+
+    Raises:
+        InputError: as `interactions`.
+    """
+    return _read_columns(data_dir, INTERACTIONS_FILE, ("rating", "label"))
+
+
 def rating_midpoint(rows: pd.DataFrame) -> float:
     """Halfway between the highest disliked and the lowest liked rating.
 
@@ -235,21 +313,43 @@ def _read_columns(data_dir: str | Path, name: str, columns: tuple[str, ...]) -> 
     return _read(Path(data_dir), name, columns).to_pandas()
 
 
-def _read(folder: Path, name: str, columns: tuple[str, ...] | None = None) -> pa.Table:
-    """A file's table, all of it or these columns in their order."""
-    try:
+def _read(
+    folder: Path, name: str, columns: tuple[str, ...] | None = None, **options: Any
+) -> pa.Table:
+    """A file's table, all of it or these columns in their order; `options` of `pq.read_table`."""
+    with _reading(folder / name):
         there = pq.read_schema(folder / name).names
         wanted = there if columns is None else [column for column in columns if column in there]
-        table = pq.read_table(folder / name, columns=wanted).select(wanted)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(
-            f"{folder / name} is missing or damaged: run `ccf-llm prepare` again"
-        ) from error
+        table = pq.read_table(folder / name, columns=wanted, **options).select(wanted)
     _check_columns(folder / name, table, columns or ())
     return table
 
 
-def _check_columns(file: Path, table: pa.Table, needed: Sequence[str]) -> None:
+def _batches(file: Path, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """A file's rows, some at a time."""
+    with _reading(file), pq.ParquetFile(file) as opened:
+        yield from opened.iter_batches(CHUNK_ROWS, columns=list(columns))
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{file} is missing or damaged: run `ccf-llm prepare` again") from error
+
+
+def _check_split(file: Path) -> None:
+    """As `_check_columns`, of all columns of a split, some rows at a time."""
+    with _reading(file):
+        schema = pq.read_schema(file)
+    needed = (*ROW_COLUMNS, "history", *(KINDS.keys() & set(schema.names)))
+    _check_columns(file, schema.empty_table(), needed)
+    for batch in _batches(file, schema.names):
+        _check_columns(file, batch, needed)
+
+
+def _check_columns(file: Path, table: pa.Table | pa.RecordBatch, needed: Sequence[str]) -> None:
     """Raise InputError for a column that is missing or holds what `prepare` does not write."""
     names = table.schema.names
     wrong = next((f"has no column {name!r}" for name in needed if name not in names), "")

@@ -48,9 +48,10 @@ class RawTables:
     parquet file. `malformed_*` are numbers of lines with a wrong number of fields, which are in
     neither table. `untitled_items` has the first line, in the interactions, of each item that is
     left out of `items` for want of a title. `not_rated` are the lines of interactions that hold no
-    rating, which are not in the table either. Users with fewer than `min_user_rows` usable rows are
-    to be left out. `interactions_read` and `items_read` are numbers of rows that the files hold,
-    counted apart from reading them; None where the table is none of a file's own.
+    rating, which are not in the table either; nor are `outside` rows of another time than the
+    source's, of which `first_outside` are the first lines. Users with fewer than `min_user_rows`
+    usable rows are to be left out. `interactions_read` and `items_read` are numbers of rows that
+    the files hold, counted apart from reading them; None where the table is none of a file's own.
     """
 
     interactions: pd.DataFrame
@@ -62,6 +63,8 @@ class RawTables:
     rating_range: tuple[float, float] | None = None
     untitled_items: list[int] = field(default_factory=list)
     not_rated: list[int] = field(default_factory=list)
+    first_outside: list[int] = field(default_factory=list)
+    outside: int = 0
     min_user_rows: int = 0
     interactions_read: int | None = None
     items_read: int | None = None

@@ -28,6 +28,7 @@ POLICIES = {
     "conflicting_duplicate": "same user, item and time as an earlier row, other value: first kept",
     "repeated_pair": "same user and item as an earlier row, in data without times: first kept",
     "not_rated": "rating 0, which means not rated: dropped",
+    "other_time": "rated outside the source's time: dropped",
     "inactive_user": "user with fewer usable rows than the source's rule asks for: dropped",
     "other_user": "user of another part than the one asked for: dropped",
     "malformed_item_line": "items table, wrong number of fields: dropped",
@@ -55,12 +56,13 @@ class RejectionReport:
     reasons: dict[str, dict] = field(default_factory=dict)
     tables: dict[str, dict] = field(default_factory=dict)
 
-    def add(self, reason: str, file: str, lines: list[int]) -> None:
-        """Record rows that were rejected for one of the reasons in `POLICIES`."""
+    def add(self, reason: str, file: str, lines: list[int], count: int | None = None) -> None:
+        """Record rows that were rejected for one of the reasons in `POLICIES`; `count` of them
+        where `lines` are the first alone."""
         if lines:
             examples = [f"{file}:{line}" for line in sorted(lines)[:MAX_EXAMPLES]]
             self.reasons[reason] = {
-                "count": len(lines),
+                "count": len(lines) if count is None else count,
                 "policy": POLICIES[reason],
                 "examples": examples,
             }
@@ -177,6 +179,7 @@ def clean_interactions(
         rows = _drop(rows, pd.Series(others, index=rows.index), "other_user", file, report)
         if rows.empty:
             raise InputError(f"{file}: no user is in part {number} of {parts}: ask for fewer parts")
+    report.add("other_time", file, raw.first_outside, raw.outside)
     of_rows = [reason for reason in POLICIES if reason not in (*OF_ITEMS, *KEPT)]
     report.account(file, raw.interactions_read, len(rows), of_rows)
     rows[value] = rows[value].astype("int64" if value == "label" else "float64")

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
@@ -22,7 +23,7 @@ from ccf_llm_hf.data.prepared import load_protocol
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.hub.card_metadata import build_metadata, find_hub_backbone
 from ccf_llm_hf.hub.card_tables import differences_table, format_number, methods_table
-from ccf_llm_hf.hub.checkpoint_files import CARD_FILE, FACTS_FILE, cut_paths
+from ccf_llm_hf.hub.checkpoint_files import CARD_FILE, EXAMPLE_FILE, FACTS_FILE, cut_paths
 from ccf_llm_hf.io import sha256_of, write_json, write_text
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CATALOG_FILE, read_ids
 from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
@@ -178,6 +179,7 @@ def render_card(folder: Path, facts: CardFacts, *, repo: str = "") -> str:
         backbone_asset=asset,
         base_model=data.base_model,
         backbone_terms=terms,
+        printed=tell_printed(folder, facts.example, config.logit_temperature),
         requirements=REQUIREMENTS,
         license=data.license,
         movielens="movielens" in str(facts.protocol.get("source", "")).lower(),
@@ -188,6 +190,24 @@ def render_card(folder: Path, facts: CardFacts, *, repo: str = "") -> str:
         differences_table=differences_table,
     )
     return str(card).rstrip() + "\n"
+
+
+def tell_printed(
+    folder: Path, example: Mapping[str, list[str]], temperature: float
+) -> dict[str, str]:
+    """What the card's code prints, by the logits that `example.json` records of its call: the
+    `tensor` of probabilities and the three lines of the `ranked` list; empty without a record."""
+    file = folder / EXAMPLE_FILE
+    try:
+        calls = json.loads(file.read_text(encoding="utf-8"))["calls"] if file.is_file() else []
+        (logits,) = (call["logits"] for call in calls if call["inputs"] == example)
+        chances = torch.sigmoid(torch.tensor(logits) / temperature)
+        pairs = zip(chances[0].tolist(), example["candidates"], strict=True)
+    except (ValueError, KeyError, TypeError):
+        return {}  # a damaged record is the business of who reads it: `hub.example`
+    ranked = sorted(pairs, key=lambda pair: -pair[0])[:3]
+    lines = "\n".join(f"{chance:.3f}  {title}" for chance, title in ranked)
+    return {"tensor": str(chances), "ranked": lines}
 
 
 def name_source_to_supply(config: CCFLLMConfig, source: str) -> str:

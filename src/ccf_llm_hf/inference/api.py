@@ -50,7 +50,10 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     504: {"model": Problem, "description": "There was no answer in time."},
 }
 NO_TOKEN: dict[int | str, dict[str, Any]] = {
-    401: {"model": Problem, "description": "The token is missing or wrong."}
+    401: {
+        "description": "The token is missing or wrong.",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
 }
 
 
@@ -86,7 +89,7 @@ def build_api(
 ) -> FastAPI:
     """The service as an ASGI application: `/rank`, `/predict`, `/explain`, `/health`, `/metrics`.
 
-    Requests that wait together share forward passes; the model runs in one thread. From here on
+    Requests that wait together share forward passes; the model runs in one thread. While it serves
     the package warns of nothing, since its warnings quote users and items: answers name those that
     the model does not know.
 
@@ -97,7 +100,6 @@ def build_api(
         timeout: seconds after which a request is answered 504.
         log: takes a line per request, as a dict.
     """
-    logging.getLogger("ccf_llm_hf").setLevel(logging.ERROR)
 
     def answer(bodies: Sequence[Body]) -> list[Any]:
         return type(bodies[0]).answer(ranker, bodies)
@@ -113,8 +115,12 @@ def build_api(
 
     @asynccontextmanager
     async def run_batcher(_: FastAPI) -> AsyncIterator[None]:
+        package = logging.getLogger("ccf_llm_hf")
+        before = package.level
+        package.setLevel(logging.ERROR)
         with batcher:
             yield
+        package.setLevel(before)
 
     async def shed(_: Request, error: Any) -> Response:
         measurements.rejected.inc()

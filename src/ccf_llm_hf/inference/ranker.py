@@ -136,15 +136,18 @@ class CTRRanker:
         pairs = _pair_list(pairs)
         requests: dict[Any, Request] = {}
         places: dict[Any, list[int]] = {}
+        read, seen_of = self.processor, dict[int, tuple[Any, ...]]()
         for place, pair in enumerate(pairs):
+            given = pair.get("history") if isinstance(pair, Mapping) else None
             user, history, item = _read_pair(pair, place)
-            read = self.processor
-            with refusing(f"pair {place}: "):
-                seen = [
-                    (read.item_text(past), read.new_values(past), read.target(past))
-                    for past in history
-                ]
-            key = (user, tuple(seen))
+            # Many pairs share one list: it is looked up once.
+            if id(given) not in seen_of:
+                with refusing(f"pair {place}: "):
+                    seen_of[id(given)] = tuple(
+                        (read.item_text(past), read.new_values(past), read.target(past))
+                        for past in history
+                    )
+            key = (user, seen_of[id(given)])
             requests.setdefault(key, Request(user, history)).candidates.append(item)
             places.setdefault(key, []).append(place)
         logits = np.empty(len(pairs), dtype=np.float32)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,15 @@ MANIFEST = "_manifest.json"  # readers of a folder of parquet files pass over su
 
 
 @dataclass
+class Shard:
+    """Some pairs: the `number` of their file, and the `first`'s row among all pairs."""
+
+    number: int
+    first: int
+    pairs: pa.Table
+
+
+@dataclass
 class PairScorer:
     """Scores pairs shard by shard; memory holds one shard.
 
@@ -42,7 +51,7 @@ class PairScorer:
 
     ranker: CTRRanker
     identity: str
-    histories: Mapping[str, list[str]] = field(default_factory=dict)
+    histories: Mapping[str, list[Any]] = field(default_factory=dict)
     shard_rows: int = 20_000
 
     def run(self, pairs: Path, out: Path) -> dict[str, Any]:
@@ -73,7 +82,7 @@ class PairScorer:
         manifest = {
             "pairs": source.fingerprint(),
             "checkpoint": self.identity,
-            "histories": _digest(json.dumps(sorted(self.histories.items())).encode()),
+            "histories": _digest(self.histories),
             "shard_rows": self.shard_rows,
         }
         if any(place.is_file() for place in (out, *out.parents)):
@@ -88,17 +97,24 @@ class PairScorer:
         rows = new_rows = 0
         unknown: tuple[dict[Any, None], ...] = ({}, {})
         with tqdm(total=source.rows, desc="scoring", unit=" pairs") as bar:
-            for number, shard in enumerate(source.shards(self.shard_rows)):
-                path = out / f"part-{number:05d}.parquet"
-                ids = [_read_ids(shard, name, rows) for name in KEYS]
-                for known, new in zip(unknown, self.ranker.unknown(*ids), strict=True):
-                    known.update(dict.fromkeys(new))
-                if not path.exists():
-                    scores = self._score(shard, first=rows)
-                    write_file(path, partial(pq.write_table, scores))
-                    new_rows += len(shard)
-                rows += len(shard)
-                bar.update(len(shard))
+
+            def missing() -> Iterator[Shard]:
+                nonlocal rows
+                for number, pairs in enumerate(source.shards(self.shard_rows)):
+                    shard = Shard(number, rows, pairs)
+                    ids = [_read_ids(shard, name) for name in KEYS]
+                    for known, new in zip(unknown, self.ranker.unknown(*ids), strict=True):
+                        known.update(dict.fromkeys(new))
+                    rows += len(pairs)
+                    if not _part(out, number).exists():
+                        yield shard
+                    else:
+                        bar.update(len(pairs))
+
+            for number, scores in self.score_shards(missing()):
+                write_file(_part(out, number), partial(pq.write_table, scores))
+                new_rows += len(scores)
+                bar.update(len(scores))
         if not rows:
             raise InputError(f"{source.path} has no rows: nothing to score")
         counts = dict(zip(("unknown_users", "unknown_items"), map(len, unknown), strict=True))
@@ -107,12 +123,23 @@ class PairScorer:
         said = describe_unknown(self.ranker.processor, *map(list, unknown))
         return finished | {"new_rows": new_rows, "unknown": said}
 
-    def _score(self, shard: pa.Table, first: int) -> pa.Table:
-        users, items = (_read_ids(shard, name, first) for name in KEYS)
-        has_history = "history" in shard.column_names
-        given = shard["history"].to_pylist() if has_history else [None] * len(users)
+    def score_shards(self, shards: Iterable[Shard]) -> Iterator[tuple[int, pa.Table]]:
+        """Numbers of shards and their scores, in any order."""
+        for shard in shards:
+            yield shard.number, self.score(shard)
+
+    def score(self, shard: Shard) -> pa.Table:
+        """What a shard's file holds.
+
+        Raises:
+            InputError: naming the row.
+        """
+        users, items = (_read_ids(shard, name) for name in KEYS)
+        has_history = "history" in shard.pairs.column_names
+        given = shard.pairs["history"].to_pylist() if has_history else [None] * len(users)
+        of_users = {user: self.histories.get(user, []) for user in dict.fromkeys(users)}
         histories = [
-            self.histories.get(user, []) if history is None else history
+            of_users[user] if history is None else history
             for user, history in zip(users, given, strict=True)
         ]
         pairs = [
@@ -122,22 +149,27 @@ class PairScorer:
         try:
             logits = self.ranker.pair_logits(pairs)
         except InputError as problem:
-            raise InputError(f"in the pairs from row {first} on: {problem}") from problem
+            raise InputError(f"in the pairs from row {shard.first} on: {problem}") from problem
         scores = {"logit": logits, "probability": self.ranker.probabilities(logits)}
-        table = shard.select(list(KEYS))
+        table = shard.pairs.select(list(KEYS))
         for name, values in scores.items():
             table = table.append_column(name, pa.array(values.astype(np.float32)))
         return table
 
 
-def _read_ids(shard: pa.Table, name: str, first: int) -> list[str]:
-    """A column of ids, none of them missing; `first` is the shard's first row."""
+def _part(out: Path, number: int) -> Path:
+    return out / f"part-{number:05d}.parquet"
+
+
+def _read_ids(shard: Shard, name: str) -> list[str]:
+    """A column of ids, none of them missing."""
     try:
-        ids = as_ids(shard[name].to_pandas(integer_object_nulls=True).rename(name)).tolist()
+        column = shard.pairs[name].to_pandas(integer_object_nulls=True)
+        ids = as_ids(column.rename(name)).tolist()
     except InputError as error:
-        raise InputError(f"in the pairs from row {first} on: {error}") from error
+        raise InputError(f"in the pairs from row {shard.first} on: {error}") from error
     if "" in ids:
-        row = first + ids.index("")
+        row = shard.first + ids.index("")
         raise InputError(f"row {row} of the pairs has no {name}: fill it or drop the row")
     return ids
 
@@ -190,9 +222,11 @@ class _Source:
 
     def _malformed(self, error: Exception | None = None) -> InputError:
         where = malformed_line(self.path, self.delimiter) or " ".join(str(error).split())
+        mend = "mend it (a value that holds the delimiter or a quote is written in quotes)"
+        if where.endswith("not UTF-8"):
+            mend = "save it as UTF-8, if it is UTF-16 or Latin-1 (as Windows and Excel write it)"
         return InputError(
-            f"{self.path} is not a well-formed CSV file: {where}: mend it (a value that holds the "
-            "delimiter or a quote is written in quotes), or give parquet"
+            f"{self.path} is not a well-formed CSV file: {where}: {mend}, or give parquet"
         )
 
     def fingerprint(self) -> str:
@@ -268,5 +302,10 @@ def _claim(out: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _digest(histories: Mapping[str, list[Any]]) -> str:
+    """Of the sorted (user, history) pairs as JSON."""
+    digest = hashlib.sha256(b"[")
+    for place, user in enumerate(sorted(histories)):
+        digest.update((", " * (place > 0) + json.dumps([user, histories[user]])).encode())
+    digest.update(b"]")
+    return digest.hexdigest()

@@ -10,7 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ccf_llm_hf.data.grouping import Group, group_split
+from ccf_llm_hf.data.grouping import Groups, group_split
+from ccf_llm_hf.data.rows import Rows
 from ccf_llm_hf.io import write_file
 from ccf_llm_hf.modeling.modeling_ccf_llm import CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
@@ -22,7 +23,7 @@ MAX_CANDIDATES = 512  # rows of one user packed behind one history
 def score_table(
     model: CCFLLMForCTR,
     processor: CCFLLMProcessor,
-    split: datasets.Dataset,
+    split: datasets.Dataset | Rows,
     *,
     lines: Mapping[str, list[Any]] | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -34,7 +35,7 @@ def score_table(
     Args:
         model: a model.
         processor: its processor, whose history window is used.
-        split: a prepared split (see `data.load_prepared`).
+        split: a prepared split, as `load_prepared(folder).splits` or its `rows` have it.
         lines: the users' whole histories, where those of the split are frozen
             (`PreparedData.lines`); evidence is found in them.
         tokens_per_batch: tokens of a batch, at most (but for a single longer row of candidates).
@@ -48,34 +49,41 @@ def score_table(
     Raises:
         InputError: the data's histories hold something else than the model reads.
     """
-    groups = group_split(split, processor, max_candidates, lines=lines)
-    scores = score(model, processor, groups, tokens_per_batch=tokens_per_batch, progress=progress)
-    logits = _by_row(groups, scores, len(split))
-    return _table(split, logits, model.probabilities(logits))
+    rows = Rows.of(split)
+    groups = group_split(rows, processor, max_candidates, lines=lines)
+    options = {"tokens_per_batch": tokens_per_batch, "progress": progress}
+    scores = [s for part in groups.parts() for s in score(model, processor, part, **options)]
+    logits = _by_row(groups, scores)
+    return _table(rows, logits, model.probabilities(logits))
 
 
 def score_cf_table(
     model: CCFLLMForCTR,
     processor: CCFLLMProcessor,
-    split: datasets.Dataset,
+    split: datasets.Dataset | Rows,
     *,
     lines: Mapping[str, list[Any]] | None = None,
 ) -> pd.DataFrame:
     """The table of `score_table`, of the model's CF logit alone: the control for what words add."""
-    groups = group_split(split, processor, MAX_CANDIDATES, lines=lines)
-    logits = _by_row(groups, score_cf_logit(model, processor, groups), len(split))
-    return _table(split, logits, logits.sigmoid())
+    rows = Rows.of(split)
+    groups = group_split(rows, processor, MAX_CANDIDATES, lines=lines)
+    scores = [s for part in groups.parts() for s in score_cf_logit(model, processor, part)]
+    logits = _by_row(groups, scores)
+    return _table(rows, logits, logits.sigmoid())
 
 
-def _by_row(groups: Sequence[Group], scores: Sequence[Tensor], rows: int) -> Tensor:
-    logits = torch.full((rows,), torch.nan)
-    for group, values in zip(groups, scores, strict=True):
-        logits[group.rows] = values
+def _by_row(groups: Groups, scores: Sequence[Tensor]) -> Tensor:
+    logits = torch.full((len(groups.rows),), torch.nan)
+    logits[groups.rows] = torch.cat([torch.empty(0), *scores])
     return logits
 
 
-def _table(split: datasets.Dataset, logits: Tensor, prob: Tensor) -> pd.DataFrame:
-    keys = {name: list(split[name]) for name in ("user_id", "item_id", "label")}
+def _table(rows: Rows, logits: Tensor, prob: Tensor) -> pd.DataFrame:
+    keys = {
+        "user_id": rows.user_names[rows.users].tolist(),
+        "item_id": rows.item_names[rows.items].tolist(),
+        "label": rows.labels.astype(np.int64),
+    }
     return pd.DataFrame({**keys, "score": logits.numpy(), "prob": prob.numpy()})
 
 

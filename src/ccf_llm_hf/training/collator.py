@@ -24,7 +24,7 @@ class GroupDataset(Dataset[Group]):
     the number of forward passes and adds nothing to loss, gradient or label count."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        self.groups = list(groups)
+        self.groups = groups
 
     def __len__(self) -> int:
         return len(self.groups)

@@ -19,6 +19,7 @@ from transformers import BatchFeature
 
 from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.grouping import Group
+from ccf_llm_hf.data.rows import Rows
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.modeling.checkpoint_ccf_llm import CF_TENSORS
 from ccf_llm_hf.modeling.configuration_ccf_llm import CCFLLMConfig
@@ -48,7 +49,8 @@ def decode_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 class CrossFitTable(CFTable):
     """The last fit as a [`CFTable`], which is what is saved, and all fits behind it.
 
-    `fits_*` are buffers with the fits as their first dimension, the last fit first.
+    `fits_*` are buffers with the fits as their first dimension: the tensors of the `CFVectors`
+    themselves, which lie in its file, so that processes share them.
     """
 
     fits_offset: Tensor
@@ -59,7 +61,7 @@ class CrossFitTable(CFTable):
         super().__init__(config)
         self.fill(cf)
         for name in CF_TENSORS:
-            self._keep(name, getattr(cf, name).roll(1, dims=0))
+            self._keep(name, getattr(cf, name))
         for side in ("user", "item"):
             every = zip(
                 getattr(self, f"fits_{side}_vectors"),
@@ -69,7 +71,7 @@ class CrossFitTable(CFTable):
             scales = [rms_of_known(vectors, known) for vectors, known in every]
             self._keep(f"{side}_scale", torch.stack(scales))
         if cf.cross_fit == "users":  # as in the last fit, which is what is saved
-            self.fits_user_known.zero_()
+            self._keep("user_known", torch.zeros_like(cf.user_known))
 
     def _keep(self, name: str, fits: Tensor) -> None:
         self.register_buffer(f"fits_{name}", fits, persistent=False)
@@ -78,7 +80,7 @@ class CrossFitTable(CFTable):
         self, side: str, rows: Tensor, new: NewFields | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `CFTable.lookup`, each row by its own fit, new items by the last."""
-        fits, rows = decode_rows(rows)
+        fits, rows = _decode_fits(rows)
         vectors = getattr(self, f"fits_{side}_vectors")  # (fits, rows, cf_dim)
         known = getattr(self, f"fits_{side}_known")
         default = getattr(self, f"fits_default_{side}")[fits]
@@ -96,17 +98,24 @@ class CrossFitTable(CFTable):
     ) -> tuple[Tensor, Tensor]:
         """As `lookup`, at the scale that ALG takes, which differs from fit to fit."""
         vectors, seen = self.lookup(side, rows, new)
-        fits, _ = decode_rows(rows)
+        fits, _ = _decode_fits(rows)
         return vectors / getattr(self, f"fits_{side}_scale")[fits], seen
 
     def fit_of(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """As `CFTable.fit_of`. Padding carries its fit too: a history may be empty."""
-        fits, _ = decode_rows(items)
+        fits, _ = _decode_fits(items)
         return self.fits_default_user[fits], self.fits_offset[fits]
 
     def values_of(self, items: Tensor, new: NewFields | None = None) -> Tensor:
         """As `CFTable.values_of`: all fits have the same values."""
         return super().values_of(decode_rows(items)[1], new)
+
+
+def _decode_fits(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """As `decode_rows`, with fits as places in the `fits_*`: 0, of rows without one, is the last,
+    as -1 is in an index."""
+    fits, rows = decode_rows(rows)
+    return fits - 1, rows
 
 
 def check_folded(model: CCFLLMForCTR, cf: CFVectors, reads_logit: bool) -> None:
@@ -122,7 +131,7 @@ def check_folded(model: CCFLLMForCTR, cf: CFVectors, reads_logit: bool) -> None:
         )
 
 
-def check_known(model: CCFLLMForCTR, cf: CFVectors, rows: Dataset) -> None:
+def check_known(model: CCFLLMForCTR, cf: CFVectors, rows: Rows) -> None:
     """Tell how many users and items of the training rows the CF vectors do not know. Folded-in
     users have no vector of their own to be known by.
 
@@ -132,7 +141,7 @@ def check_known(model: CCFLLMForCTR, cf: CFVectors, rows: Dataset) -> None:
     for side, own in (("user", cf.user_ids), ("item", cf.item_ids)):
         if not own or (side == "user" and model.config.cf_fold_in):
             continue
-        ids = pd.Index(rows.unique(f"{side}_id"))
+        ids = pd.Index(getattr(rows, f"{side}_names"))
         unknown = ids[~ids.isin(own)]
         if not len(unknown):
             continue
@@ -165,18 +174,18 @@ def _leave_out_fits(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]
     return (decode_rows(args[0])[1], *args[1:])
 
 
-def choose_fits(split: Dataset, cf: CFVectors) -> list[int]:
-    """For each training row of a split, the fit that left it out; -1 is the last."""
-    columns = (np.asarray(split[name]) for name in ("user_id", "item_id", "timestamp"))
-    fits = cf.training_fits(*columns)
-    return torch.where(fits == cf.num_fits - 1, -1, fits).tolist()
+def choose_fits(split: Dataset | Rows, cf: CFVectors) -> np.ndarray:
+    """For each training row of a split, the fit `(n,)` that left it out; -1 is the last."""
+    rows = Rows.of(split)
+    users, items = rows.user_names[rows.users], rows.item_names[rows.items]
+    fits = cf.training_fits(users, items, rows.timestamps()).numpy()
+    return np.where(fits == cf.num_fits - 1, -1, fits)
 
 
 def encode_fits(batch: BatchFeature, groups: Sequence[Group]) -> BatchFeature:
     """Let every row of a packed batch carry the group's `fit`; -1 is the last.
 
-    Sequence i of the batch is that of group i. Fit s stands at place s + 1 of
-    [`CrossFitTable`], the last one at place 0.
+    Sequence i of the batch is that of group i. Fit s is written as s + 1, the last one as 0.
     """
     fits = torch.tensor([group.fit + 1 for group in groups])
     # Tokens of the shared instruction belong to no sequence, and have no slots.

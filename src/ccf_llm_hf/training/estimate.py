@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ccf_llm_hf.data.grouping import Group
+from ccf_llm_hf.data.grouping import Group, Groups
 from ccf_llm_hf.modeling.modeling_ccf_llm import read_texts
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
 from ccf_llm_hf.training.memory import peak_memory
@@ -80,13 +80,15 @@ def estimate_recipe(recipe: Recipe, inputs: RunInputs) -> list[StageEstimate]:
 def _estimate_stage(run: StageRun, stage: Stage) -> StageEstimate:
     trainer = run.build_trainer()
     run.check_validated(trainer)
+    train, validation = trainer.train_groups, trainer.eval_groups
+    assert train is not None and validation is not None
     args, sampler = trainer.args, trainer.batch_sampler
     steps = args.max_steps
     if steps <= 0:
         steps = math.ceil(sampler.steps_per_epoch * args.num_train_epochs)
     validations = math.ceil(args.num_train_epochs)
-    if args.eval_strategy == "steps" and args.eval_steps:
-        validations = steps // int(args.eval_steps)
+    if args.eval_strategy == "steps":
+        validations = steps // int(args.eval_steps or steps)
     seconds = _time_steps(trainer)
     labels, tokens = sum(sampler.labels), sum(sampler.lengths)
     share = steps / sampler.steps_per_epoch
@@ -95,12 +97,12 @@ def _estimate_stage(run: StageRun, stage: Stage) -> StageEstimate:
         labels=round(labels * share),
         steps=steps,
         tokens_per_label=tokens / labels,
-        longest_prompt=longest_prompt(
-            [*trainer.train_groups, *trainer.eval_groups], trainer.processing_class
+        longest_prompt=max(
+            longest_prompt(groups, trainer.processing_class) for groups in (train, validation)
         ),
         positions=getattr(trainer.model.config.text_config, "max_position_embeddings", None),
         train_minutes=seconds * steps / 60,
-        validation_minutes=_time_validation(trainer) * validations / 60,
+        validation_minutes=_time_validation(trainer, validation) * validations / 60,
         text_minutes=_time_texts(trainer, stage) / 60,
         memory_gb=peak_memory(),
     )
@@ -141,16 +143,15 @@ def _learn(
     optimizer.zero_grad()
 
 
-def _time_validation(trainer: CTRTrainer) -> float:
+def _time_validation(trainer: CTRTrainer, groups: Groups) -> float:
     """Seconds of one validation, by some of its rows."""
-    groups = trainer.eval_groups
     lengths = [trainer.processing_class.count_tokens(group) for group in groups]
     some, tokens = 0, 0
     while some < len(groups) and tokens < VALIDATED_TOKENS:
         tokens += lengths[some]
         some += 1
     started = time.monotonic()
-    trainer.score(groups[:some])
+    trainer.score(groups.take(range(some)))
     return (time.monotonic() - started) * sum(lengths) / max(1, tokens)
 
 

@@ -8,8 +8,11 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from ccf_llm_hf.training.trainer import CTRTrainer
+
+logger = logging.get_logger(__name__)
 
 
 def train_or_resume(trainer: CTRTrainer) -> list[dict[str, float]]:
@@ -44,7 +47,14 @@ def _train_on(trainer: CTRTrainer, checkpoint: Path | None) -> list[dict[str, fl
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The latest trainer checkpoint that was written to its end; None when there is none."""
-    return max(filter(is_whole, trainer_checkpoints(folder)), key=_step, default=None)
+    for checkpoint in sorted(trainer_checkpoints(folder), key=_step, reverse=True):
+        if is_whole(checkpoint):
+            return checkpoint
+        logger.warning(
+            "%s was not written to its end, or is damaged: training goes on from before it.",
+            checkpoint / TRAINER_STATE_NAME,
+        )
+    return None
 
 
 def is_whole(checkpoint: Path) -> bool:

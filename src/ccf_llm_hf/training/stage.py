@@ -24,9 +24,7 @@ from ccf_llm_hf.data.prepared import (
     ITEMS_FILE,
     PROTOCOL_FILE,
     PreparedData,
-    interactions,
     load_prepared,
-    rating_midpoint,
     split_file,
 )
 from ccf_llm_hf.errors import InputError
@@ -48,7 +46,6 @@ from ccf_llm_hf.training.warm_start import hash_start, hash_start_settings, warm
 CHECKPOINT = "checkpoint"
 RECORD_FILE = "stage.json"
 TEXT_CACHE = "text_states"  # folder in the cache, of what a language model made of catalogs' words
-STEEP = 1e3  # turns ratings into plain likes and dislikes
 SHARED_SETTINGS = ("backbone", "backbone_revision", "seed", "precision")
 UNTOLD = ("items", "CF catalog", "backbone files", "starting settings")  # by older records
 STAGE_SETTINGS = ("name", "preset", "init_from", "model", "prompt", "lora", "training")
@@ -229,8 +226,8 @@ class StageRun:
             return CTRTrainer(
                 model,
                 self.training_arguments(),
-                self.inputs.data.splits["train"],
-                self.inputs.data.splits["validation"],
+                self.inputs.data.rows("train"),
+                self.inputs.data.rows("validation"),
                 processor,
                 peft_config=lora,
                 cf=self.inputs.cf,
@@ -292,12 +289,8 @@ class StageRun:
     def choose_rating_scale(self) -> tuple[float, float] | None:
         """How ratings of the histories are read: as the CF model was fitted to them, else by the
         side of the label's threshold that they lie on."""
-        data = self.inputs.data
-        if "history_ratings" not in data.splits["train"].column_names:
-            return None
-        if self.inputs.cf is not None and self.inputs.cf.rating_scale:
-            return self.inputs.cf.rating_scale
-        return rating_midpoint(interactions(data.path)), STEEP
+        cf = self.inputs.cf
+        return self.inputs.data.rating_scale(None if cf is None else cf.rating_scale)
 
     def choose_histories(self) -> str:
         """What histories hold, likes only or dislikes too: as the data was prepared."""
@@ -397,7 +390,7 @@ def summarize_training(trainer: CTRTrainer, history: list[dict[str, float]]) -> 
         "best_step": int(best["step"]),
         "steps": trainer.state.global_step,
         "train_labels": sum(trainer.batch_sampler.labels),
-        "validation_labels": sum(len(group.rows) for group in trainer.eval_groups),
+        "validation_labels": int(trainer._groups_of(None).sizes.sum()),
         "trainable_parameters": sum(
             p.numel() for p in trainer.model.parameters() if p.requires_grad
         ),

@@ -5,7 +5,8 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,26 +17,28 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, PredictionOutput
 from transformers.utils import logging
 
 from ccf_llm_hf.cf.vectors import CFVectors
 from ccf_llm_hf.data.grouping import (
-    Group,
+    Groups,
     check_histories,
     frozen_lines,
     group_split,
     group_streams,
     sample_group,
 )
+from ccf_llm_hf.data.rows import Rows
 from ccf_llm_hf.errors import InputError
 from ccf_llm_hf.evaluation.metrics import TEMPERATURES, auc, fit_temperature, uauc
-from ccf_llm_hf.modeling.checkpoint_ccf_llm import FUSION_FILE
+from ccf_llm_hf.modeling.checkpoint_ccf_llm import FUSION_FILE, one_line
 from ccf_llm_hf.modeling.configuration_ccf_llm import IGNORED_LABEL, CCFLLMConfig
 from ccf_llm_hf.modeling.modeling_ccf_llm import CF_INPUTS, CCFLLMForCTR
 from ccf_llm_hf.modeling.processing_ccf_llm import CCFLLMProcessor
-from ccf_llm_hf.modeling.ranking_ccf_llm import check_positions, score
+from ccf_llm_hf.modeling.ranking_ccf_llm import check_positions, cut_by_budget, score
 from ccf_llm_hf.training.arguments import DEFAULT_RATES, MOST_EPOCHS, CTRTrainingArguments
 from ccf_llm_hf.training.collator import (
     GroupDataLoader,
@@ -51,6 +54,7 @@ from ccf_llm_hf.training.cross_fit import (
 )
 from ccf_llm_hf.training.lora import inject_lora, record_of
 from ccf_llm_hf.training.memory import HeapTrimmer
+from ccf_llm_hf.training.sharding import by_ddp, shard_backbone, sharding_asked
 from ccf_llm_hf.training.warm_start import load_trained_weights
 
 logger = logging.get_logger(__name__)
@@ -90,7 +94,8 @@ class CTRTrainer(Trainer):
     Args:
         model: by `CCFLLMForCTR.from_backbone` or `from_pretrained`.
         args: default `CTRTrainingArguments()`.
-        train_dataset: rows as `load_prepared(folder).splits["train"]` has them.
+        train_dataset: rows as `load_prepared(folder).splits["train"]` has them, or, in a tenth of
+            the memory, as its `rows("train")` gives them.
         eval_dataset: rows of the validation split; their AUC chooses the checkpoint.
         processing_class: the model's processor; its window groups the rows. Where its histories are
             answered, a user's training rows are streams of at most the longest window's lines.
@@ -113,8 +118,8 @@ class CTRTrainer(Trainer):
         self,
         model: CCFLLMForCTR,
         args: CTRTrainingArguments | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        train_dataset: Dataset | Rows | None = None,
+        eval_dataset: Dataset | Rows | None = None,
         processing_class: CCFLLMProcessor | None = None,
         peft_config: peft.LoraConfig | None = None,
         cf: CFVectors | None = None,
@@ -125,6 +130,7 @@ class CTRTrainer(Trainer):
             raise InputError("CTRTrainer needs processing_class, the processor of the model")
         args = args or CTRTrainingArguments()
         check_left_to_sampler(args)
+        check_engine(args)
         taught = args.cf_distillation > 0
         reads_cf = processing_class.uses_slots or model.config.cf_logit or taught
         fitted = model.config.num_users > 0 or taught
@@ -134,6 +140,7 @@ class CTRTrainer(Trainer):
                 "which each row sees vectors that were not"
             )
         self.cf = cf if reads_cf else None
+        train_rows = None if train_dataset is None else Rows.of(train_dataset)
         try:
             model.check_slim()
         except ValueError as problem:
@@ -143,15 +150,15 @@ class CTRTrainer(Trainer):
         choose_trained(model, fusion=processing_class.uses_slots, lora=peft_config is not None)
         if self.cf is not None:
             check_folded(model, self.cf, model.config.cf_logit or taught)
-            if train_dataset is not None:
-                check_known(model, self.cf, train_dataset)
+            if train_rows is not None:
+                check_known(model, self.cf, train_rows)
             install_cross_fit(model, self.cf)
-        self.train_groups: list[Group] = []
-        self.eval_groups: list[Group] = []
-        frozen = train_dataset is not None and not args.has_times
-        self.lines = frozen_lines(train_dataset) if frozen else None
-        if train_dataset is not None:
-            groups = group_training(train_dataset, processing_class, args, self.cf)
+        self.train_groups: Groups | None = None
+        self.eval_groups: Groups | None = None
+        self.lines = None
+        if train_rows is not None:
+            self.lines = None if args.has_times else frozen_lines(train_rows)
+            groups = group_training(train_rows, processing_class, args, self.cf)
             self.train_groups = sample_groups(groups, args.max_train_labels, args.seed)
             self.batch_sampler = plan_batches(self.train_groups, processing_class, args)
             check_lengths(model, processing_class, self.train_groups, self.batch_sampler.lengths)
@@ -167,25 +174,33 @@ class CTRTrainer(Trainer):
         callbacks = [*(callbacks or []), HeapTrimmer()]
         if args.early_stopping_patience:
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=PackingCollator(processing_class),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        self.sharded = sharding_asked() and args.world_size > 1
+        with by_ddp():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=PackingCollator(processing_class),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         self.label_smoother = None  # theirs is for tokens; see compute_loss
         self._labels_seen = 0
         self._train_seconds = 0.0
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self.sharded:
+            shard_backbone(self.model, device, self.args.world_size)
+        else:
+            super()._move_model_to_device(model, device)
 
     def get_train_dataloader(self) -> GroupDataLoader:
         """This rank's batches; not prepared by accelerate, see `GroupDataLoader`."""
         workers = self.args.dataloader_num_workers
         return GroupDataLoader(
-            GroupDataset(self.train_groups),
+            GroupDataset(self.train_groups or []),
             batch_sampler=self.batch_sampler,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
@@ -269,24 +284,33 @@ class CTRTrainer(Trainer):
         finite = {k: v for k, v in logs.items() if not isinstance(v, float) or math.isfinite(v)}
         super().log(finite, start_time)
 
-    def score(self, groups: Sequence[Group]) -> Scores:
+    def score(self, groups: Groups) -> Scores:
         """Score labeled groups, each rank its share; every rank returns all scores."""
-        lengths = [self.processing_class.count_tokens(group) for group in groups]
+        lengths = np.array([self.processing_class.count_tokens(group) for group in groups])
         # Neighbors are alike in length, so that the ranks have about the same to do.
-        order = sorted(range(len(groups)), key=lambda index: (-lengths[index], index))
-        mine = [groups[index] for index in order[self.args.process_index :: self.args.world_size]]
-        logits = score(
-            self.model,
-            self.processing_class,
-            mine,
-            tokens_per_batch=self.args.tokens_per_batch,
-            progress=self.args.process_index == 0 and not self.args.disable_tqdm,
-        )
+        order = np.argsort(-lengths, kind="stable")
+        mine = groups.take(order[self.args.process_index :: self.args.world_size])
+        tokens = self.args.tokens_per_batch
+        if self.sharded:  # no row in parts, which would not begin at the model itself
+            longest = int(lengths.max(initial=0))
+            tokens = max(tokens, len(self.processing_class.prompt.instruction()) + longest)
+        progress = self.args.process_index == 0 and not self.args.disable_tqdm
+        options = {"tokens_per_batch": tokens, "progress": progress}
         scored = [
             (row, group.user, label, logit)
-            for group, values in zip(mine, logits, strict=True)
+            for part in mine.parts()
+            for group, values in zip(
+                part, score(self.model, self.processing_class, part, **options), strict=True
+            )
             for row, label, logit in zip(group.rows, group.labels, values.tolist(), strict=True)
         ]
+        if self.sharded:
+            passes = sum(
+                len(cut_by_budget([self.processing_class.count_tokens(g) for g in part], tokens))
+                for part in mine.parts()
+            )
+            for _ in range(max(gather_object([passes])) - passes):
+                score(self.model, self.processing_class, [groups[int(order[-1])]])  # for the others
         if self.args.world_size > 1:
             scored = gather_object(scored)
         rows, users, labels, values = zip(*sorted(scored), strict=True)
@@ -294,7 +318,7 @@ class CTRTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: Dataset | Rows | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -325,7 +349,7 @@ class CTRTrainer(Trainer):
 
     def predict(
         self,
-        test_dataset: Dataset,
+        test_dataset: Dataset | Rows,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "test",
     ) -> PredictionOutput:
@@ -334,8 +358,10 @@ class CTRTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in scores.metrics().items()}
         return PredictionOutput(scores.logits, scores.labels, metrics)
 
-    def _groups_of(self, dataset: Dataset | None) -> list[Group]:
+    def _groups_of(self, dataset: Dataset | Rows | None) -> Groups:
         if dataset is None:
+            if self.eval_groups is None:
+                raise InputError("the trainer was given no eval_dataset: give the rows to score")
             return self.eval_groups
         return group_split(
             dataset, self.processing_class, self.args.max_candidates, lines=self.lines
@@ -356,7 +382,24 @@ class CTRTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        folder = Path(resume_from_checkpoint)
+        self._load_weights(Path(resume_from_checkpoint))
+        with _resuming(resume_from_checkpoint, TRAINER_STATE_NAME):
+            TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # into files of their own
+        with _resuming(checkpoint, *([] if sharded else [OPTIMIZER_NAME, SCHEDULER_NAME])):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        several = self.args.world_size > 1
+        name = f"rng_state_{self.args.process_index}.pth" if several else "rng_state.pth"
+        found = {file.name for file in Path(checkpoint or "").glob("rng_state*.pth")}
+        of_another_number = found and name not in found  # of processes: this one draws anew
+        with _resuming(checkpoint, *([] if of_another_number else [name])):
+            super()._load_rng_state(checkpoint)
+
+    def _load_weights(self, folder: Path) -> None:
         if not (folder / FUSION_FILE).is_file():
             raise InputError(
                 f"resume_from_checkpoint {folder} is no trainer checkpoint: name a folder "
@@ -375,10 +418,36 @@ class CTRTrainer(Trainer):
         """Load the weights of the best validation, found by step: the path that the state records
         is stale once the run's folder has been moved."""
         best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        self._load_from_checkpoint(str(Path(str(self.args.output_dir)) / best))
+        self._load_weights(Path(str(self.args.output_dir)) / best)
 
     def _load_best_model(self) -> None:
         self.load_best()
+
+
+@contextmanager
+def _resuming(checkpoint: str | None, *names: str) -> Iterator[None]:
+    """Have whatever transformers makes of a damaged or missing file of a trainer checkpoint end in
+    an InputError that names the first one that cannot be read."""
+    for name in names if checkpoint else ():
+        if not (Path(str(checkpoint)) / name).is_file():
+            raise InputError(_cannot_resume(checkpoint, name, "it is missing"))
+    try:
+        yield
+    except Exception as error:
+        for name in names:
+            try:
+                if not name.endswith(".json"):
+                    torch.load(Path(str(checkpoint)) / name, map_location="cpu", weights_only=True)
+            except Exception:  # whatever PyTorch makes of a damaged file
+                names = (name,)
+        raise InputError(_cannot_resume(checkpoint, " or ".join(names), one_line(error))) from error
+
+
+def _cannot_resume(checkpoint: str | None, name: str, why: str) -> str:
+    return (
+        f"{checkpoint}/{name} cannot be read ({why}): restore it, or delete the folder "
+        f"{checkpoint} to go on from the checkpoint before it"
+    )
 
 
 def check_left_to_sampler(args: CTRTrainingArguments) -> None:
@@ -392,6 +461,16 @@ def check_left_to_sampler(args: CTRTrainingArguments) -> None:
             raise InputError(
                 f"{name}={getattr(args, name)}: the batch sampler decides that; set "
                 "labels_per_step and tokens_per_batch"
+            )
+
+
+def check_engine(args: CTRTrainingArguments) -> None:
+    """Refuse engines that would share out what learns, which checkpoints here hold whole."""
+    for name in ("deepspeed", "deepspeed_plugin", "fsdp"):
+        if getattr(args, name, None):
+            raise InputError(
+                f"{name} is not for this trainer: accelerate launch with "
+                "examples/accelerate_configs/fsdp2.yaml shares the frozen backbone out"
             )
 
 
@@ -412,19 +491,18 @@ def _prepare_lora(model: CCFLLMForCTR, lora: peft.LoraConfig | None) -> None:
         )
 
 
-def check_classes(groups: Sequence[Group], metric: str) -> None:
+def check_classes(groups: Groups, metric: str) -> None:
     """Refuse validation rows that leave undefined what chooses the weights."""
-    of_users: dict[Any, set[int]] = {}
-    for group in groups:
-        of_users.setdefault(group.user, set()).update(group.labels)
-    found = set().union(*of_users.values())
+    users = np.repeat(groups.users, groups.sizes)
+    labels = groups.labels
+    found = np.unique(labels)
     if len(found) < 2:
-        what = f"no label but {found.pop()}" if found else "no rows"
+        what = f"no label but {found[0]}" if len(found) else "no rows"
         raise InputError(
             f"the validation rows hold {what}, so that no AUC can choose the weights: raise "
             "max_eval_labels, or prepare the data with a larger share for validation"
         )
-    if metric == "eval_uauc" and not any(len(labels) > 1 for labels in of_users.values()):
+    if metric == "eval_uauc" and not np.isin(users[labels == 0], users[labels == 1]).any():
         raise InputError(
             "metric_for_best_model=eval_uauc: no user of the validation rows has both classes; "
             "raise max_eval_labels, or choose by eval_auc"
@@ -432,15 +510,15 @@ def check_classes(groups: Sequence[Group], metric: str) -> None:
 
 
 def check_lengths(
-    model: CCFLLMForCTR, processor: CCFLLMProcessor, groups: Sequence[Group], lengths: Sequence[int]
+    model: CCFLLMForCTR, processor: CCFLLMProcessor, groups: Groups, lengths: Sequence[int]
 ) -> None:
     """Raise a `ValueError` for a prompt that is longer than the backbone has positions; `lengths`
     are the groups' tokens, all their candidates together."""
     most = getattr(model.config.text_config, "max_position_embeddings", None)
     shared = len(processor.prompt.instruction())
-    for group, length in zip(groups, lengths, strict=True):
+    for place, length in enumerate(lengths):
         if most is not None and shared + length > most:
-            check_positions(model, processor.pack([group]))
+            check_positions(model, processor.pack([groups[place]]))
 
 
 def choose_temperature(scores: Scores) -> float:
@@ -470,11 +548,11 @@ def choose_trained(model: CCFLLMForCTR, *, fusion: bool, lora: bool) -> None:
 
 
 def group_training(
-    split: Dataset,
+    split: Rows,
     processor: CCFLLMProcessor,
     args: CTRTrainingArguments,
     cf: CFVectors | None,
-) -> list[Group]:
+) -> Groups:
     """Training rows as groups, or as streams where histories are answered; with `cf`, each of the
     fit that was not fitted on it.
 
@@ -489,44 +567,40 @@ def group_training(
     topics = None
     if processor.evidence_fields and not args.has_times:
         of_item = {item: min(processor.topics(item), default=item) for item in processor.item_ids}
-        topics = [str(of_item.get(item, item)) for item in split["item_id"]]
+        of_code = [str(of_item.get(item, item)) for item in split.item_names]
+        topics = np.array(of_code, dtype=object)[split.items]
     streams = group_streams(split, lines, fits, processor.fold_in_items, topics)
-    draws = np.random.default_rng(args.seed).random(len(streams))
-    for stream, draw in zip(streams, draws, strict=True):
-        if draw < args.likes_only_share:
-            stream.hidden = [not label for label in stream.labels]
+    streams.hidden = np.random.default_rng(args.seed).random(len(streams)) < args.likes_only_share
     return streams
 
 
-def sample_groups(groups: list[Group], max_labels: int, seed: int) -> list[Group]:
+def sample_groups(groups: Groups, max_labels: int, seed: int) -> Groups:
     """Groups in seeded order until `max_labels` labels are reached; 0 keeps all."""
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
-    return sample_group(groups, max_labels, order.tolist())
+    return sample_group(groups, max_labels, order.numpy())
 
 
-def sample_users(groups: list[Group], max_labels: int, seed: int) -> list[Group]:
+def sample_users(groups: Groups, max_labels: int, seed: int) -> Groups:
     """All groups of users in seeded order until `max_labels` labels are reached; 0 keeps all.
 
     Whole users, because UAUC needs all labels of a user.
     """
     if not max_labels:
         return groups
-    users = sorted({str(group.user) for group in groups})
-    chosen: set[str] = set()
-    labels = 0
-    for position in np.random.default_rng(seed).permutation(len(users)):
-        if labels >= max_labels:
-            break
-        chosen.add(users[position])
-        labels += sum(len(group.rows) for group in groups if group.user == users[position])
-    return [group for group in groups if group.user in chosen]
+    names = groups.split.user_names.astype(str)
+    users = np.unique(groups.users)
+    users = users[np.argsort(names[users])]
+    users = users[np.random.default_rng(seed).permutation(len(users))]
+    counts = np.bincount(np.repeat(groups.users, groups.sizes), minlength=len(names))
+    chosen = users[: int(np.searchsorted(np.cumsum(counts[users]), max_labels)) + 1]
+    return groups.take(np.flatnonzero(np.isin(groups.users, chosen)))
 
 
 def plan_batches(
-    groups: Sequence[Group], processor: CCFLLMProcessor, args: CTRTrainingArguments
+    groups: Groups, processor: CCFLLMProcessor, args: CTRTrainingArguments
 ) -> TokenBudgetBatchSampler:
     """This rank's batches of every epoch."""
-    labels = [len(group.rows) for group in groups]
+    labels = groups.sizes.tolist()
     if not labels:
         raise InputError("the training split has no rows: prepare the data with some")
     epochs = math.ceil(args.num_train_epochs)

@@ -1,6 +1,6 @@
 """A tiny random checkpoint that reads all that one can: fields, dislikes, ratings, evidence.
 
-    python tests/service_checkpoint.py FOLDER
+    python benchmarks/service_checkpoint.py FOLDER
 
 Its catalog has the titles of docs/serving.md.
 """
