@@ -307,12 +307,11 @@ def _score(arguments: argparse.Namespace, _: list[str]) -> Output:
     ranker = CTRRanker.from_pretrained(arguments.checkpoint, backbone=arguments.backbone)
     identity = checkpoint_identity(arguments.checkpoint, ranker.model)
     settings = (ranker, identity, histories, arguments.shard_rows)
+    scorer = PairScorer(*settings)
     if arguments.engine == "ray":
         from ccf_llm_hf.inference.ray_engine import RayPairScorer
 
         scorer = RayPairScorer(*settings, arguments.checkpoint, arguments.backbone)
-    else:
-        scorer = PairScorer(*settings)
     manifest = scorer.run(Path(arguments.pairs), Path(arguments.out))
     rows, new_rows = manifest["rows"], manifest["new_rows"]
     text = f"scored {new_rows:,} pairs into {arguments.out}"
