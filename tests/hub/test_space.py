@@ -30,7 +30,14 @@ FILES = {
 }
 
 
-FULL = {"model_type": "ccf_llm", "text_config": {"model_type": "llama"}}
+BACKBONE = {
+    "model_type": "llama",
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}
+FULL = {"model_type": "ccf_llm", "text_config": BACKBONE}
 SLIM = FULL | {"checkpoint_form": "slim", "backbone_name": "acme/tiny-lm"}
 WEIGHTS = {"full": ["model.safetensors"], "slim": ["cf_embeddings.safetensors", FUSION_FILE]}
 
