@@ -47,7 +47,7 @@ lint: $(INSTALLED)
 
 # Two processes of one thread each: tiny models leave a second thread nothing to do.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 20
 
 fuzz: $(INSTALLED)
 	CCF_LLM_FUZZ_SECONDS=3600 CCF_LLM_FUZZ_SEED=$$(date +%s) $(BIN)/python -m pytest -s tests/bad_input/test_fuzz.py
