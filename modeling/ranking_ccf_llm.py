@@ -10,9 +10,10 @@ import copy
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import islice
 from numbers import Integral
 from typing import Any
 
@@ -479,27 +480,28 @@ def preselect(
             f"this model has no {lack} to choose items by for this user, and no liked item shares "
             "one of its evidence_fields with another: give candidates"
         )
-    chosen = _take_turns(sources, len(rows) if max_per_topic else count)
+    turns = _take_turns(sources)
     if max_per_topic:
-        topics = [processor.topics({"id": processor.item_ids[row]}) for row in chosen]
-        chosen = [chosen[place] for place in _varied(topics, SPARE * max_per_topic)][:count]
+        ids = processor.item_ids
+        turns = _vary(turns, lambda row: processor.topics({"id": ids[row]}), SPARE * max_per_topic)
+    chosen = list(islice(turns, count))
     if not chosen:
         raise ValueError("the history holds every item of the catalog: give candidates")
     return [{"id": processor.item_ids[row]} for row in chosen]
 
 
-def _take_turns(sources: Sequence[Sequence[int]], count: int) -> list[int]:
-    """`count` rows, in turn the next of each source that no other has given."""
-    chosen: dict[int, None] = {}
+def _take_turns(sources: Sequence[Sequence[int]]) -> Iterator[int]:
+    """Rows, in turn the next of each source that no other has given."""
+    given: set[int] = set()
     left = [iter(source) for source in sources]
-    while left and len(chosen) < count:
+    while left:
         for source in list(left):
-            row = next((row for row in source if row not in chosen), None)
+            row = next((row for row in source if row not in given), None)
             if row is None:
                 left.remove(source)
             else:
-                chosen[row] = None
-    return list(chosen)[:count]
+                given.add(row)
+                yield row
 
 
 @torch.no_grad()
@@ -590,11 +592,10 @@ def shortlist(
             nearest = _by_text(vectors, last, len(vectors))
             sources.append([places[place] for place in nearest if place < len(places)])
         sources.append(by_cf)  # what no other brings
-    chosen = _take_turns(sources, len(candidates) if max_per_topic else count)
+    turns = _take_turns(sources)
     if max_per_topic:
-        topics = [processor.topics(candidates[place]) for place in chosen]
-        chosen = [chosen[place] for place in _varied(topics, SPARE * max_per_topic)][:count]
-    return [candidates[place] for place in chosen]
+        turns = _vary(turns, lambda one: processor.topics(candidates[one]), SPARE * max_per_topic)
+    return [candidates[place] for place in islice(turns, count)]
 
 
 def _by_text(vectors: Tensor, liked: Sequence[int], count: int) -> list[int]:
@@ -728,8 +729,9 @@ def rank_scored(
     """As `rank`, for candidates whose logits `(n,)` are known."""
     best = logits.argsort(descending=True, stable=True)
     if max_per_topic is not None:
-        topics = [processor.topics(item) for item in candidates]
-        best = best[_varied([topics[index] for index in best.tolist()], max_per_topic)]
+        places = iter(best.tolist())
+        kept = _vary(places, lambda place: processor.topics(candidates[place]), max_per_topic)
+        best = torch.tensor(list(islice(kept, top_k)), dtype=torch.long)
     best = best[: min(top_k, len(best))]
     probabilities = model.probabilities(logits[best]).tolist()
     shares = item_shares(model, processor, [candidates[index] for index in best.tolist()])
@@ -741,15 +743,16 @@ def rank_scored(
     ]
 
 
-def _varied(topics: Sequence[frozenset[tuple[str, str]]], most: int) -> list[int]:
-    """Places of those that are left when none may hold a topic that `most` before it hold."""
+def _vary(
+    places: Iterable[int], topics: Callable[[int], frozenset[tuple[str, str]]], most: int
+) -> Iterator[int]:
+    """Those that are left when none may hold a topic that `most` before it hold."""
     taken: Counter[tuple[str, str]] = Counter()
-    places = []
-    for place, held in enumerate(topics):
+    for place in places:
+        held = topics(place)
         if all(taken[topic] < most for topic in held):
             taken.update(held)
-            places.append(place)
-    return places
+            yield place
 
 
 @dataclass
