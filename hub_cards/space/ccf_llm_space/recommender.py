@@ -88,6 +88,7 @@ class Recommender:
         self.model: Any = ranker.model
         self.processor: Any = ranker.processor
         self._blank = type(ranker)(model=without_cf(self.model), processor=self.processor)
+        self._topic_rows = self.processor.topic_rows  # made here, else the first visitor waits
         self._rows = self._rows_by_text()
         self.titles = self._by_cf_preference()
         self.search = TitleSearch(self.titles, self._names())
@@ -337,7 +338,7 @@ class Recommender:
             return {"id": self.processor.item_ids[row]}
         name, _, maker = title.rpartition(" by ")
         for topic in self.topics if name else ():
-            if (topic, maker.lower()) in self.processor.topic_rows:
+            if (topic, maker.lower()) in self._topic_rows:
                 return {"title": name, topic: maker}
         return {"title": title}
 
