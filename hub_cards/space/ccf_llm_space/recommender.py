@@ -20,7 +20,7 @@ CANDIDATES, WRITTEN_CANDIDATES = 100, 40
 MAX_PER_TOPIC = 3  # titles of one author, say, in a list that varies
 EXPLAINED_LINES = 8  # of the history: each costs another scoring of the list
 EXAMPLES, EXAMPLE_TITLES = 3, 5
-WELL_KNOWN = 500  # titles that examples are made of where there are no topics
+WELL_KNOWN = 1000  # titles that examples are made of
 KEPT_LISTS = 64  # whose reasons may be asked for
 LONGEST_TITLE = 200
 Stage = Literal["first", "read", "why"]  # of a list: see `Recommender.rank`
@@ -149,7 +149,7 @@ class Recommender:
         known = self.model.cf.item_known.tolist()
         names: dict[Any, str] = {}
         titles: dict[Any, list[str]] = {}
-        for title in self.titles:
+        for title in self.titles[:WELL_KNOWN]:
             row = self._rows[title]
             for topic in self.processor.topics({"id": self.processor.item_ids[row]}):
                 if known[row]:
