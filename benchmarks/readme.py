@@ -33,6 +33,7 @@ DEMO = ROOT / "results" / "demo"
 TABLE = ROOT / "results" / "ml-1m"
 BOOKS = ROOT / "results" / "book-crossing"
 RESULTS = ROOT / "benchmarks" / "results"
+SCALE = ROOT / "results" / "speed" / "scale.json"
 MEASURED = ("training", "ranking", "packing", "same_labels", "same_labels_cf_logit")
 WAYS = {  # name in training.json -> what it is
     "packed, slot": "packed, slot-only candidates",
@@ -270,7 +271,7 @@ def render() -> dict[Path, str]:
             "demo": demo_section(metrics, training),
             **table_pages.page_sections(TABLE, BOOKS),
         },
-        SPEED_PAGE: {"speed": speed_section()},
+        SPEED_PAGE: {"speed": speed_section(), "growth": growth_section()},
         RECIPE_PAGE: {
             "run": keys_table(Recipe),
             "stage": keys_table(Stage),
@@ -285,6 +286,30 @@ def render() -> dict[Path, str]:
             text = between(text, name, lines)
         pages[page] = text
     return pages
+
+
+def growth_section() -> list[str]:
+    """Seconds and memory of the steps of a run against the size of the data."""
+    points = json.loads(SCALE.read_text(encoding="utf-8"))
+    steps = [
+        name for name, found in points[0].items() if isinstance(found, dict) and "peak_gb" in found
+    ]
+    lines = [
+        "## Growth with the data",
+        "",
+        "`python benchmarks/scale.py` runs each step in a process of its own, on generated ratings "
+        "with a realistic skew and a tiny backbone, so that what is measured is everything around "
+        "the model. Seconds are of one processor thread; peaks hold the imports, some 0.6 GB.",
+        "",
+        f"| interactions | | {' | '.join(name.replace('_', '-') for name in steps)} |",
+        f"| --- | --- |{' ---: |' * len(steps)}",
+    ]
+    for point in points:
+        for key, unit in (("seconds", "s"), ("peak_gb", "GB")):
+            found = (point[step][key] for step in steps)
+            shown = " | ".join(f"{one:.0f}" if unit == "s" else f"{one:.2f}" for one in found)
+            lines.append(f"| {point['rows']:,} | {unit} | {shown} |")
+    return lines
 
 
 def sections_table() -> list[str]:

@@ -30,16 +30,17 @@ Stage = Literal["first", "read", "why"]  # of a list: see `Recommender.rank`
 class Place:
     """One place of the ranked list.
 
-    `gate` (hidden_size,) is the share that the item's slot takes from its words, per dimension.
+    Before the language model has read it, only the title is known. `gate` (hidden_size,) is the
+    share that the item's slot takes from its words, per dimension.
     The rest is the item's CF vector if it is `known`, else a learned stand-in. `parts` are what
     `words`, `behavior` and `cf` added to the logit, `raised` the lines of the history, and authors
     of several, that added most, with what they added.
     """
 
     title: str
-    probability: float | None  # None before the language model has read it
-    gate: Tensor
-    known: bool
+    probability: float | None = None
+    gate: Tensor = field(default_factory=lambda: torch.ones(0))
+    known: bool = False
     parts: dict[str, float] = field(default_factory=dict)
     raised: list[tuple[str, float]] = field(default_factory=list)
 
@@ -210,14 +211,8 @@ class Recommender:
         """
         asked = (tuple(history), tuple(excluded), blank, varied, top_k, tuple(disliked))
         if stage == "first":
-            limit = MAX_PER_TOPIC if varied and self.topics else None
-            left_out = [*history, *excluded, *disliked]
-            chosen = self._candidates(history, left_out, disliked, limit)
-            titles = self._vary(chosen, limit)[:top_k]
-            gates = self._gates(self.model, titles)
-            return [
-                Place(title, None, gate, True) for title, gate in zip(titles, gates, strict=True)
-            ]
+            chosen = self._candidates(history, excluded, disliked, varied)
+            return [Place(title) for title in (self._vary(chosen) if varied else chosen)[:top_k]]
         places = self._read(*asked)
         if stage == "read" or not places:
             return places
@@ -240,13 +235,12 @@ class Recommender:
         disliked: Sequence[str],
     ) -> list[Place]:
         """The list of `rank`, without reasons."""
-        limit = MAX_PER_TOPIC if varied and self.topics else None
-        candidates = self._candidates(history, [*history, *excluded, *disliked], disliked, limit)
+        candidates = self._candidates(history, excluded, disliked, varied)
         if not candidates:
             return []
         ranker: Any = self._blank if blank else self.ranker
         asked = self._request(history, candidates, disliked)
-        found = ranker(asked | {"top_k": top_k}, max_per_topic=limit)
+        found = ranker(asked | {"top_k": top_k}, max_per_topic=self._limit(varied))
         titles = [self.processor.item_text({"id": item["item_id"]})[1] for item in found]
         gates = self._gates(ranker.model, titles)
         return [
@@ -254,12 +248,15 @@ class Recommender:
             for title, item, gate in zip(titles, found, gates, strict=True)
         ]
 
-    def _vary(self, titles: Sequence[str], limit: int | None) -> list[str]:
+    def _limit(self, varied: bool) -> int | None:
+        return MAX_PER_TOPIC if varied and self.topics else None
+
+    def _vary(self, titles: Sequence[str]) -> list[str]:
         taken: Counter[Any] = Counter()
         kept = []
         for title in titles:
-            topics = self.processor.topics(self._item(title)) if limit else ()
-            if all(taken[topic] < (limit or 1) for topic in topics):
+            topics = self.processor.topics(self._item(title))
+            if all(taken[topic] < MAX_PER_TOPIC for topic in topics):
                 taken.update(topics)
                 kept.append(title)
         return kept
@@ -267,16 +264,18 @@ class Recommender:
     def _candidates(
         self,
         history: Sequence[str],
-        left_out: Collection[str],
+        excluded: Collection[str],
         disliked: Sequence[str],
-        limit: int | None,
+        varied: bool,
     ) -> list[str]:
         """Titles to score: the pipeline's own choice, or the catalog's first if it has none."""
+        left_out = [*history, *excluded, *disliked]
         most = CANDIDATES if self.processor.candidate_format == "slot" else WRITTEN_CANDIDATES
         asked = self._request(history, [], disliked) | {"candidates": None}
         ranker: Any = self.ranker
         try:
             count = most + len(left_out)
+            limit = self._limit(varied)
             request, _ = ranker.preprocess(asked, preselect=count, max_per_topic=limit)
         except ValueError:
             found = self.titles
