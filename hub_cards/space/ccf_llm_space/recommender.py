@@ -89,8 +89,8 @@ class Recommender:
         self.model: Any = ranker.model
         self.processor: Any = ranker.processor
         self._blank = type(ranker)(model=without_cf(self.model), processor=self.processor)
-        self._topic_rows = self.processor.topic_rows  # made here, else the first visitor waits
         self._rows = self._rows_by_text()
+        self._topics = self._known_topics()
         self.titles = self._by_cf_preference()
         self.search = TitleSearch(self.titles, self._names())
         self.examples = self._choose_examples()
@@ -122,6 +122,10 @@ class Recommender:
             if title.strip():
                 rows.setdefault(self.processor.item_texts[row], row)
         return rows
+
+    def _known_topics(self) -> set[tuple[str, str]]:
+        """The catalog's, looked up here, else the first visitor would wait for it."""
+        return {*self.processor.topic_rows}
 
     def _names(self) -> list[str]:
         """Titles without what the prompt writes beside them, such as the author."""
@@ -337,7 +341,7 @@ class Recommender:
             return {"id": self.processor.item_ids[row]}
         name, _, maker = title.rpartition(" by ")
         for topic in self.topics if name else ():
-            if (topic, maker.lower()) in self._topic_rows:
+            if (topic, maker.lower()) in self._topics:
                 return {"title": name, topic: maker}
         return {"title": title}
 
